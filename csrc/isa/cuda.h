@@ -1,0 +1,64 @@
+// One CUDA lane. The _rn intrinsics are never contracted, so the bits are the CPU's.
+#pragma once
+
+#include "../kernels.h"
+
+#define FN __device__ __forceinline__
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct F32 {
+  static constexpr int kWidth = 1;
+  float v;
+  F32() = default;
+  FN F32(float x) : v(x) {}
+  FN friend F32 operator-(F32 a) { return -a.v; }
+  FN friend F32 operator+(F32 a, F32 b) { return __fadd_rn(a.v, b.v); }
+  FN friend F32 operator-(F32 a, F32 b) { return __fsub_rn(a.v, b.v); }
+  FN friend F32 operator*(F32 a, F32 b) { return __fmul_rn(a.v, b.v); }
+  FN friend F32 operator/(F32 a, F32 b) { return __fdiv_rn(a.v, b.v); }
+  FN friend F32 fma(F32 a, F32 b, F32 c) { return __fmaf_rn(a.v, b.v, c.v); }
+  FN friend F32 sqrt(F32 a) { return __fsqrt_rn(a.v); }
+  FN friend F32 abs(F32 a) { return fabsf(a.v); }
+  FN friend F32 select_gt(F32 a, F32 b, F32 x, F32 y) { return a.v > b.v ? x : y; }
+};
+
+struct F64 {
+  static constexpr int kWidth = 1;
+  double v;
+  F64() = default;
+  FN F64(double x) : v(x) {}
+  FN friend F64 operator-(F64 a) { return -a.v; }
+  FN friend F64 operator+(F64 a, F64 b) { return __dadd_rn(a.v, b.v); }
+  FN friend F64 operator-(F64 a, F64 b) { return __dsub_rn(a.v, b.v); }
+  FN friend F64 operator*(F64 a, F64 b) { return __dmul_rn(a.v, b.v); }
+  FN friend F64 operator/(F64 a, F64 b) { return __ddiv_rn(a.v, b.v); }
+  FN friend F64 fma(F64 a, F64 b, F64 c) { return __fma_rn(a.v, b.v, c.v); }
+  FN friend F64 sqrt(F64 a) { return __dsqrt_rn(a.v); }
+  FN friend F64 abs(F64 a) { return fabs(a.v); }
+  FN friend F64 select_gt(F64 a, F64 b, F64 x, F64 y) { return a.v > b.v ? x : y; }
+};
+
+FN F32 load(const float* from) { return *from; }
+FN F64 load(const double* from) { return *from; }
+FN F32 load(const bf16* from) { return __uint_as_float(static_cast<uint32_t>(from->bits) << 16); }
+FN F32 load(const f16* from) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(from->bits));
+  return wide;
+}
+FN void store(float* to, F32 x) { *to = x.v; }
+FN void store(double* to, F64 x) { *to = x.v; }
+FN void store(bf16* to, F32 x) {
+  const uint32_t word = __float_as_uint(x.v);
+  const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
+  const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
+  to->bits = static_cast<uint16_t>(nan ? (word >> 16) | 0x40u : rounded);
+}
+FN void store(f16* to, F32 x) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x.v));
+}
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

@@ -1,0 +1,87 @@
+// base^n and base^y in twice double's precision, rounded once. The C library's pow differs in the
+// last bit between versions and instruction sets, and 1 - beta^t magnifies that bit.
+#include <cmath>
+#include <limits>
+
+#include "rules/power.h"
+
+namespace fusedstep {
+namespace {
+
+// The unevaluated sum hi + lo with |lo| <= ulp(hi)/2. Dekker 1971; Hida, Li & Bailey 2001.
+struct Pair {
+  double hi, lo;
+};
+
+Pair fast_two_sum(double a, double b) {  // |a| >= |b|
+  const double s = a + b;
+  return {s, b - (s - a)};
+}
+
+Pair two_sum(double a, double b) {
+  const double s = a + b, t = s - a;
+  return {s, (a - (s - t)) + (b - t)};
+}
+
+Pair operator*(Pair a, Pair b) {
+  const double p = a.hi * b.hi;
+  const double rest = std::fma(a.hi, b.hi, -p) + (a.hi * b.lo + a.lo * b.hi);
+  return fast_two_sum(p, rest);
+}
+
+Pair operator+(Pair a, Pair b) {
+  const Pair s = two_sum(a.hi, b.hi);
+  return fast_two_sum(s.hi, s.lo + (a.lo + b.lo));
+}
+
+Pair operator/(Pair a, Pair b) {
+  const double q = a.hi / b.hi;
+  const Pair rest = a + Pair{-q, 0} * b;
+  return fast_two_sum(q, (rest.hi + rest.lo) / b.hi);
+}
+
+constexpr Pair kLog2 = {0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56};
+
+// log(x) for finite x > 0, by the series of atanh((m-1)/(m+1)) with m in [sqrt(1/2), sqrt(2)).
+Pair log(double x) {
+  int exponent;
+  double m = std::frexp(x, &exponent);
+  if (m < 0.70710678118654752) m *= 2, --exponent;
+  const Pair s = two_sum(m, -1) / two_sum(m, 1), s2 = s * s;
+  Pair sum = {0, 0};
+  for (int k = 41; k >= 1; k -= 2) sum = sum * s2 + Pair{1, 0} / Pair{static_cast<double>(k), 0};
+  return Pair{2, 0} * (s * sum) + Pair{static_cast<double>(exponent), 0} * kLog2;
+}
+
+// exp(x), by the Taylor series of (x - k log 2)/256, squared eight times.
+double exp(Pair x) {
+  if (x.hi > 710) return std::numeric_limits<double>::infinity();
+  if (x.hi < -746) return 0;
+  const double k = std::nearbyint(x.hi / kLog2.hi);
+  const Pair r = (x + Pair{-k, 0} * kLog2) * Pair{0x1p-8, 0};
+  Pair sum = {1, 0};
+  for (int i = 14; i >= 1; --i) sum = sum * r / Pair{static_cast<double>(i), 0} + Pair{1, 0};
+  for (int i = 0; i < 8; ++i) sum = sum * sum;
+  return std::ldexp(sum.hi + sum.lo, static_cast<int>(k));
+}
+
+}  // namespace
+
+double power(double base, int64_t n) {
+  Pair result = {1, 0}, square = {base, 0};
+  for (; n > 0; n >>= 1) {
+    if (n & 1) result = result * square;
+    square = square * square;
+  }
+  return result.hi;
+}
+
+double power(double base, double y) {
+  if (base == 1 || y == 0) return 1;
+  if (base == 0) return y > 0 ? 0 : std::numeric_limits<double>::infinity();
+  if (!(base > 0) || !std::isfinite(base) || !std::isfinite(y)) return std::pow(base, y);
+  const Pair product = log(base) * Pair{y, 0};
+  return exp(product);
+}
+
+}  // namespace fusedstep

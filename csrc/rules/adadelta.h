@@ -1,0 +1,40 @@
+// Adadelta: s = rho*s + (1-rho)*g^2;  d = sqrt(a+eps)/sqrt(s+eps) * g;  a = rho*a + (1-rho)*d^2;
+//           p -= lr*d.
+// Zeiler 2012, algorithm 1, arXiv:1212.5701
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct Adadelta {
+  static constexpr const char* kName = "adadelta";
+  static constexpr const char* kHypers = "lr rho eps";
+  static constexpr const char* kStates = "square_avg acc_delta";
+  static constexpr int kVariants = 1;
+  struct Hypers {
+    double lr, rho, eps;
+  };
+
+  template <class V, int>
+  struct Step {
+    static constexpr bool kHas[] = {true, true};
+    V lr, rho, one_minus_rho, eps;
+
+    FN void operator()(V& p, V g, V& s, V& a) const {
+      s = fma(one_minus_rho, g * g, rho * s);
+      const V d = sqrt(a + eps) / sqrt(s + eps) * g;
+      a = fma(one_minus_rho, d * d, rho * a);
+      p = fnma(lr, d, p);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+    s = {h.lr, h.rho, 1 - h.rho, h.eps};
+    return 0;
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

@@ -1,0 +1,37 @@
+// Adagrad: s += g^2;  p -= clr*g / (sqrt(s) + eps),  clr = lr / (1 + (t-1)*lr_decay).
+// Duchi, Hazan, Singer 2011, https://jmlr.org/papers/v12/duchi11a.html
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct Adagrad {
+  static constexpr const char* kName = "adagrad";
+  static constexpr const char* kHypers = "lr lr_decay eps";
+  static constexpr const char* kStates = "sum";
+  static constexpr int kVariants = 1;
+  struct Hypers {
+    double lr, lr_decay, eps;
+  };
+
+  template <class V, int>
+  struct Step {
+    static constexpr bool kHas[] = {true};
+    V clr, eps;
+
+    FN void operator()(V& p, V g, V& s) const {
+      s = fma(g, g, s);
+      p = fnma(clr, g / (sqrt(s) + eps), p);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+    s = {h.lr / (1 + static_cast<double>(clock.t - 1) * h.lr_decay), h.eps};
+    return 0;
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

@@ -1,0 +1,54 @@
+// NAdam: m, v as Adam;  mu_t = b1*(1 - 0.96^(t*psi)/2);  P_t = mu_1 * ... * mu_t;
+//        d = sqrt(v/(1-b2^t)) + eps;
+//        p -= lr*(1-mu_t)/(1-P_t) * g/d + lr*mu_(t+1)/(1-P_t*mu_(t+1)) * m/d.
+// Dozat 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct NAdam {
+  static constexpr const char* kName = "nadam";
+  static constexpr const char* kHypers = "lr beta1 beta2 eps momentum_decay";
+  static constexpr const char* kStates = "exp_avg exp_avg_sq";
+  static constexpr int kVariants = 1;
+  struct Hypers {
+    double lr, beta1, beta2, eps, momentum_decay;
+  };
+
+  template <class V, int>
+  struct Step {
+    static constexpr bool kHas[] = {true, true};
+    Average<V> average;
+    V beta2, one_minus_beta2, rsqrt_bias2, eps, grad_size, mean_size;
+
+    FN void operator()(V& p, V g, V& m, V& v) const {
+      m = average(m, g);
+      v = fma(one_minus_beta2, g * g, beta2 * v);
+      const V direction = fma(grad_size, g, mean_size * m);
+      p = p - direction / fma(sqrt(v), rsqrt_bias2, eps);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+    const auto mu = [&](int64_t t) {
+      return h.beta1 * (1 - 0.5 * power(0.96, static_cast<double>(t) * h.momentum_decay));
+    };
+    double& mu_product = clock.carry[0];
+    const double mu_now = mu(clock.t), mu_next = mu(clock.t + 1);
+    mu_product = clock.t == 1 ? mu_now : mu_product * mu_now;
+    s = {Average<double>::of(h.beta1),
+         h.beta2,
+         1 - h.beta2,
+         1 / __builtin_sqrt(1 - power(h.beta2, clock.t)),
+         h.eps,
+         h.lr * (1 - mu_now) / (1 - mu_product),
+         h.lr * mu_next / (1 - mu_product * mu_next)};
+    return 0;
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

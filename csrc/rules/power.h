@@ -1,0 +1,11 @@
+// Powers for the per-step scalars, the same bits on every machine (power.cpp). Host only.
+#pragma once
+
+#include <stdint.h>
+
+namespace fusedstep {
+
+double power(double base, int64_t n);  // n >= 0
+double power(double base, double y);
+
+}  // namespace fusedstep

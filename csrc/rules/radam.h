@@ -1,0 +1,53 @@
+// RAdam: m, v as Adam;  rinf = 2/(1-b2) - 1;  r_t = rinf - 2t*b2^t/(1-b2^t);
+//        r_t > 5: p -= lr/(1-b1^t) * r*sqrt(1-b2^t) * m/(sqrt(v)+eps),
+//                 r = sqrt((r_t-4)(r_t-2)rinf / ((rinf-4)(rinf-2)r_t));
+//        else:    p -= lr/(1-b1^t) * m.
+// Liu et al. 2020, algorithm 2, arXiv:1908.03265
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct RAdam {
+  static constexpr const char* kName = "radam";
+  static constexpr const char* kHypers = "lr beta1 beta2 eps";
+  static constexpr const char* kStates = "exp_avg exp_avg_sq";
+  enum Variant { kUnrectified, kRectified, kVariants };
+  struct Hypers {
+    double lr, beta1, beta2, eps;
+  };
+
+  template <class V, int kVariant>
+  struct Step {
+    static constexpr bool kHas[] = {true, true};
+    Average<V> average;
+    V beta2, one_minus_beta2, step_size, eps;
+
+    FN void operator()(V& p, V g, V& m, V& v) const {
+      m = average(m, g);
+      v = fma(one_minus_beta2, g * g, beta2 * v);
+      V direction = m;
+      if constexpr (kVariant == kRectified) direction = m / (sqrt(v) + eps);
+      p = fnma(step_size, direction, p);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+    const double t = static_cast<double>(clock.t), beta2_t = power(h.beta2, clock.t);
+    const double r_inf = 2 / (1 - h.beta2) - 1, r_t = r_inf - 2 * t * beta2_t / (1 - beta2_t);
+    double step_size = h.lr / (1 - power(h.beta1, clock.t));
+    const bool rectified = r_t > 5;
+    if (rectified) {
+      const double rectifier =
+          (r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) * (1 - beta2_t);
+      step_size *= __builtin_sqrt(rectifier);
+    }
+    s = {Average<double>::of(h.beta1), h.beta2, 1 - h.beta2, step_size, h.eps};
+    return rectified ? kRectified : kUnrectified;
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

@@ -1,0 +1,47 @@
+// RMSprop: v = a*v + (1-a)*g^2;  d = sqrt(v) + eps;  p -= lr*g/d.
+// Tieleman & Hinton 2012, lecture 6.5, https://www.cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf
+// Centered (Graves 2013, arXiv:1308.0850, eq. 38-41): m = a*m + (1-a)*g;  d = sqrt(v - m^2) + eps.
+// Momentum: b = mu*b + g/d;  p -= lr*b.
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct RmsProp {
+  static constexpr const char* kName = "rmsprop";
+  static constexpr const char* kHypers = "lr alpha eps momentum centered";
+  static constexpr const char* kStates = "square_avg momentum_buffer grad_avg";
+  enum Option { kMomentum = 1, kCentered = 2, kVariants = 4 };
+  struct Hypers {
+    double lr, alpha, eps, momentum, centered;
+  };
+
+  template <class V, int kVariant>
+  struct Step {
+    static constexpr bool kHas[] = {true, (kVariant & kMomentum) != 0, (kVariant & kCentered) != 0};
+    V lr, alpha, one_minus_alpha, eps, mu;
+    Average<V> average;
+
+    FN void operator()(V& p, V g, V& v, V& b, V& m) const {
+      v = fma(one_minus_alpha, g * g, alpha * v);
+      V variance = v;
+      if constexpr (kVariant & kCentered) {
+        m = average(m, g);
+        variance = max(V(0), fnma(m, m, v));  // rounding may leave v just below m^2: 0, not NaN
+      }
+      V d = g / (sqrt(variance) + eps);
+      if constexpr (kVariant & kMomentum) d = b = fma(mu, b, d);
+      p = fnma(lr, d, p);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+    s = {h.lr, h.alpha, 1 - h.alpha, h.eps, h.momentum, Average<double>::of(h.alpha)};
+    return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

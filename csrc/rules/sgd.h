@@ -1,0 +1,43 @@
+// SGD with momentum: b = mu*b + (1-tau)*g, first b = g;  p -= lr*b.
+// Polyak 1964; Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
+// Nesterov: p -= lr*(g + mu*b), the look-ahead method after a change of variables.
+#pragma once
+
+#include "common.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+struct Sgd {
+  static constexpr const char* kName = "sgd";
+  static constexpr const char* kHypers = "lr momentum dampening nesterov";
+  static constexpr const char* kStates = "momentum_buffer";
+  enum Variant { kPlain, kMomentum, kNesterov, kVariants };
+  struct Hypers {
+    double lr, momentum, dampening, nesterov;
+  };
+
+  template <class V, int kVariant>
+  struct Step {
+    static constexpr bool kHas[] = {kVariant != kPlain};
+    V lr, mu, keep, take;
+
+    FN void operator()(V& p, V g, V& b) const {
+      V d = g;
+      if constexpr (kVariant != kPlain) d = b = fma(take, g, keep * b);
+      if constexpr (kVariant == kNesterov) d = fma(mu, b, g);
+      p = fnma(lr, d, p);
+    }
+  };
+
+  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+    const bool first = clock.carry[0] == 0;  // of the buffer, which may come later than t = 1
+    s = {h.lr, h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening};
+    if (h.momentum == 0) return kPlain;
+    clock.carry[0] = 1;
+    return h.nesterov != 0 ? kNesterov : kMomentum;
+  }
+};
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep
