@@ -1,0 +1,48 @@
+// A StepTable whose tensors and gradients are Python's arrays.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "memory.h"
+#include "step.h"
+
+namespace fusedstep {
+
+class ArrayTable {
+ public:
+  // `params` are the arrays to update, `states[s][i]` state s of tensor i, or None where the rule's
+  // variant has none, `groups[i]` the group of tensor i. Clocks start at zero.
+  ArrayTable(const std::string& rule, std::vector<std::string> names, const pybind11::list& params,
+             const std::vector<pybind11::list>& states, const std::vector<int>& groups);
+
+  // One entry per tensor, an array or None. Each group is (maximize, decoupled, weight_decay,
+  // hyperparameters in the rule's order). Returns the number of elements updated.
+  int64_t step(const pybind11::sequence& grads, const std::vector<std::vector<double>>& groups);
+
+  // The same with all gradients in one flat array, tensor i's at element offsets[i] of it.
+  int64_t step_flat(pybind11::handle grads, const std::vector<int64_t>& offsets,
+                    const std::vector<std::vector<double>>& groups);
+
+  // (updates done, carry[0], carry[1]) of tensor i.
+  pybind11::tuple clock(size_t i) const;
+  void set_clock(size_t i, int64_t t, double first, double second);
+
+ private:
+  void check_params() const;
+  int64_t run(const std::vector<std::vector<double>>& groups);
+
+  int rule_;
+  std::vector<std::string> names_;
+  std::vector<pybind11::object> params_;  // as given: they own the memory, and are looked at again
+  std::vector<View> views_;
+  std::vector<View> state_views_;
+  int groups_ = 0;
+  StepTable table_;
+  std::vector<Grad> grads_;
+};
+
+}  // namespace fusedstep

@@ -1,0 +1,82 @@
+// fusedstep._core: a table of contents. What each entry does is said where it is defined.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "array_table.h"
+#include "dispatch.h"
+#include "pages.h"
+#include "parallel.h"
+#include "rules.h"
+#include "rules/power.h"
+
+namespace py = pybind11;
+using namespace fusedstep;
+
+namespace {
+
+// Zeroed bytes as an array that owns its pages.
+py::array allocate(size_t bytes, bool huge) {
+  auto pages = std::make_unique<Pages>(bytes, huge);
+  void* data = pages->data();
+  const py::capsule owner(pages.release(), [](void* p) { delete static_cast<Pages*>(p); });
+  return py::array_t<uint8_t>({bytes}, {1}, static_cast<uint8_t*>(data), owner);
+}
+
+// The states that a rule has under these hyperparameters.
+std::vector<bool> used_states(const std::string& name, std::vector<double> hypers) {
+  const Rule& rule = rules()[rule_number(name)];
+  if (hypers.size() != rule.hypers.size()) {
+    throw py::value_error("hypers must have " + std::to_string(rule.hypers.size()) +
+                          " entries, got " + std::to_string(hypers.size()));
+  }
+  Clock clock{1, {0, 0}};
+  double scalars[kMaxScalars];
+  const int variant = rule.prepare(hypers.data(), clock, scalars);
+  std::vector<bool> used;
+  for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(rule.uses[variant] >> s & 1);
+  return used;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled core of fusedstep. Not public: use the package.";
+
+  m.def("compiled_isas", compiled_isas);
+  m.def("usable_isas", usable_isas);
+  m.def("isa", isa);
+  m.def("lanes", [] { return kernels().lanes; });
+  m.def("set_isa", set_isa, py::arg("name"));
+
+  m.def("num_threads", num_threads);
+  m.def("set_num_threads", set_num_threads, py::arg("n"));
+  m.def("default_threads", default_threads);
+  m.def("cpu_quota", cpu_quota, py::arg("membership"), py::arg("root"));
+
+  m.attr("ALIGNMENT") = kAlignment;
+  m.attr("HUGE_FROM") = kHugeFrom;
+  m.def("allocate", allocate, py::arg("nbytes"), py::arg("huge"));
+
+  m.def("power", py::overload_cast<double, int64_t>(power), py::arg("base"), py::arg("n"));
+  m.def("power", py::overload_cast<double, double>(power), py::arg("base"), py::arg("y"));
+
+  m.def("rules", [] {
+    py::dict all;
+    for (const Rule& rule : rules()) all[py::str(rule.name)] = py::make_tuple(rule.hypers, rule.states);
+    return all;
+  });
+  m.def("used_states", used_states, py::arg("rule"), py::arg("hypers"));
+
+  py::class_<ArrayTable>(m, "StepTable")
+      .def(py::init<const std::string&, std::vector<std::string>, const py::list&,
+                    const std::vector<py::list>&, const std::vector<int>&>(),
+           py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("states"),
+           py::arg("groups"))
+      .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"))
+      .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
+           py::arg("groups"))
+      .def("clock", &ArrayTable::clock, py::arg("i"))
+      .def("set_clock", &ArrayTable::set_clock, py::arg("i"), py::arg("t"), py::arg("first"),
+           py::arg("second"));
+}

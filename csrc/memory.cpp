@@ -1,0 +1,194 @@
+// The only C++ that knows NumPy and DLPack.
+#include "memory.h"
+
+namespace py = pybind11;
+
+namespace fusedstep {
+namespace {
+
+// The DLPack ABI, https://dmlc.github.io/dlpack/latest/c_api.html
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;  // null: C-contiguous
+  uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+struct DLManagedTensorVersioned {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* context;
+  void (*deleter)(DLManagedTensorVersioned*);
+  uint64_t flags;  // bit 0: read-only, bit 1: a copy
+  DLTensor tensor;
+};
+enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };    // device types with CPU memory
+enum { kFloat = 2, kBfloat = 4 };                    // dtype codes
+
+bool dlpack_dtype(const DLTensor& t, DType& dtype) {
+  if (t.dtype.lanes != 1) return false;
+  const int code = t.dtype.code, bits = t.dtype.bits;
+  if (code == kFloat && bits == 32) return dtype = DType::f32, true;
+  if (code == kFloat && bits == 64) return dtype = DType::f64, true;
+  if (code == kFloat && bits == 16) return dtype = DType::f16, true;
+  if (code == kBfloat && bits == 16) return dtype = DType::bf16, true;
+  return false;
+}
+
+[[noreturn]] void wrong_dtype(const Label& label, const std::string& got) {
+  throw py::type_error(label.text() + " must be float32, float64, bfloat16 or float16, got " + got);
+}
+
+[[noreturn]] void not_contiguous(const Label& label) {
+  throw py::value_error(label.text() + " must be C-contiguous, got a strided array");
+}
+
+int64_t count(const int64_t* shape, int ndim) {
+  int64_t n = 1;
+  for (int i = 0; i < ndim; ++i) n *= shape[i];
+  return n;
+}
+
+bool c_contiguous(const DLTensor& t) {
+  if (!t.strides || count(t.shape, t.ndim) == 0) return true;
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] != 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
+// NumPy's built-in dtypes are singletons, so a pointer comparison settles the common case; the rest
+// (copies, foreign byte order, ml_dtypes.bfloat16) is looked at by name.
+DType numpy_dtype(const py::array& array, const Label& label) {
+  static const py::handle f32 = py::dtype::of<float>().release();
+  static const py::handle f64 = py::dtype::of<double>().release();
+  static const py::handle f16 = py::dtype("float16").release();
+  static py::handle seen_bf16;
+  const py::handle descr = py::detail::array_proxy(array.ptr())->descr;
+  if (descr.is(f32)) return DType::f32;
+  if (descr.is(seen_bf16)) return DType::bf16;
+  if (descr.is(f64)) return DType::f64;
+  if (descr.is(f16)) return DType::f16;
+  const auto text = py::str(py::getattr(descr, "name")).cast<std::string>();
+  if (!py::getattr(descr, "isnative").cast<bool>()) {
+    throw py::value_error(label.text() + " must be in native byte order, got dtype " +
+                          py::repr(descr).cast<std::string>());
+  }
+  if (text == "float32") return DType::f32;
+  if (text == "float64") return DType::f64;
+  if (text == "float16") return DType::f16;
+  if (text == "bfloat16") {
+    if (!seen_bf16) seen_bf16 = py::reinterpret_borrow<py::object>(descr).release();
+    return DType::bf16;
+  }
+  wrong_dtype(label, text);
+}
+
+View numpy_view(const py::array& array, const Label& label) {
+  static_assert(sizeof(py::ssize_t) == sizeof(int64_t), "a 64-bit system");
+  const auto* proxy = py::detail::array_proxy(array.ptr());
+  const DType dtype = numpy_dtype(array, label);
+  if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) not_contiguous(label);
+  if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
+    throw py::value_error(label.text() + " must be aligned to its item size, got an unaligned array");
+  }
+  const auto* shape = reinterpret_cast<const int64_t*>(proxy->dimensions);
+  const bool writable = (proxy->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
+  return {proxy->data, dtype, proxy->nd, shape, count(shape, proxy->nd), writable, array};
+}
+
+// The capsule of object.__dlpack__(), by the newest protocol the exporter knows.
+py::object dlpack_capsule(py::handle object) {
+  const py::object method = py::getattr(object, "__dlpack__");
+  try {
+    return method(py::arg("max_version") = py::make_tuple(1, 0), py::arg("copy") = false);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  return method();
+}
+
+View dlpack_view(py::handle object, const Label& label) {
+  const py::tuple device = py::getattr(object, "__dlpack_device__")();
+  const int type = py::int_(device[0]);
+  if (type != kCpu && type != kCudaHost && type != kRocmHost) {
+    const py::object text = py::getattr(object, "device", device);
+    throw py::value_error(label.text() + " must be in CPU memory, got device " +
+                          py::str(text).cast<std::string>());
+  }
+  // A torch tensor that takes part in autograd refuses to export; its detached alias does not.
+  py::object source = py::reinterpret_borrow<py::object>(object);
+  if (py::hasattr(object, "detach")) source = py::getattr(object, "detach")();
+
+  py::object capsule;
+  try {
+    capsule = dlpack_capsule(source);
+  } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_MemoryError)) throw;
+    py::raise_from(error, PyExc_ValueError,
+                   (label.text() + " must be exportable through DLPack, got " +
+                    py::str(error.value()).cast<std::string>()).c_str());
+    throw py::error_already_set();
+  }
+  const DLTensor* t;
+  bool writable = true, copied = false;
+  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+    const auto* managed = static_cast<DLManagedTensorVersioned*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+    writable = !(managed->flags & 1);
+    copied = (managed->flags & 2) != 0;
+    t = &managed->tensor;
+  } else {
+    t = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
+  }
+  DType dtype;
+  if (!dlpack_dtype(*t, dtype)) {
+    wrong_dtype(label, py::str(py::getattr(object, "dtype", py::str("another type"))));
+  }
+  if (!c_contiguous(*t)) not_contiguous(label);
+  static char nothing;  // an empty tensor may have no address
+  auto* data = static_cast<char*>(t->data) + t->byte_offset;
+  const int64_t n = count(t->shape, t->ndim);
+  // The capsule is kept, not consumed: its own destructor gives the memory back.
+  return {n ? data : &nothing, dtype, t->ndim, t->shape, n, writable && !copied, capsule};
+}
+
+}  // namespace
+
+View view_of(py::handle object, const Label& label) {
+  if (py::isinstance<py::array>(object)) {
+    return numpy_view(py::reinterpret_borrow<py::array>(object), label);
+  }
+  if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
+    return dlpack_view(object, label);
+  }
+  throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
+                       py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+}
+
+std::string Label::text() const {
+  return item ? std::string(argument) + "[" + *item + "]" : std::string(argument);
+}
+
+std::string shape_text(const int64_t* shape, int ndim) {
+  std::string text = "(";
+  for (int i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (ndim == 1 ? ",)" : ")");
+}
+
+}  // namespace fusedstep

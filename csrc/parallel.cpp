@@ -1,0 +1,228 @@
+// The only file that knows threads.
+#include "parallel.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cmath>
+#include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <mutex>
+#include <sstream>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fusedstep {
+namespace {
+
+// Another library may have set this thread to flush denormals or to round otherwise; the kernels'
+// results must not depend on it.
+class FloatMode {
+ public:
+#if defined(__x86_64__)
+  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~FloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FloatMode() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~FloatMode() { __asm__ volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+// One loop: pieces are handed out by a counter, so a slow core takes fewer of them.
+struct Job {
+  const std::function<void(int64_t, int64_t)>& body;
+  int64_t n, grain;
+  std::atomic<int64_t> next{0};
+
+  void work() {
+    const FloatMode mode;
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= n) return;
+      body(begin, std::min(n, begin + grain));
+    }
+  }
+};
+
+class Pool {
+ public:
+  // Runs the job with up to `threads` threads, or returns false if another thread's job is running.
+  // A worker that wakes after the work is done finds no job and sleeps on: nobody waits for it.
+  bool run(Job& job, int threads) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return false;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_.size()) < threads - 1) {
+        workers_.emplace_back([this] { serve(); });
+        workers_.back().detach();
+      }
+      job_ = &job;
+      open_ = threads - 1;
+      ++round_;
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    job_ = nullptr;
+    idle_.wait(lock, [this] { return active_ == 0; });
+    return true;
+  }
+
+ private:
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (int64_t seen = 0;;) {
+      wake_.wait(lock, [&] { return job_ && round_ != seen && open_ > 0; });
+      seen = round_;
+      --open_;
+      ++active_;
+      Job* job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_ == 0) idle_.notify_one();
+    }
+  }
+
+  std::mutex turn_;  // held by the thread whose job is running
+  std::mutex mutex_;
+  std::condition_variable wake_, idle_;
+  std::vector<std::thread> workers_;
+  Job* job_ = nullptr;
+  int64_t round_ = 0;
+  int open_ = 0, active_ = 0;  // places left in this job; workers inside it
+};
+
+// Never destroyed: its workers sleep until the process ends. A forked child has none of them, so it
+// gets a new pool and leaves the old one's locks alone.
+Pool* pool = nullptr;
+
+Pool& the_pool() {
+  static const bool once = [] {
+    pool = new Pool;
+    return pthread_atfork(nullptr, nullptr, [] { pool = new Pool; }) == 0;
+  }();
+  static_cast<void>(once);
+  return *pool;
+}
+
+int affinity() {
+#if defined(__linux__)
+  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {  // the kernel refuses a mask that is too short
+    cpu_set_t* mask = CPU_ALLOC(cpus);
+    const size_t size = CPU_ALLOC_SIZE(cpus);
+    const bool fits = sched_getaffinity(0, size, mask) == 0;
+    const int count = fits ? CPU_COUNT_S(size, mask) : 0;
+    const bool too_short = !fits && errno == EINVAL;
+    CPU_FREE(mask);
+    if (count > 0) return count;
+    if (!too_short) break;
+  }
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+std::string read(const std::string& path) {
+  std::ifstream file(path);
+  std::ostringstream text;
+  text << file.rdbuf();
+  return text.str();
+}
+
+int environment_threads() {
+  const char* text = std::getenv("FUSEDSTEP_NUM_THREADS");
+  if (!text || !*text) return default_threads();
+  char* end;
+  const long n = std::strtol(text, &end, 10);
+  if (*end || n < 1 || n > 4096) {
+    throw std::invalid_argument("FUSEDSTEP_NUM_THREADS must be an integer from 1 to 4096, got '" +
+                                std::string(text) + "'");
+  }
+  return static_cast<int>(n);
+}
+
+std::atomic<int> threads{0};
+
+}  // namespace
+
+double cpu_quota(const std::string& membership, const std::string& root) {
+  double quota = 0;
+  const auto tighten = [&](double used, double period) {
+    if (used > 0 && period > 0) quota = quota > 0 ? std::min(quota, used / period) : used / period;
+  };
+  std::istringstream lines(membership);
+  for (std::string line; std::getline(lines, line);) {  // hierarchy:controllers:path
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool v2 = controllers == ",,", v1 = controllers.find(",cpu,") != std::string::npos;
+    if (!v1 && !v2) continue;
+    std::string path = line.substr(second + 1);
+    for (;;) {  // a group is also bound by the quotas above it
+      const std::string directory = root + (v1 ? "/cpu" : "") + path;
+      if (v2) {
+        std::istringstream text(read(directory + "/cpu.max"));
+        double used = 0, period = 0;
+        if (text >> used >> period) tighten(used, period);  // "max 100000" has no quota
+      } else {
+        tighten(std::atof(read(directory + "/cpu.cfs_quota_us").c_str()),
+                std::atof(read(directory + "/cpu.cfs_period_us").c_str()));
+      }
+      if (path.empty() || path == "/") break;
+      path.resize(path.rfind('/'));
+    }
+  }
+  return quota;
+}
+
+int default_threads() {
+  int cores = affinity();
+  const double quota = cpu_quota(read("/proc/self/cgroup"), "/sys/fs/cgroup");
+  if (quota > 0) cores = std::min(cores, static_cast<int>(std::ceil(quota)));
+  const char* processes = std::getenv("LOCAL_WORLD_SIZE");
+  return std::max(1, cores / std::max(1, processes ? std::atoi(processes) : 1));
+}
+
+int num_threads() {
+  int n = threads.load();
+  if (n == 0) threads.store(n = environment_threads());
+  return n;
+}
+
+void set_num_threads(int n) {
+  if (n < 1 || n > 4096) {
+    throw std::invalid_argument("n must be an integer from 1 to 4096, got " + std::to_string(n));
+  }
+  threads.store(n);
+}
+
+void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  if (n <= 0) return;
+  Job job{body, n, grain};
+  const int useful = static_cast<int>(std::min<int64_t>(num_threads(), (n + grain - 1) / grain));
+  if (useful <= 1 || !the_pool().run(job, useful)) job.work();
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,72 @@
+// Turns the registry into run-time tables. The equations are not compiled here, only the scalars.
+#include "rules.h"
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+#define FUSEDSTEP_TARGET host
+#include "rules/registry.h"
+
+namespace fusedstep {
+namespace {
+
+std::vector<std::string> words(const char* text) {
+  std::istringstream stream(text);
+  std::vector<std::string> result;
+  for (std::string word; stream >> word;) result.push_back(word);
+  return result;
+}
+
+template <class R>
+int prepare(const double* hypers, Clock& clock, double* scalars) {
+  typename R::Hypers h;
+  std::memcpy(&h, hypers, sizeof(h));
+  typename R::template Step<double, 0> step;
+  static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars, "kernels.h: kMaxScalars");
+  static_assert(sizeof(h) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
+  const int variant = R::prepare(h, clock, step);
+  std::memcpy(scalars, &step, sizeof(step));
+  return variant;
+}
+
+template <class R, int kVariant = 0>
+void add_uses(std::vector<unsigned>& uses) {
+  unsigned mask = 0, bit = 1;
+  for (bool has : R::template Step<double, kVariant>::kHas) mask |= has ? bit : 0, bit <<= 1;
+  uses.push_back(mask);
+  if constexpr (kVariant + 1 < R::kVariants) add_uses<R, kVariant + 1>(uses);
+}
+
+template <class R>
+Rule describe() {
+  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, prepare<R>};
+  add_uses<R>(rule.uses);
+  if (rule.hypers.size() * sizeof(double) != sizeof(typename R::Hypers)) {
+    throw std::logic_error(rule.name + ": kHypers and Hypers differ in length");
+  }
+  return rule;
+}
+
+template <class... R>
+std::vector<Rule> describe_all(host::List<R...>) {
+  return {describe<R>()...};
+}
+
+}  // namespace
+
+const std::vector<Rule>& rules() {
+  static const std::vector<Rule> all = describe_all(host::Registry{});
+  return all;
+}
+
+int rule_number(const std::string& name) {
+  std::string known;
+  for (size_t i = 0; i < rules().size(); ++i) {
+    if (rules()[i].name == name) return static_cast<int>(i);
+    known += (i ? ", " : "") + rules()[i].name;
+  }
+  throw std::invalid_argument("rule must be one of " + known + ", got '" + name + "'");
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,29 @@
+// The rules as the host sees them: names, states, and the scalars of the next step.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fusedstep {
+
+struct Clock;
+
+struct Rule {
+  std::string name;
+  std::vector<std::string> hypers, states;
+  std::vector<unsigned> uses;  // per variant, bit i: it has state i
+
+  // Writes the rule's scalars for update number clock.t, advances what the clock carries, and
+  // returns the variant to run.
+  int (*prepare)(const double* hypers, Clock& clock, double* scalars);
+};
+
+// In registry order, so that the place is the rule's number in Kernels::find.
+const std::vector<Rule>& rules();
+
+// The number of a rule; throws std::invalid_argument for an unknown name.
+int rule_number(const std::string& name);
+
+}  // namespace fusedstep

@@ -1,0 +1,185 @@
+// A step: check, prepare the scalars, sweep, and only then count.
+#include "step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace fusedstep {
+namespace {
+
+// Pieces of a segment start at multiples of this many elements, whole registers and cache lines.
+constexpr int64_t kPiece = 64;
+
+// Elements that one thread takes at a time. A smaller step stays on the calling thread.
+constexpr int64_t kGrain = 1 << 15;
+
+int pair_of(DType param, DType grad) {
+  for (int i = 0; i < kPairs; ++i) {
+    if (kTypePairs[i].param == param && kTypePairs[i].grad == grad) return i;
+  }
+  return -1;
+}
+
+bool same(const Clock& a, const Clock& b) {
+  return a.t == b.t && a.carry[0] == b.carry[0] && a.carry[1] == b.carry[1];
+}
+
+int64_t round_up(int64_t at, int64_t n) { return std::min(n, (at + kPiece - 1) / kPiece * kPiece); }
+
+// One step at a time per table: the second thread is told, not let in.
+class Turn {
+ public:
+  explicit Turn(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true)) {
+      throw std::runtime_error("this optimizer is already stepping in another thread");
+    }
+  }
+  ~Turn() { busy_ = false; }
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+// All segments end to end: [starts[i], starts[i+1]) are segment i's elements.
+void sweep(const std::vector<Segment>& segments) {
+  std::vector<int64_t> starts(segments.size() + 1, 0);
+  for (size_t i = 0; i < segments.size(); ++i) starts[i + 1] = starts[i] + segments[i].n;
+  parallel_for(starts.back(), kGrain, [&](int64_t begin, int64_t end) {
+    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; i < static_cast<int64_t>(segments.size()) && starts[i] < end; ++i) {
+      const Segment& segment = segments[i];
+      const int64_t from = round_up(std::max<int64_t>(0, begin - starts[i]), segment.n);
+      const int64_t to = round_up(std::min(segment.n, end - starts[i]), segment.n);
+      if (from < to) segment.kernel(segment, from, to);
+    }
+  });
+}
+
+}  // namespace
+
+const char* dtype_name(DType dtype) {
+  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
+}
+
+int64_t dtype_bytes(DType dtype) {
+  constexpr int64_t bytes[] = {4, 8, 2, 2};
+  return bytes[static_cast<int>(dtype)];
+}
+
+std::string StepTable::describe(const Range& range) const {
+  const std::string& name = tensors_[range.tensor].name;
+  if (range.stream < 0) return "params[" + name + "]";
+  return "state[" + name + "]['" + rules()[rule_].states[range.stream] + "']";
+}
+
+void StepTable::set_tensors(std::vector<Tensor> tensors) {
+  std::swap(tensors_, tensors);
+  std::vector<Range> written;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Tensor& t = tensors_[i];
+    const auto add = [&](void* data, DType dtype, int stream) {
+      const auto begin = reinterpret_cast<uintptr_t>(data);
+      if (data && t.n > 0) written.push_back({begin, begin + t.n * dtype_bytes(dtype), i, stream});
+    };
+    add(t.param, t.dtype, -1);
+    const DType state_type = t.dtype == DType::f64 ? DType::f64 : DType::f32;
+    for (int s = 0; s < kMaxStates; ++s) add(t.state[s], state_type, s);
+  }
+  std::sort(written.begin(), written.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < written.size(); ++i) {
+    if (written[i].begin < written[i - 1].end) {
+      const std::string message = describe(written[i - 1]) + " and " + describe(written[i]) +
+                                  " must not share memory, got overlapping buffers";
+      std::swap(tensors_, tensors);
+      throw std::invalid_argument(message);
+    }
+  }
+  written_ = std::move(written);
+  checked_.assign(tensors_.size(), Grad{nullptr, DType::f32});
+}
+
+void StepTable::check(const std::vector<Grad>& grads) const {
+  if (grads.size() != tensors_.size()) {
+    throw std::invalid_argument("grads must have one entry per parameter (" +
+                                std::to_string(tensors_.size()) + "), got " +
+                                std::to_string(grads.size()));
+  }
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& t = tensors_[i];
+    const Grad &grad = grads[i], &last = checked_[i];
+    if (!grad.data || (grad.data == last.data && grad.dtype == last.dtype)) continue;
+    if (pair_of(t.dtype, grad.dtype) < 0) {
+      std::string expected = dtype_name(t.dtype);
+      if (t.dtype == DType::f32) expected = "float32, bfloat16 or float16";
+      throw std::invalid_argument("grads[" + t.name + "] must be " + expected + " for a " +
+                                  dtype_name(t.dtype) + " parameter, got " +
+                                  dtype_name(grad.dtype));
+    }
+    const auto begin = reinterpret_cast<uintptr_t>(grad.data);
+    const uintptr_t end = begin + t.n * dtype_bytes(grad.dtype);
+    const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
+                                       [](uintptr_t at, const Range& r) { return at < r.end; });
+    if (t.n > 0 && next != written_.end() && next->begin < end) {
+      throw std::invalid_argument("grads[" + t.name + "] must not share memory with " +
+                                  describe(*next) + ", got overlapping buffers");
+    }
+  }
+}
+
+int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups) {
+  const Turn turn(stepping_);
+  check(grads);
+  checked_ = grads;
+
+  const Rule& rule = rules()[rule_];
+  const auto& kernel_of = kernels().find[rule_];
+  std::vector<Segment> segments;
+  std::vector<Clock> clocks(tensors_.size());
+  std::vector<std::array<double, kMaxScalars>> scalars(tensors_.size());
+  segments.reserve(tensors_.size());
+  int64_t elements = 0;
+  int variant = 0;
+  const Tensor* last = nullptr;  // the tensor that scalars, variant and decay were prepared for
+  const Clock* after = nullptr;
+  const double* prepared = nullptr;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Tensor& t = tensors_[i];
+    clocks[i] = t.clock;
+    if (!grads[i].data) continue;
+    const Group& group = groups[t.group];
+    const bool coupled = group.weight_decay != 0 && !group.decoupled;
+    if (last && last->group == t.group && same(last->clock, t.clock)) {
+      clocks[i] = *after;
+    } else {
+      double* s = scalars[i].data();
+      ++clocks[i].t;
+      s[0] = group.maximize ? -1 : 1;
+      s[1] = coupled ? group.weight_decay : 1 - group.hypers[0] * group.weight_decay;
+      if (!coupled && group.weight_decay == 0) s[1] = 1;  // even where lr is infinite
+      variant = rule.prepare(group.hypers.data(), clocks[i], s + 2);
+      last = &t, after = &clocks[i], prepared = s;
+    }
+    if (t.n == 0) continue;
+    Segment segment = {t.param, grads[i].data, {}, t.n, prepared, nullptr};
+    for (int s = 0; s < kMaxStates; ++s) {
+      if (!(rule.uses[variant] >> s & 1)) continue;
+      segment.state[s] = t.state[s];
+      if (!t.state[s]) throw std::logic_error("state[" + t.name + "] lacks " + rule.states[s]);
+    }
+    const Decay decay = coupled ? kCoupled : kScaled;
+    segment.kernel = kernel_of[variant][decay][pair_of(t.dtype, grads[i].dtype)];
+    segments.push_back(segment);
+    elements += t.n;
+  }
+  sweep(segments);
+  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].clock = clocks[i];
+  return elements;
+}
+
+}  // namespace fusedstep
