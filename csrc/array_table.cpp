@@ -144,6 +144,22 @@ int64_t ArrayTable::run(const std::vector<std::vector<double>>& groups) {
   return table_.step(grads_, converted);
 }
 
+std::vector<py::tuple> ArrayTable::shapes() const {
+  std::vector<py::tuple> all;
+  for (const View& view : views_) {
+    py::tuple shape(view.ndim);
+    for (int i = 0; i < view.ndim; ++i) shape[i] = view.shape[i];
+    all.push_back(std::move(shape));
+  }
+  return all;
+}
+
+std::vector<std::string> ArrayTable::dtypes() const {
+  std::vector<std::string> all;
+  for (const View& view : views_) all.emplace_back(dtype_name(view.dtype));
+  return all;
+}
+
 py::tuple ArrayTable::clock(size_t i) const {
   const Clock& clock = table_.tensors().at(i).clock;
   return py::make_tuple(clock.t, clock.carry[0], clock.carry[1]);

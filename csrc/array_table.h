@@ -27,6 +27,10 @@ class ArrayTable {
   int64_t step_flat(pybind11::handle grads, const std::vector<int64_t>& offsets,
                     const std::vector<std::vector<double>>& groups);
 
+  // Shapes and dtype names of the parameters.
+  std::vector<pybind11::tuple> shapes() const;
+  std::vector<std::string> dtypes() const;
+
   // (updates done, carry[0], carry[1]) of tensor i.
   pybind11::tuple clock(size_t i) const;
   void set_clock(size_t i, int64_t t, double first, double second);

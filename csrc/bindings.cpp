@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+
 #include "array_table.h"
 #include "dispatch.h"
 #include "pages.h"
@@ -43,6 +45,7 @@ std::vector<bool> used_states(const std::string& name, std::vector<double> hyper
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of fusedstep. Not public: use the package.";
 
+  m.attr("COMPILER") = FUSEDSTEP_COMPILER;
   m.def("compiled_isas", compiled_isas);
   m.def("usable_isas", usable_isas);
   m.def("isa", isa);
@@ -76,6 +79,8 @@ PYBIND11_MODULE(_core, m) {
       .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"))
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
            py::arg("groups"))
+      .def("shapes", &ArrayTable::shapes)
+      .def("dtypes", &ArrayTable::dtypes)
       .def("clock", &ArrayTable::clock, py::arg("i"))
       .def("set_clock", &ArrayTable::set_clock, py::arg("i"), py::arg("t"), py::arg("first"),
            py::arg("second"));

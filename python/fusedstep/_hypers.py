@@ -1,0 +1,111 @@
+"""Hyperparameters: what each name means, which values it takes, and how a rule reads it.
+
+One table for every optimizer: a name means the same and is checked the same wherever it occurs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Hyper(NamedTuple):
+    """A hyperparameter's rule in words, its test, and its line in the docstrings."""
+
+    rule: str
+    accepts: Callable[[Any], bool]
+    doc: str
+
+
+def _at_least_0(x: float) -> bool:
+    return x >= 0
+
+
+def _in_unit(x: float) -> bool:
+    return 0 <= x < 1
+
+
+def _flag(doc: str) -> Hyper:
+    return Hyper("True or False", lambda x: isinstance(x, bool), doc)
+
+
+def _any(doc: str) -> Hyper:
+    return Hyper("finite", math.isfinite, doc)
+
+
+# The ranges are torch.optim's; what torch leaves open must still be a finite number.
+HYPERS: dict[str, Hyper] = {
+    "lr": Hyper(">= 0", _at_least_0, "learning rate, or a callable of the step, from 0"),
+    "betas": Hyper("in [0, 1)", _in_unit, "decay rates of the two moving averages"),
+    "eps": Hyper(">= 0", _at_least_0, "added to the denominator"),
+    "weight_decay": Hyper(">= 0", _at_least_0, "weight decay, coupled: `g + weight_decay*p`"),
+    "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu"),
+    "dampening": _any("share tau of each new gradient kept out of the momentum buffer"),
+    "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),
+    "lr_decay": Hyper(">= 0", _at_least_0, "lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
+    "initial_accumulator_value": Hyper(">= 0", _at_least_0, "the sum of squares to begin with"),
+    "alpha": Hyper(">= 0", _at_least_0, "decay rate of the mean square"),
+    "centered": _flag("divides by an estimate of the standard deviation, not of the raw moment"),
+    "rho": Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "decay rate of both mean squares"),
+    "amsgrad": _flag("divides by the largest second moment so far"),
+    "bias_correction": _flag("divides the averages by `1 - beta^t`; False is the plain form"),
+    "momentum_decay": Hyper(">= 0", _at_least_0, "psi, how fast the momentum warms up"),
+    "lambd": _any("decay term"),
+    "t0": _any("update at which averaging begins"),
+    "etas": Hyper("as 0 < etas[0] < 1 < etas[1]", math.isfinite, "factors by which steps change"),
+    "step_sizes": Hyper("not NaN", lambda x: not math.isnan(x), "smallest and largest step"),
+    "maximize": _flag("climbs instead of descending"),
+    "decoupled_weight_decay": _flag("shrinks p by `1 - lr*weight_decay` and leaves g alone"),
+}
+
+# How the rules name the two halves of a pair (kHypers in csrc/rules).
+PAIRS = {
+    "betas": ("beta1", "beta2"),
+    "etas": ("eta_minus", "eta_plus"),
+    "step_sizes": ("step_size_min", "step_size_max"),
+}
+
+
+def _number(name: str, value: Any, hyper: Hyper) -> float:
+    scalar = not isinstance(value, str | bytes | bool | np.bool_) and np.ndim(value) == 0
+    try:
+        number = float(value) if scalar else None
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a number {hyper.rule}, got {value!r}")
+    if not hyper.accepts(number):
+        raise ValueError(f"{name} must be {hyper.rule}, got {value!r}")
+    return number
+
+
+def check(name: str, value: Any, hyper: Hyper) -> Any:
+    """`value` as a float, a pair of floats or a bool; TypeError or ValueError if it is neither."""
+    if name in PAIRS:
+        try:
+            first, second = value
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
+        pair = _number(f"{name}[0]", first, hyper), _number(f"{name}[1]", second, hyper)
+        if name == "etas" and not 0 < pair[0] < 1 < pair[1]:
+            raise ValueError(f"etas must be {hyper.rule[3:]}, got {value!r}")
+        return pair
+    if hyper.rule == "True or False":
+        if isinstance(value, np.bool_):
+            return bool(value)
+        if not hyper.accepts(value):
+            raise TypeError(f"{name} must be {hyper.rule}, got {value!r}")
+        return value
+    return _number(name, value, hyper)
+
+
+def flatten(hypers: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under the rules' names, pairs split in two."""
+    flat = dict(hypers)
+    for name, halves in PAIRS.items():
+        if name in flat:
+            flat.update(zip(halves, flat.pop(name), strict=True))
+    return flat

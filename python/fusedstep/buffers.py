@@ -1,0 +1,307 @@
+"""FlatBuffer: many named arrays in one aligned allocation; and foreign arrays seen as NumPy's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fusedstep import _core, _runtime
+
+__all__ = ["FlatBuffer"]
+
+Array = NDArray[Any]
+Key = str | int
+Shapes = Mapping[Key, tuple[int, ...]]
+
+# Elements between segment starts are a multiple of this: 64 bytes of the smallest type, so that one
+# layout is 64-byte aligned under every dtype and a parameter's states sit at its own offsets.
+_ALIGN_ELEMENTS = _core.ALIGNMENT // 2
+
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
+    """`dtype` as NumPy's, `"bfloat16"` included; TypeError for one that no kernel takes."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise TypeError(
+                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'"
+            ) from error
+        return np.dtype(ml_dtypes.bfloat16)
+    result = np.dtype(dtype)
+    if result.name not in _DTYPES:
+        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {result.name}")
+    return result
+
+
+def as_array(value: Any, name: str) -> Array:
+    """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy."""
+    if isinstance(value, np.ndarray):
+        return value
+    if hasattr(value, "detach"):  # a torch tensor, which exports only outside autograd
+        value = value.detach()
+        if str(value.dtype) == "torch.bfloat16":  # NumPy has no bfloat16 of its own
+            bits: Array = value.view(sys.modules["torch"].int16).numpy()
+            return bits.view(as_dtype("bfloat16", name))
+    if not hasattr(value, "__dlpack__"):
+        raise TypeError(
+            f"{name} must be a NumPy array or a DLPack exporter, got {type(value).__name__}"
+        )
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError) as error:
+        device = getattr(value, "device", "another device")
+        raise ValueError(f"{name} must be in CPU memory, got device {device}: {error}") from error
+
+
+class _Layout:
+    """Where each named array lies in a flat one, in elements; shared by buffers of one shape."""
+
+    __slots__ = ("n", "offsets", "shapes")
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = dict(shapes)
+        self.offsets: list[int] = []
+        end = 0
+        for shape in self.shapes.values():
+            self.offsets.append(end)
+            end += -(-prod(shape) // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
+        self.n = end
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Layout):
+            return NotImplemented
+        return self is other or list(self.shapes.items()) == list(other.shapes.items())
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, mutable parts inside
+
+
+def _as_shapes(shapes: Any, name: str) -> Shapes:
+    items = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes)
+    result: dict[Key, tuple[int, ...]] = {}
+    for key, shape in items:
+        dims = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not all(isinstance(d, int | np.integer) and d >= 0 for d in dims):
+            raise ValueError(f"{name}[{key}] must be integers >= 0, got {shape!r}")
+        result[key] = tuple(int(d) for d in dims)
+    return result
+
+
+class FlatBuffer(Mapping[Key, Array]):
+    """Named arrays, back to back in one allocation, each a view of it with its own shape.
+
+    A step sweeps a buffer from end to end instead of visiting scattered arrays. Each array starts
+    at a multiple of 64 bytes; the gaps between them are zero and no step writes them. Buffers of
+    4 MiB and more ask for transparent huge pages unless `set_huge_pages(False)`.
+
+    Made by `pack` (from arrays), `zeros` (from shapes) or `over` (on memory of your own).
+    `buffer[name]` is a view; `buffer[name] = x` copies `x` into it.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> params = fs.FlatBuffer.pack({"w": np.ones((2, 3), np.float32), "b": np.zeros(3, "f4")})
+        >>> params["w"][0, 0] = 5
+        >>> params
+        FlatBuffer(2 arrays, 9 elements, float32, 256 bytes)
+        >>> grads = params.zeros_like()
+        >>> {name: view.shape for name, view in grads.items()}
+        {'w': (2, 3), 'b': (3,)}
+    """
+
+    __slots__ = ("_flat", "_layout", "_views")
+
+    def __init__(self, layout: _Layout, flat: Array) -> None:
+        # Not public: pack, zeros and over make the layout and the memory that fit each other.
+        self._layout = layout
+        self._flat = flat
+        self._views: dict[Key, Array] = {
+            key: flat[at : at + prod(shape)].reshape(shape)
+            for (key, shape), at in zip(layout.shapes.items(), layout.offsets, strict=True)
+        }
+
+    @classmethod
+    def pack(
+        cls,
+        arrays: Mapping[str, Any] | Iterable[Any],
+        *,
+        dtype: DTypeLike | None = None,
+        huge_pages: bool | None = None,
+    ) -> FlatBuffer:
+        """Copies `arrays` into a new buffer.
+
+        Args:
+            arrays: a dict of arrays, which keep their names, or a sequence, numbered from 0.
+            dtype: converts them; without it they must all have one dtype, and keep it.
+            huge_pages: overrides `fusedstep.huge_pages()` for this buffer.
+
+        Raises:
+            TypeError: something is not an array, or the dtypes differ or are not supported.
+        """
+        if isinstance(arrays, np.ndarray) or hasattr(arrays, "__dlpack__"):
+            raise TypeError("arrays must be a dict or a sequence of arrays, got one array")
+        items = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
+        given: dict[Key, Array] = {k: as_array(a, f"arrays[{k}]") for k, a in items}
+        if dtype is None:
+            found = {a.dtype for a in given.values()}
+            if len(found) > 1:
+                listed = ", ".join(f"{k}: {a.dtype.name}" for k, a in list(given.items())[:8])
+                raise TypeError(f"arrays must share one dtype unless dtype= is given, got {listed}")
+            dtype = found.pop() if found else np.float32
+        buffer = cls.zeros({k: a.shape for k, a in given.items()}, dtype, huge_pages=huge_pages)
+        for key, array in given.items():
+            buffer[key][...] = array
+        return buffer
+
+    @classmethod
+    def zeros(
+        cls,
+        shapes: Any,
+        dtype: DTypeLike = np.float32,
+        *,
+        huge_pages: bool | None = None,
+    ) -> FlatBuffer:
+        """A buffer of zeros.
+
+        Args:
+            shapes: a dict of shapes, or a sequence of them, numbered from 0.
+            dtype: float32, float64, float16 or bfloat16.
+            huge_pages: overrides `fusedstep.huge_pages()` for this buffer.
+        """
+        return cls._allocate(_Layout(_as_shapes(shapes, "shapes")), as_dtype(dtype), huge_pages)
+
+    @classmethod
+    def _allocate(
+        cls, layout: _Layout, dtype: np.dtype[Any], huge_pages: bool | None = None
+    ) -> FlatBuffer:
+        huge = _runtime.huge_pages() if huge_pages is None else huge_pages
+        memory = _core.allocate(layout.n * dtype.itemsize, huge)
+        return cls(layout, memory.view(dtype))
+
+    @classmethod
+    def over(cls, memory: Array, shapes: Any) -> FlatBuffer:
+        """A buffer on the caller's memory, whose values it keeps: nothing is copied or cleared.
+
+        The buffer starts at the first 64-byte boundary of `memory`, which for `np.memmap` and
+        other page-aligned memory is its first element. `np.memmap` keeps a training state on disk.
+
+        Args:
+            memory: a contiguous 1-D array of a supported dtype, at least `FlatBuffer.n_for(shapes)`
+                elements from its first 64-byte boundary on. Read-only memory makes read-only views.
+            shapes: as for `zeros`, or a FlatBuffer whose shapes to take.
+        """
+        if not isinstance(memory, np.ndarray):
+            raise TypeError(f"memory must be a NumPy array, got {type(memory).__name__}")
+        dtype = as_dtype(memory.dtype, "memory.dtype")
+        if memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.aligned:
+            raise ValueError(
+                f"memory must be one-dimensional, contiguous and aligned, got shape {memory.shape}"
+                f" with strides {memory.strides}"
+            )
+        layout = shapes._layout if isinstance(shapes, cls) else _Layout(_as_shapes(shapes, "shapes"))
+        address = memory.__array_interface__["data"][0]
+        skip = -address % _core.ALIGNMENT // dtype.itemsize
+        if memory.size < layout.n + skip:
+            raise ValueError(
+                f"memory must have at least {layout.n + skip} elements ({skip} to the first 64-byte"
+                f" boundary), got {memory.size}"
+            )
+        return cls(layout, memory[skip : skip + layout.n])
+
+    @staticmethod
+    def n_for(shapes: Any) -> int:
+        """The number of elements, gaps included, that a buffer of these shapes takes."""
+        return _Layout(_as_shapes(shapes, "shapes")).n
+
+    def zeros_like(
+        self, dtype: DTypeLike | None = None, *, huge_pages: bool | None = None
+    ) -> FlatBuffer:
+        """A buffer of zeros with the same names, shapes and offsets, for gradients or states."""
+        found = self.dtype if dtype is None else as_dtype(dtype)
+        return self._allocate(self._layout, found, huge_pages)
+
+    def copy(self, *, huge_pages: bool | None = None) -> FlatBuffer:
+        """A buffer of its own memory with the same names, shapes and values."""
+        result = self._allocate(self._layout, self.dtype, huge_pages)
+        result._flat[...] = self._flat
+        return result
+
+    @property
+    def flat(self) -> Array:
+        """The whole memory as one 1-D array, the zero gaps between the arrays included."""
+        return self._flat
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype that all arrays share."""
+        return self._flat.dtype
+
+    @property
+    def shapes(self) -> dict[Key, tuple[int, ...]]:
+        """The shape of each array."""
+        return dict(self._layout.shapes)
+
+    @property
+    def n(self) -> int:
+        """The number of elements in the arrays, gaps not included."""
+        return sum(prod(shape) for shape in self._layout.shapes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole memory, gaps included."""
+        return int(self._flat.nbytes)
+
+    def __getitem__(self, key: Key) -> Array:
+        try:
+            return self._views[key]
+        except KeyError:
+            raise KeyError(f"no array named {key!r}; there are {list(self._views)[:8]}") from None
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        view = self[key]
+        array = np.asarray(value)
+        if array.ndim and array.shape != view.shape:
+            raise ValueError(f"value for [{key}] must have shape {view.shape}, got {array.shape}")
+        view[...] = array
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._views
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # as arrays do not compare to one truth value
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"FlatBuffer({len(self)} arrays, {self.n} elements, {self.dtype.name},"
+            f" {self.nbytes} bytes)"
+        )
+
+    def __copy__(self) -> FlatBuffer:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatBuffer:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (dict(self._layout.shapes), self.dtype.name, dict(self._views))
+
+
+def _unpickle(shapes: Shapes, dtype: str, arrays: dict[Key, Array]) -> FlatBuffer:
+    buffer = FlatBuffer.zeros(shapes, dtype)
+    for key, array in arrays.items():
+        buffer[key][...] = array
+    return buffer

@@ -1,0 +1,1204 @@
+"""The optimizers, each a small class: its arguments, its equation in the docstring, its rule's name.
+
+What they share is `Optimizer`; what a step does is in csrc/. In order of increasing complexity.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fusedstep import _core
+from fusedstep._hypers import HYPERS, Hyper, check, flatten
+from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
+
+Schedule = Callable[[int], float]
+Rate = float | Schedule
+Pair = tuple[float, float]
+Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
+Grads = Any  # as Params, with None for a tensor that sits the step out
+
+_RULES = _core.rules()
+
+# Keys that torch keeps in param_groups beside the hyperparameters. They say how torch computes, not
+# what, or belong to a scheduler, so a checkpoint may carry them.
+_TORCH_ONLY = frozenset(
+    "foreach fused capturable differentiable param_names initial_lr max_lr min_lr swa_lr"
+    " base_momentum max_momentum".split()
+)
+
+
+class StepReport(NamedTuple):
+    """What one step did."""
+
+    step: int  # steps taken, this one included
+    lr: float  # of the first group
+    elements: int  # updated; tensors without a gradient are not counted
+
+
+class Group:
+    """Hyperparameters for the parameters whose names match a pattern.
+
+    Args:
+        pattern: a shell-style pattern (`fnmatch`: `*`, `?`, `[...]`) or several of them. A
+            parameter belongs to the first group that matches its name; unnamed parameters are
+            called `0`, `1`, ...
+        **hypers: what differs from the optimizer's own arguments.
+
+    Example:
+        >>> import fusedstep as fs
+        >>> fs.Group(["*.bias", "norm*"], weight_decay=0.0)
+        Group(['*.bias', 'norm*'], weight_decay=0.0)
+    """
+
+    def __init__(self, pattern: str | Sequence[str], **hypers: Any) -> None:
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+        if not patterns or not all(isinstance(p, str) for p in patterns):
+            raise TypeError(f"pattern must be a string or several, got {pattern!r}")
+        self.patterns = patterns
+        self.hypers = hypers
+
+    def matches(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to the group."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+
+    def __repr__(self) -> str:
+        pattern = self.patterns[0] if len(self.patterns) == 1 else self.patterns
+        return f"Group({', '.join([repr(pattern), *_assignments(self.hypers)])})"
+
+
+class ParamGroup(MutableMapping[str, Any]):
+    """The hyperparameters of one group, checked when written; a write takes effect at the next step.
+
+    `group["params"]` lists the group's parameters by number and is read-only.
+    """
+
+    def __init__(self, hypers: dict[str, Any], table: Mapping[str, Hyper], params: list[int]):
+        self._table = table
+        self._params = params
+        self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
+        self._native: list[float] | None = None
+
+    def _check(self, name: str, value: Any) -> Any:
+        if name == "lr" and callable(value):
+            return value
+        return check(name, value, self._table[name])
+
+    def __getitem__(self, name: str) -> Any:
+        return list(self._params) if name == "params" else self._hypers[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self._hypers:
+            known = ", ".join(self._hypers)
+            raise ValueError(f"hyperparameter must be one of {known}, got {name!r}")
+        self._hypers[name] = self._check(name, value)
+        self._native = None
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name} must stay: a group keeps all its hyperparameters")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._hypers, "params"))
+
+    def __len__(self) -> int:
+        return len(self._hypers) + 1
+
+    def __repr__(self) -> str:
+        return f"ParamGroup({', '.join(_assignments(self._hypers))}, params={self._params})"
+
+
+def _assignments(hypers: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={value!r}" for name, value in hypers.items()]
+
+
+def _name_params(params: Params) -> dict[Key, Any]:
+    if isinstance(params, Mapping):
+        named = dict(params.items())
+    elif isinstance(params, np.ndarray) or hasattr(params, "__dlpack__"):
+        named = {0: params}
+    elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
+        named = dict(enumerate(params))
+    else:
+        raise TypeError(
+            "params must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+            f" got {type(params).__name__}"
+        )
+    if len({str(key) for key in named}) < len(named):
+        raise ValueError(f"params must have distinct names, got {list(named)[:8]}")
+    return named
+
+
+class Optimizer:
+    """What all optimizers share: groups, state, steps and checkpoints.
+
+    An optimizer updates its parameters in place, and holds on to them. It takes one array, a
+    sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch CPU
+    tensors, or anything else that exports CPU memory through DLPack. All must be C-contiguous and
+    writable, float32, float64, float16 or bfloat16. States are float32, or float64 for float64
+    parameters, in flat buffers of their own.
+
+    A call that raises has changed nothing.
+    """
+
+    _rule: ClassVar[str]
+    _fixed: ClassVar[dict[str, Any]] = {}  # hyperparameters that a class does not leave open
+    _hyper_table: ClassVar[dict[str, Hyper]] = HYPERS
+    _carried: ClassVar[tuple[str, ...]] = ()  # state_dict names of what a rule's clock carries
+    _counts_steps: ClassVar[bool] = True  # torch keeps `step` in the state
+
+    def __init_subclass__(cls) -> None:
+        """Completes the class's docstring with the arguments, from the one table of them."""
+        lines = [
+            "    params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`."
+        ]
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            if name in cls._hyper_table:
+                lines.append(f"    {name}: {cls._hyper_table[name].doc} ({parameter.default!r}).")
+        lines.append("    groups: `Group`s of parameters with hyperparameters of their own.")
+        text = "Args:\n" + "\n".join("    " + line for line in lines)
+        cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
+
+    def __init__(self, params: Params, groups: Iterable[Group], **hypers: Any) -> None:
+        self._params = _name_params(params)
+        self._buffer = params if isinstance(params, FlatBuffer) else None
+        self._names = [str(key) for key in self._params]
+        self._groups, self._group_of = self._make_groups(hypers, list(groups))
+        self._states: dict[str, list[Array | None]] = {
+            state: [None] * len(self._names) for state in _RULES[self._rule][1]
+        }
+        self._steps = 0
+        self._table = self._make_table(())
+        self._shapes = self._table.shapes()
+        self._dtypes = self._table.dtypes()
+        self._refresh()
+
+    def _make_groups(
+        self, hypers: dict[str, Any], groups: list[Group]
+    ) -> tuple[list[ParamGroup], list[int]]:
+        for group in groups:
+            if not isinstance(group, Group):
+                raise TypeError(f"groups must be Group objects, got {group!r}")
+            for name in group.hypers:
+                if name not in hypers:
+                    known = ", ".join(hypers)
+                    raise ValueError(f"{group!r}: hyperparameter must be one of {known}")
+        members: list[list[int]] = [[] for _ in range(len(groups) + 1)]
+        group_of = []
+        for i, name in enumerate(self._names):
+            place = next((k for k, g in enumerate(groups, 1) if g.matches(name)), 0)
+            members[place].append(i)
+            group_of.append(place)
+        for group, found in zip(groups, members[1:], strict=True):
+            if not found:
+                raise ValueError(
+                    f"{group!r} must match a parameter that no earlier group has, got names"
+                    f" {self._names[:8]}"
+                )
+        own = [{}, *(group.hypers for group in groups)]
+        made = [
+            ParamGroup(hypers | extra, self._hyper_table, found)
+            for extra, found in zip(own, members, strict=True)
+        ]
+        for group in made:
+            self._check_together(group)
+        return made, group_of
+
+    def _check_together(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for values that are fine alone but not together."""
+
+    # -- hyperparameters and states, brought up to date before each step --------------------------
+
+    def _refresh(self) -> None:
+        """Reads the groups that are new or were edited, and makes the states they call for."""
+        edited = [group for group in self._groups if group._native is None]
+        if not edited:
+            return
+        natives = [self._native(group) for group in edited]
+        wanted = []
+        for group, native in zip(edited, natives, strict=True):
+            used = _core.used_states(self._rule, native[3:])
+            names = [state for state, use in zip(self._states, used, strict=True) if use]
+            wanted += [(state, i) for state in names for i in group._params]
+        self._ensure_states(wanted)
+        for group, native in zip(edited, natives, strict=True):
+            group._native = native
+
+    def _ensure_states(self, wanted: Iterable[tuple[str, int]]) -> None:
+        """Makes the states (name, parameter) that are not there yet, in one buffer per name."""
+        missing: dict[tuple[str, str], list[int]] = {}
+        for state, i in wanted:
+            if self._states[state][i] is None:
+                missing.setdefault((state, self._state_dtype(i)), []).append(i)
+        made = {key: self._make_states(*key, indices) for key, indices in missing.items()}
+        for (state, _), views in made.items():
+            for i, view in views.items():
+                self._states[state][i] = view
+        if made:
+            self._table = self._make_table(self._clocks())
+
+    def _state_dtype(self, i: int) -> str:
+        return "float64" if self._dtypes[i] == "float64" else "float32"
+
+    def _native(self, group: ParamGroup) -> list[float]:
+        """A group as the rule reads it: maximize, decoupled, weight_decay, then kHypers, lr first."""
+        self._check_together(group)
+        values = flatten(self._fixed | group._hypers)
+        if callable(values["lr"]):
+            values["lr"] = 0.0  # each step puts the rate in its place
+        names = ["maximize", "decoupled_weight_decay", "weight_decay", *_RULES[self._rule][0]]
+        return [float(values.get(name, False)) for name in names]
+
+    def _make_states(self, state: str, dtype: str, indices: list[int]) -> dict[int, Array]:
+        if self._buffer is not None and len(indices) == len(self._names):
+            buffer = self._buffer.zeros_like(dtype)
+        else:
+            buffer = FlatBuffer.zeros({i: self._shapes[i] for i in indices}, dtype)
+        views = dict(zip(indices, buffer.values(), strict=True))
+        for i, view in views.items():
+            initial = self._initial(state, self._groups[self._group_of[i]])
+            if initial:  # untouched memory is zero already, and stays unpaged until the first step
+                view[...] = initial
+        return views
+
+    def _initial(self, state: str, group: Mapping[str, Any]) -> float:
+        """What a new state is filled with."""
+        return 0.0
+
+    def _rate(self, group: ParamGroup) -> Any:
+        lr = group._hypers["lr"]
+        return check("lr", lr(self._steps), self._hyper_table["lr"]) if callable(lr) else lr
+
+    def _make_table(self, clocks: Iterable[tuple[int, float, float]]) -> _core.StepTable:
+        params, states = list(self._params.values()), list(self._states.values())
+        table = _core.StepTable(self._rule, self._names, params, states, self._group_of)
+        for i, clock in enumerate(clocks):
+            table.set_clock(i, *clock)
+        return table
+
+    def _clocks(self) -> list[tuple[int, float, float]]:
+        return [self._table.clock(i) for i in range(len(self._names))]
+
+    # -- public -----------------------------------------------------------------------------------
+
+    def step(self, grads: Grads) -> StepReport:
+        """Updates the parameters once, in one sweep over memory.
+
+        Args:
+            grads: gradients in the form of the parameters: an array, a sequence or dict of arrays,
+                or a FlatBuffer of the parameters' shapes, which is the fastest. Each has its
+                parameter's shape, and its dtype or, for a float32 parameter, float32, bfloat16 or
+                float16. None in an array's place leaves that parameter, its states and its count
+                of updates alone. Gradients are read, never written.
+
+        Returns:
+            The step's number, from 1, the learning rate of the first group, and the number of
+            elements updated.
+
+        Raises:
+            TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not in
+                CPU memory, or overlaps memory that the step writes; hyperparameters that do not go
+                together; a schedule that returns no learning rate.
+            RuntimeError: the optimizer is stepping in another thread.
+        """
+        self._refresh()
+        rates = [self._rate(group) for group in self._groups]
+        natives = []
+        for group, rate in zip(self._groups, rates, strict=True):
+            native = group._native
+            assert native is not None
+            natives.append(native if native[3] == rate else [*native[:3], rate, *native[4:]])
+        if isinstance(grads, FlatBuffer) and self._buffer is not None:
+            same = grads._layout is self._buffer._layout or grads._layout == self._buffer._layout
+        else:
+            same = False
+        if same:
+            elements = self._table.step_flat(grads.flat, grads._layout.offsets, natives)
+        else:
+            elements = self._table.step(self._in_order(grads), natives)
+        self._steps += 1
+        return StepReport(self._steps, rates[0], elements)
+
+    def _in_order(self, grads: Grads) -> Sequence[Any]:
+        """The gradients as a sequence in the parameters' order."""
+        if isinstance(grads, Mapping):
+            if grads.keys() != self._params.keys():
+                missing = [key for key in self._params if key not in grads][:8]
+                extra = [key for key in grads if key not in self._params][:8]
+                raise ValueError(
+                    f"grads must have the names of params, got missing {missing}, unknown {extra}"
+                )
+            return [grads[key] for key in self._params]
+        if isinstance(grads, list | tuple):
+            return grads
+        if isinstance(grads, np.ndarray) or hasattr(grads, "__dlpack__") or grads is None:
+            return [grads]
+        if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
+            return list(grads)
+        raise TypeError(
+            "grads must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+            f" got {type(grads).__name__}"
+        )
+
+    @property
+    def params(self) -> dict[Key, Any]:
+        """The parameters by name, or by number."""
+        return dict(self._params)
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """The default group, then the `groups` in order; `param_groups[0]["lr"] = 0.1` edits one."""
+        return list(self._groups)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken, the argument of the next call of an `lr` schedule."""
+        return self._steps
+
+    @property
+    def state(self) -> dict[Key, dict[str, Array]]:
+        """For each parameter its state arrays, by torch's names; the arrays themselves, not copies."""
+        return {
+            key: {s: arrays[i] for s, arrays in self._states.items() if arrays[i] is not None}
+            for i, key in enumerate(self._params)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state with torch's keys and layout, plus `step`, the steps taken.
+
+        As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. A schedule is
+        stored as its current rate.
+        """
+        state: dict[int, dict[str, Any]] = {}
+        for i, clock in enumerate(self._clocks()):
+            if not self._started(clock):
+                continue
+            entry: dict[str, Any] = {"step": clock[0]} if self._counts_steps else {}
+            entry.update(zip(self._carried, clock[1:], strict=False))
+            for name, arrays in self._states.items():
+                if arrays[i] is not None:
+                    entry[name] = arrays[i]
+            state[i] = entry
+        groups = [
+            {**group, **self._fixed, "lr": self._rate(group)}
+            for group in self._groups
+            if group._params
+        ]
+        return {"state": state, "param_groups": groups, "step": self._steps}
+
+    def _started(self, clock: tuple[int, float, float]) -> bool:
+        return clock[0] > 0
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over the state and hyperparameters of `state_dict`, copying the values.
+
+        Checkpoints of `torch.optim` are taken too. A group whose `lr` is a schedule keeps it: the
+        schedule goes on at the loaded step. Hyperparameters that the dict lacks stay as they are.
+
+        Raises:
+            TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
+                changed then.
+        """
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"state_dict must have the key {key!r}, got {list(state_dict)}")
+        hypers, index_of = self._staged_groups(state_dict["param_groups"])
+        for saved in state_dict["state"]:
+            if saved not in index_of:
+                raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
+        staged = {
+            index_of[saved]: self._staged_state(index_of[saved], entry)
+            for saved, entry in state_dict["state"].items()
+        }
+        clocks = [staged[i][0] if i in staged else (0, 0.0, 0.0) for i in range(len(self._names))]
+        steps = state_dict.get("step", max((clock[0] for clock in clocks), default=0))
+        steps = _count("state_dict['step']", steps)
+
+        before = [group._hypers for group in self._groups]
+        try:
+            self._set_hypers(hypers)
+            self._refresh()
+            self._ensure_states((name, i) for i, (_, arrays) in staged.items() for name in arrays)
+        except BaseException:
+            self._set_hypers(before)
+            raise
+        for i in range(len(self._names)):
+            loaded = staged[i][1] if i in staged else {}
+            for name, arrays in self._states.items():
+                target = arrays[i]
+                if target is not None:
+                    initial = self._initial(name, self._groups[self._group_of[i]])
+                    target[...] = loaded.get(name, initial)
+        self._table = self._make_table(clocks)
+        self._steps = steps
+
+    def _set_hypers(self, hypers: list[dict[str, Any]]) -> None:
+        for group, values in zip(self._groups, hypers, strict=True):
+            group._hypers, group._native = values, None
+
+    def _staged_groups(self, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, int]]:
+        """Each group's hyperparameters after loading, and the place of each saved parameter."""
+        sizes = [len(group._params) for group in self._groups if group._params]
+        saved = [group for group in saved if group["params"]]
+        if [len(group["params"]) for group in saved] != sizes:
+            raise ValueError(
+                f"state_dict['param_groups'] must hold {sizes} parameters,"
+                f" got {[len(group['params']) for group in saved]}"
+            )
+        hypers = []
+        index_of: dict[Any, int] = {}
+        pending = iter(saved)
+        for group in self._groups:
+            values = dict(group._hypers)
+            hypers.append(values)
+            if not group._params:
+                continue
+            loaded = next(pending)
+            index_of.update(zip(loaded["params"], group._params, strict=True))
+            for name, value in loaded.items():
+                if name == "params" or (name == "lr" and callable(values["lr"])):
+                    continue
+                if name in values:
+                    values[name] = check(name, value, self._hyper_table[name])
+                elif name in self._fixed:
+                    if value != self._fixed[name]:
+                        raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
+                elif name not in _TORCH_ONLY:
+                    known = ", ".join(values)
+                    raise ValueError(f"state_dict group keys must be {known}, got {name!r}")
+            self._check_together(values)
+        return hypers, index_of
+
+    def _staged_state(
+        self, i: int, entry: Mapping[str, Any]
+    ) -> tuple[tuple[int, float, float], dict[str, Array]]:
+        """One parameter's clock and states as `entry` has them, checked."""
+        where = f"state_dict['state'][{self._names[i]}]"
+        dtype = np.dtype(self._state_dtype(i))
+        arrays: dict[str, Array] = {}
+        scalars: dict[str, float] = {}
+        for name, value in entry.items():
+            label = f"{where}['{name}']"
+            if name in self._states:
+                if value is None:  # torch before the first step with momentum
+                    continue
+                array = as_array(value, label)
+                if array.shape != self._shapes[i]:
+                    raise ValueError(
+                        f"{label} must have shape {self._shapes[i]}, got {array.shape}"
+                    )
+                if as_dtype(array.dtype, label).itemsize > dtype.itemsize:
+                    raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
+                arrays[name] = array
+            elif name == "step":
+                scalars[name] = _count(label, value)
+            elif name in self._carried:
+                scalars[name] = float(value)
+            else:
+                raise ValueError(f"{where} must have the keys {self._known_keys()}, got {name!r}")
+        carried = [scalars.get(name, 0.0) for name in self._carried]
+        return self._loaded_clock(int(scalars.get("step", 0)), carried, arrays), arrays
+
+    def _known_keys(self) -> list[str]:
+        return [*(["step"] if self._counts_steps else []), *self._carried, *self._states]
+
+    def _loaded_clock(
+        self, t: int, carried: list[float], arrays: Mapping[str, Array]
+    ) -> tuple[int, float, float]:
+        first, second = [*carried, 0.0, 0.0][:2]
+        return t, first, second
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_table"] = self._clocks()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._buffer is not None:  # the views come back through their buffer
+            self._params = dict(self._buffer.items())
+        self._table = self._make_table(state["_table"])
+
+    def __repr__(self) -> str:
+        n = sum(int(np.prod(shape)) for shape in self._shapes)
+        dtypes = ", ".join(sorted(set(self._dtypes))) or "no dtype"
+        lines = [f"{len(self._names)} parameters, {n} elements, {dtypes}"]
+        for k, group in enumerate(self._groups):
+            head = f"group {k} ({len(group._params)}): " if len(self._groups) > 1 else ""
+            lines.append(head + ", ".join(_assignments(group._hypers)))
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
+
+
+def _count(name: str, value: Any) -> int:
+    number = float(value)
+    if not number >= 0 or number != int(number):
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    return int(value)
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent, plain, with momentum, or Nesterov's.
+
+        b = g                                   at the first update, then
+        b = momentum * b + (1 - dampening) * g
+        p = p - lr * b                          plain: g for b; nesterov: g + momentum*b for b
+
+    Args: see below
+
+    State:
+        None, or with momentum `momentum_buffer`, 4 bytes per element (8 for float64). A float32
+        step moves 12 bytes per element, 20 with momentum.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.SGD(w, lr=0.5, momentum=0.9).step(np.array([1.0, -2.0], np.float32))
+        StepReport(step=1, lr=0.5, elements=2)
+        >>> w
+        array([0.5, 3. ], dtype=float32)
+
+    Reference:
+        Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
+
+    Differs from:
+        the original Nesterov method, which takes the gradient at the look-ahead point: this is the
+        same method after a change of variables, as in torch.
+    """
+
+    _rule = "sgd"
+    _counts_steps = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+        )
+
+    def _check_together(self, group: Mapping[str, Any]) -> None:
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov needs momentum > 0 and dampening = 0, got"
+                f" momentum={group['momentum']}, dampening={group['dampening']}"
+            )
+
+    # The clock carries whether the buffer has begun: its first update takes the whole gradient.
+    def _started(self, clock: tuple[int, float, float]) -> bool:
+        return clock[1] != 0
+
+    def _loaded_clock(
+        self, t: int, carried: list[float], arrays: Mapping[str, Array]
+    ) -> tuple[int, float, float]:
+        return t, float("momentum_buffer" in arrays), 0.0
+
+
+class Lion(Optimizer):
+    """Lion: steps of one size along the sign of an interpolated momentum.
+
+        p = p * (1 - lr * weight_decay)
+        p = p - lr * sign(beta1 * m + (1 - beta1) * g)      sign(0) = 0
+        m = beta2 * m + (1 - beta2) * g
+
+    Args: see below
+
+    State:
+        `exp_avg`, 4 bytes per element (8 for float64). A float32 step moves 20 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.Lion(w, lr=0.25).step(np.array([0.01, -70.0], np.float32)).step
+        1
+        >>> w
+        array([0.75, 2.25], dtype=float32)
+
+    Reference:
+        Chen et al. 2023, algorithm 2, https://arxiv.org/abs/2302.06675
+
+    Differs from:
+        coupled weight decay elsewhere: Lion's is decoupled, as in its paper.
+    """
+
+    _rule = "lion"
+    _fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-4,
+        betas: Pair = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params, groups, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize
+        )
+
+
+class Adagrad(Optimizer):
+    """Adagrad: each element's rate falls with the sum of its squared gradients.
+
+        s = s + g^2
+        p = p - lr / (1 + (t-1) * lr_decay) * g / (sqrt(s) + eps)
+
+    Args: see below
+
+    State:
+        `sum`, 4 bytes per element (8 for float64). A float32 step moves 20 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.Adagrad(w, lr=0.5).step(np.array([4.0, -0.5], np.float32)).step
+        1
+        >>> w
+        array([0.5, 2.5], dtype=float32)
+
+    Reference:
+        Duchi, Hazan, Singer 2011, https://jmlr.org/papers/v12/duchi11a.html
+    """
+
+    _rule = "adagrad"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            lr_decay=lr_decay,
+            weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value,
+            eps=eps,
+            maximize=maximize,
+        )
+
+    def _initial(self, state: str, group: Mapping[str, Any]) -> float:
+        return float(group["initial_accumulator_value"])
+
+
+class RMSprop(Optimizer):
+    """RMSprop: each element's gradient divided by a running root mean square.
+
+        v = alpha * v + (1 - alpha) * g^2
+        d = sqrt(v) + eps                       centered: sqrt(v - m^2) + eps, where
+                                                m = alpha * m + (1 - alpha) * g
+        p = p - lr * g / d                      momentum: p - lr * b, b = momentum * b + g / d
+
+    Args: see below
+
+    State:
+        `square_avg`, `momentum_buffer` with momentum, `grad_avg` when centered, 4 bytes per element
+        each (8 for float64). A float32 step moves 20 bytes per element, and 8 more for each option.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.RMSprop(w, lr=0.5, alpha=0.75).step(np.array([4.0, -0.5], np.float32)).step
+        1
+        >>> w
+        array([0., 3.], dtype=float32)
+
+    Reference:
+        Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, https://arxiv.org/abs/1308.0850
+
+    Differs from:
+        torch where rounding leaves `v` just below `m^2`: the root is taken of 0, not of a negative
+        number, so a constant gradient cannot turn a parameter into NaN.
+    """
+
+    _rule = "rmsprop"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            alpha=alpha,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            centered=centered,
+            maximize=maximize,
+        )
+
+
+class Adadelta(Optimizer):
+    """Adadelta: steps in the units of the parameter, from running averages of g^2 and of d^2.
+
+        s = rho * s + (1 - rho) * g^2
+        d = sqrt(a + eps) / sqrt(s + eps) * g
+        a = rho * a + (1 - rho) * d^2
+        p = p - lr * d
+
+    Args: see below
+
+    State:
+        `square_avg` and `acc_delta`, 4 bytes per element each (8 for float64). A float32 step moves
+        28 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.Adadelta(w, rho=0.75, eps=0.25).step(np.array([1.0, 0.0], np.float32)).step
+        1
+        >>> w
+        array([0.29289323, 2.        ], dtype=float32)
+
+    Reference:
+        Zeiler 2012, algorithm 1, https://arxiv.org/abs/1212.5701
+    """
+
+    _rule = "adadelta"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            rho=rho,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+
+class Adam(Optimizer):
+    """Adam: a running mean of the gradient over a running root mean square.
+
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2       amsgrad: vmax = max(vmax, v), used for v below
+        p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    With `bias_correction=False` both `1 - beta^t` are 1: `p - lr * m / (sqrt(v) + eps)`.
+
+    Args: see below
+
+    State:
+        `exp_avg`, `exp_avg_sq`, and with amsgrad `max_exp_avg_sq`, 4 bytes per element each (8 for
+        float64). A float32 step moves 28 bytes per element, 36 with amsgrad.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.Adam(w, lr=0.5).step(np.array([4.0, -0.25], np.float32)).step
+        1
+        >>> w
+        array([0.5, 2.5], dtype=float32)
+
+    Reference:
+        Kingma & Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980; AMSGrad: Reddi et al. 2018,
+        https://arxiv.org/abs/1904.09237
+
+    Differs from:
+        torch, which has no `bias_correction`. AMSGrad's maximum is taken of the uncorrected v, as
+        in torch and in its paper; some libraries correct first.
+    """
+
+    _rule = "adam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Pair = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        bias_correction: bool = True,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
+            bias_correction=bias_correction,
+        )
+
+
+class AdamW(Optimizer):
+    """AdamW: Adam whose weight decay shrinks the parameter instead of joining the gradient.
+
+        p = p * (1 - lr * weight_decay), then a step of `Adam` with the gradient as it is
+
+    Args: see below
+
+    State:
+        As `Adam`.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.AdamW(w, lr=0.5, weight_decay=0.5).step(np.array([4.0, -0.25], np.float32)).step
+        1
+        >>> w.round(3)
+        array([0.25, 2.  ], dtype=float32)
+
+    Reference:
+        Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
+
+    Differs from:
+        the paper, where the decay is scaled by the schedule alone: as in torch it is scaled by lr.
+    """
+
+    _rule = "adam"
+    _fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Pair = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        bias_correction: bool = True,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            bias_correction=bias_correction,
+        )
+
+
+class Adamax(Optimizer):
+    """Adamax: Adam with the largest recent gradient in place of the root mean square.
+
+        m = beta1 * m + (1 - beta1) * g
+        u = max(beta2 * u, |g| + eps)
+        p = p - lr / (1 - beta1^t) * m / u
+
+    Args: see below
+
+    State:
+        `exp_avg` and `exp_inf`, 4 bytes per element each (8 for float64). A float32 step moves 28
+        bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.Adamax(w, lr=0.5).step(np.array([4.0, -0.25], np.float32)).step
+        1
+        >>> w
+        array([0.5, 2.5], dtype=float32)
+
+    Reference:
+        Kingma & Ba 2015, algorithm 2, https://arxiv.org/abs/1412.6980
+
+    Differs from:
+        the paper, which has no eps; inside the maximum as in torch.
+    """
+
+    _rule = "adamax"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 2e-3,
+        betas: Pair = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+
+class NAdam(Optimizer):
+    """NAdam: Adam with Nesterov's look-ahead in the running mean.
+
+        mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  P_t = mu_1 * ... * mu_t
+        m, v as Adam;  d = sqrt(v / (1 - beta2^t)) + eps
+        p = p - lr * (1 - mu_t) / (1 - P_t) * g/d - lr * mu_(t+1) / (1 - P_t * mu_(t+1)) * m/d
+
+    Args: see below
+
+    State:
+        `exp_avg` and `exp_avg_sq`, 4 bytes per element each (8 for float64), and one number
+        `mu_product`. A float32 step moves 28 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.NAdam(w, lr=0.5).step(np.array([4.0, -0.25], np.float32)).step
+        1
+        >>> w.round(3)
+        array([0.472, 2.528], dtype=float32)
+
+    Reference:
+        Dozat 2016, https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
+    """
+
+    _rule = "nadam"
+    _carried = ("mu_product",)
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 2e-3,
+        betas: Pair = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum_decay=momentum_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+
+
+class RAdam(Optimizer):
+    """RAdam: Adam that leaves out the denominator until its variance is known well enough.
+
+        m, v as Adam;  rinf = 2 / (1 - beta2) - 1;  r_t = rinf - 2 * t * beta2^t / (1 - beta2^t)
+        r_t > 5:  r = sqrt((r_t-4) * (r_t-2) * rinf / ((rinf-4) * (rinf-2) * r_t))
+                  p = p - lr / (1 - beta1^t) * r * sqrt(1 - beta2^t) * m / (sqrt(v) + eps)
+        else:     p = p - lr / (1 - beta1^t) * m
+
+    Args: see below
+
+    State:
+        `exp_avg` and `exp_avg_sq`, 4 bytes per element each (8 for float64). A float32 step moves
+        28 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.RAdam(w, lr=0.5).step(np.array([4.0, -1.0], np.float32)).step
+        1
+        >>> w
+        array([-1. ,  2.5], dtype=float32)
+
+    Reference:
+        Liu et al. 2020, algorithm 2, https://arxiv.org/abs/1908.03265
+    """
+
+    _rule = "radam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-3,
+        betas: Pair = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+        )
+
+
+class ASGD(Optimizer):
+    """Averaged SGD: SGD with a falling rate, and the average of the late parameters beside it.
+
+        p = p * (1 - lambd * eta);  p = p - eta * g
+        ax = ax + mu * (p - ax)                 ax = p while mu is 1
+        eta = lr / (1 + lambd * lr * t)^alpha;  mu = 1 / max(1, t - t0)     for the next step
+
+    The first step has eta = lr and mu = 1. The average is `opt.state[name]["ax"]`.
+
+    Args: see below
+
+    State:
+        `ax`, 4 bytes per element (8 for float64), and the numbers `eta` and `mu`. A float32 step
+        moves 20 bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> fs.ASGD(w, lr=0.5, lambd=0.0).step(np.array([1.0, -2.0], np.float32)).step
+        1
+        >>> w
+        array([0.5, 3. ], dtype=float32)
+
+    Reference:
+        Polyak & Juditsky 1992, https://doi.org/10.1137/0330046
+    """
+
+    _rule = "asgd"
+    _carried = ("eta", "mu")
+    _hyper_table: ClassVar[dict[str, Hyper]] = {
+        **HYPERS,
+        "alpha": HYPERS["lambd"]._replace(doc="power by which eta falls"),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            lambd=lambd,
+            alpha=alpha,
+            t0=t0,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
+
+
+class Rprop(Optimizer):
+    """Rprop: each element's step grows while its gradient keeps its sign and shrinks when it turns.
+
+        s = sign(g * prev);  D = clamp(D * (etas[1] if s > 0, etas[0] if s < 0, else 1), step_sizes)
+        g = 0 where s < 0;   p = p - sign(g) * D;   prev = g
+
+    D starts at the lr of the first update.
+
+    Args: see below
+
+    State:
+        `prev` and `step_size`, 4 bytes per element each (8 for float64). A float32 step moves 28
+        bytes per element.
+
+    Example:
+        >>> import numpy as np, fusedstep as fs
+        >>> w = np.array([1.0, 2.0], np.float32)
+        >>> opt = fs.Rprop(w, lr=0.5, etas=(0.5, 2.0))
+        >>> opt.step(np.array([0.1, -9.0], np.float32)).step
+        1
+        >>> opt.step(np.array([0.1, 9.0], np.float32)).step
+        2
+        >>> w
+        array([-0.5,  2.5], dtype=float32)
+
+    Reference:
+        Riedmiller & Braun 1993, https://doi.org/10.1109/ICNN.1993.298623, without backtracking
+
+    Differs from:
+        torch, which has no weight decay here.
+    """
+
+    _rule = "rprop"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: Rate = 1e-2,
+        etas: Pair = (0.5, 1.2),
+        step_sizes: Pair = (1e-6, 50.0),
+        *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        groups: Iterable[Group] = (),
+    ) -> None:
+        super().__init__(
+            params,
+            groups,
+            lr=lr,
+            etas=etas,
+            step_sizes=step_sizes,
+            weight_decay=weight_decay,
+            maximize=maximize,
+        )
