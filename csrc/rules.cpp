@@ -32,9 +32,7 @@ int prepare(const double* hypers, Clock& clock, double* scalars) {
 
 template <class R, int kVariant = 0>
 void add_uses(std::vector<unsigned>& uses) {
-  unsigned mask = 0, bit = 1;
-  for (bool has : R::template Step<double, kVariant>::kHas) mask |= has ? bit : 0, bit <<= 1;
-  uses.push_back(mask);
+  uses.push_back(R::template Step<double, kVariant>::kHas);
   if constexpr (kVariant + 1 < R::kVariants) add_uses<R, kVariant + 1>(uses);
 }
 

@@ -4,6 +4,7 @@
 #include "../kernels.h"
 
 #define FN __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -40,10 +41,14 @@ struct F64 {
   FN friend F64 select_gt(F64 a, F64 b, F64 x, F64 y) { return a.v > b.v ? x : y; }
 };
 
-FN F32 load(const float* from) { return *from; }
-FN F64 load(const double* from) { return *from; }
-FN F32 load(const bf16* from) { return __uint_as_float(static_cast<uint32_t>(from->bits) << 16); }
-FN F32 load(const f16* from) {
+template <class V>
+FN V load(const float* from) { return *from; }
+template <class V>
+FN V load(const double* from) { return *from; }
+template <class V>
+FN V load(const bf16* from) { return __uint_as_float(static_cast<uint32_t>(from->bits) << 16); }
+template <class V>
+FN V load(const f16* from) {
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(from->bits));
   return wide;

@@ -7,6 +7,7 @@
 #include "../kernels.h"
 
 #define FN [[gnu::always_inline]] inline
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -58,7 +59,9 @@ struct Bits<double> {
 template <class T, int N>
 struct Lanes {
   static constexpr int kWidth = N;
+  using Scalar = T;
   using Register = vector<T, N>;
+  using Unaligned = typename Vector<T, N>::unaligned;
   Register v;
 
   Lanes() = default;
@@ -85,14 +88,14 @@ struct Lanes {
   }
 };
 
-template <class T, int N>
-FN Lanes<T, N> load_lanes(const T* from) {
-  using Unaligned = typename Vector<T, N>::unaligned;
-  return Lanes<T, N>::of(*reinterpret_cast<const Unaligned*>(from));
+// load<V> and store convert between a storage type and V, one overload per type; fp16 is the set's.
+template <class V>
+FN V load(const typename V::Scalar* from) {
+  return V::of(*reinterpret_cast<const typename V::Unaligned*>(from));
 }
 template <class T, int N>
 FN void store(T* to, Lanes<T, N> x) {
-  *reinterpret_cast<typename Vector<T, N>::unaligned*>(to) = x.v;
+  *reinterpret_cast<typename Lanes<T, N>::Unaligned*>(to) = x.v;
 }
 
 // N sixteen-bit patterns in memory, for bf16 and fp16.
@@ -105,10 +108,10 @@ FN void store_halves(void* to, vector<uint16_t, N> x) {
   *static_cast<typename Vector<uint16_t, N>::unaligned*>(to) = x;
 }
 
-template <int N>
-FN Lanes<float, N> widen(const bf16* from) {
-  const auto halves = convert<uint32_t, uint16_t, N>(load_halves<N>(from));
-  return Lanes<float, N>::of(bits<vector<float, N>>(halves << 16));
+template <class V>
+FN V load(const bf16* from) {
+  const auto halves = convert<uint32_t, uint16_t, V::kWidth>(load_halves<V::kWidth>(from));
+  return V::of(bits<typename V::Register>(halves << 16));
 }
 
 // Round to nearest, ties to even, in integers: the AVX-512 bf16 instruction would flush denormals.

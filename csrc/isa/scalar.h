@@ -15,7 +15,8 @@ FN F32 sqrt(F32 a) { return __builtin_sqrtf(a.v); }
 FN F64 sqrt(F64 a) { return __builtin_sqrt(a.v); }
 
 // fp16 by bit fields: sign 1, exponent 5 (bias 15), fraction 10.
-FN F32 load(const f16* from) {
+template <class V>
+FN V load(const f16* from) {
   const uint32_t half = load_halves<1>(from);
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u;
   const uint32_t fraction = half & 0x3ffu;

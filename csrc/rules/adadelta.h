@@ -19,7 +19,8 @@ struct Adadelta {
 
   template <class V, int>
   struct Step {
-    static constexpr bool kHas[] = {true, true};
+    static constexpr int kStates = 2;
+    static constexpr unsigned kHas = 3;
     V lr, rho, one_minus_rho, eps;
 
     FN void operator()(V& p, V g, V& s, V& a) const {

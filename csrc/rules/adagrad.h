@@ -18,7 +18,8 @@ struct Adagrad {
 
   template <class V, int>
   struct Step {
-    static constexpr bool kHas[] = {true};
+    static constexpr int kStates = 1;
+    static constexpr unsigned kHas = 1;
     V clr, eps;
 
     FN void operator()(V& p, V g, V& s) const {

@@ -21,7 +21,8 @@ struct Adam {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {true, true, kVariant == kAmsgrad};
+    static constexpr int kStates = 3;
+    static constexpr unsigned kHas = 3 | (kVariant == kAmsgrad ? 4 : 0);
     Average<V> average;
     V beta2, one_minus_beta2, step_size, rsqrt_bias2, eps;
 

@@ -18,7 +18,8 @@ struct Adamax {
 
   template <class V, int>
   struct Step {
-    static constexpr bool kHas[] = {true, true};
+    static constexpr int kStates = 2;
+    static constexpr unsigned kHas = 3;
     Average<V> average;
     V beta2, step_size, eps;
 

@@ -19,7 +19,8 @@ struct Asgd {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {true};
+    static constexpr int kStates = 1;
+    static constexpr unsigned kHas = 1;
     V eta, keep, mu;
 
     FN void operator()(V& p, V g, V& ax) const {

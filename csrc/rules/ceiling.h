@@ -18,7 +18,8 @@ struct Ceiling {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {kVariant > 0, kVariant > 1, kVariant > 2};
+    static constexpr int kStates = 3;
+    static constexpr unsigned kHas = (1 << kVariant) - 1;
     V nothing;
 
     FN void operator()(V& p, V g, V& first, V& second, V& third) const {

@@ -1,7 +1,7 @@
 // What several rules share. A rule is a struct with
 //   kName, kHypers, kStates  its name, hyperparameters and states, the last as in torch's state_dict
 //   Hypers                   the hyperparameters as doubles, in the order of kHypers
-//   Step<V, variant>         the per-step scalars, kHas (which states this variant has) and the
+//   Step<V, variant>         the per-step scalars, kHas (bit i: this variant has state i) and the
 //                            equation; V is a register on a CPU, one lane in CUDA, double on the host
 //   prepare                  computes the scalars of update number clock.t and picks the variant
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.

@@ -18,7 +18,8 @@ struct Lion {
 
   template <class V, int>
   struct Step {
-    static constexpr bool kHas[] = {true};
+    static constexpr int kStates = 1;
+    static constexpr unsigned kHas = 1;
     V lr;
     Average<V> direction, average;
 

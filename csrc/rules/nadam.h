@@ -20,7 +20,8 @@ struct NAdam {
 
   template <class V, int>
   struct Step {
-    static constexpr bool kHas[] = {true, true};
+    static constexpr int kStates = 2;
+    static constexpr unsigned kHas = 3;
     Average<V> average;
     V beta2, one_minus_beta2, rsqrt_bias2, eps, grad_size, mean_size;
 

@@ -21,7 +21,8 @@ struct RAdam {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {true, true};
+    static constexpr int kStates = 2;
+    static constexpr unsigned kHas = 3;
     Average<V> average;
     V beta2, one_minus_beta2, step_size, eps;
 

@@ -20,7 +20,8 @@ struct RmsProp {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {true, (kVariant & kMomentum) != 0, (kVariant & kCentered) != 0};
+    static constexpr int kStates = 3;
+    static constexpr unsigned kHas = 1 | kVariant << 1;  // the options are the bits of their states
     V lr, alpha, one_minus_alpha, eps, mu;
     Average<V> average;
 

@@ -19,7 +19,8 @@ struct Rprop {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {true, true};
+    static constexpr int kStates = 2;
+    static constexpr unsigned kHas = 3;
     V lr, eta_minus, eta_plus, smallest, largest;
 
     FN void operator()(V& p, V g, V& prev, V& size) const {

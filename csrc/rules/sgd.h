@@ -19,7 +19,8 @@ struct Sgd {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr bool kHas[] = {kVariant != kPlain};
+    static constexpr int kStates = 1;
+    static constexpr unsigned kHas = kVariant != kPlain ? 1 : 0;
     V lr, mu, keep, take;
 
     FN void operator()(V& p, V g, V& b) const {
