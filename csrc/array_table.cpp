@@ -113,9 +113,8 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
   }
   for (size_t i = 0; i < offsets.size(); ++i) {
     if (offsets[i] < 0 || offsets[i] + views_[i].n > view.n) {
-      throw py::value_error("grads must have at least " +
-                            std::to_string(offsets[i] + views_[i].n) + " elements, got " +
-                            std::to_string(view.n));
+      throw py::value_error("grads must have at least " + std::to_string(offsets[i] + views_[i].n) +
+                            " elements, got " + std::to_string(view.n));
     }
     char* data = static_cast<char*>(view.data) + offsets[i] * dtype_bytes(view.dtype);
     grads_[i] = {data, view.dtype};

@@ -66,7 +66,8 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("rules", [] {
     py::dict all;
-    for (const Rule& rule : rules()) all[py::str(rule.name)] = py::make_tuple(rule.hypers, rule.states);
+    for (const Rule& rule : rules())
+      all[py::str(rule.name)] = py::make_tuple(rule.hypers, rule.states);
     return all;
   });
   m.def("used_states", used_states, py::arg("rule"), py::arg("hypers"));

@@ -62,8 +62,7 @@ bool has_avx2() {
 
 bool has_avx512() {
   const Features f;
-  return has_avx2() &&
-         has(f.leaf7_ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) &&
+  return has_avx2() && has(f.leaf7_ebx, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL) &&
          (f.saved & 0xe0) == 0xe0;  // mask registers, upper zmm, zmm16-31
 }
 #endif

@@ -45,8 +45,8 @@ struct TypePair {
   DType param, grad;
 };
 constexpr TypePair kTypePairs[] = {
-    {DType::f32, DType::f32},   {DType::f64, DType::f64},  {DType::bf16, DType::bf16},
-    {DType::f16, DType::f16},   {DType::f32, DType::bf16}, {DType::f32, DType::f16},
+    {DType::f32, DType::f32}, {DType::f64, DType::f64},  {DType::bf16, DType::bf16},
+    {DType::f16, DType::f16}, {DType::f32, DType::bf16}, {DType::f32, DType::f16},
 };
 constexpr int kPairs = sizeof(kTypePairs) / sizeof(kTypePairs[0]);
 

@@ -35,8 +35,8 @@ struct DLManagedTensorVersioned {
   uint64_t flags;  // bit 0: read-only, bit 1: a copy
   DLTensor tensor;
 };
-enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };    // device types with CPU memory
-enum { kFloat = 2, kBfloat = 4 };                    // dtype codes
+enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };  // device types with CPU memory
+enum { kFloat = 2, kBfloat = 4 };                  // dtype codes
 
 bool dlpack_dtype(const DLTensor& t, DType& dtype) {
   if (t.dtype.lanes != 1) return false;
@@ -105,7 +105,8 @@ View numpy_view(const py::array& array, const Label& label) {
   const DType dtype = numpy_dtype(array, label);
   if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) not_contiguous(label);
   if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
-    throw py::value_error(label.text() + " must be aligned to its item size, got an unaligned array");
+    throw py::value_error(label.text() +
+                          " must be aligned to its item size, got an unaligned array");
   }
   const auto* shape = reinterpret_cast<const int64_t*>(proxy->dimensions);
   const bool writable = (proxy->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
@@ -142,7 +143,8 @@ View dlpack_view(py::handle object, const Label& label) {
     if (error.matches(PyExc_MemoryError)) throw;
     py::raise_from(error, PyExc_ValueError,
                    (label.text() + " must be exportable through DLPack, got " +
-                    py::str(error.value()).cast<std::string>()).c_str());
+                    py::str(error.value()).cast<std::string>())
+                       .c_str());
     throw py::error_already_set();
   }
   const DLTensor* t;

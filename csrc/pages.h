@@ -6,7 +6,7 @@
 
 namespace fusedstep {
 
-constexpr size_t kAlignment = 64;           // one cache line, one AVX-512 register
+constexpr size_t kAlignment = 64;  // one cache line, one AVX-512 register
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kHugeFrom = 2 * kHugePage;  // smaller buffers are not worth rounding up to pages
 

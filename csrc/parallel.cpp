@@ -130,7 +130,8 @@ Pool& the_pool() {
 
 int affinity() {
 #if defined(__linux__)
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {  // the kernel refuses a mask that is too short
+  for (int cpus = 1024; cpus <= 1 << 20;
+       cpus *= 2) {  // the kernel refuses a mask that is too short
     cpu_set_t* mask = CPU_ALLOC(cpus);
     const size_t size = CPU_ALLOC_SIZE(cpus);
     const bool fits = sched_getaffinity(0, size, mask) == 0;
@@ -150,6 +151,9 @@ std::string read(const std::string& path) {
   text << file.rdbuf();
   return text.str();
 }
+
+// The number a text begins with, 0 where there is none.
+double number(const std::string& text) { return std::strtod(text.c_str(), nullptr); }
 
 int environment_threads() {
   const char* text = std::getenv("FUSEDSTEP_NUM_THREADS");
@@ -187,8 +191,8 @@ double cpu_quota(const std::string& membership, const std::string& root) {
         double used = 0, period = 0;
         if (text >> used >> period) tighten(used, period);  // "max 100000" has no quota
       } else {
-        tighten(std::atof(read(directory + "/cpu.cfs_quota_us").c_str()),
-                std::atof(read(directory + "/cpu.cfs_period_us").c_str()));
+        tighten(number(read(directory + "/cpu.cfs_quota_us")),
+                number(read(directory + "/cpu.cfs_period_us")));
       }
       if (path.empty() || path == "/") break;
       path.resize(path.rfind('/'));
@@ -202,7 +206,7 @@ int default_threads() {
   const double quota = cpu_quota(read("/proc/self/cgroup"), "/sys/fs/cgroup");
   if (quota > 0) cores = std::min(cores, static_cast<int>(std::ceil(quota)));
   const char* processes = std::getenv("LOCAL_WORLD_SIZE");
-  return std::max(1, cores / std::max(1, processes ? std::atoi(processes) : 1));
+  return std::max(1, static_cast<int>(cores / std::max(1.0, processes ? number(processes) : 1.0)));
 }
 
 int num_threads() {

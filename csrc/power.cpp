@@ -1,9 +1,9 @@
 // base^n and base^y in twice double's precision, rounded once. The C library's pow differs in the
 // last bit between versions and instruction sets, and 1 - beta^t magnifies that bit.
+#include "rules/power.h"
+
 #include <cmath>
 #include <limits>
-
-#include "rules/power.h"
 
 namespace fusedstep {
 namespace {

@@ -17,7 +17,9 @@ FN F32 sqrt(F32 a) { return F32::of(_mm256_sqrt_ps(a.v)); }
 FN F64 sqrt(F64 a) { return F64::of(_mm256_sqrt_pd(a.v)); }
 
 template <class V>
-FN V load(const f16* from) { return F32::of(_mm256_cvtph_ps((__m128i)load_halves<8>(from))); }
+FN V load(const f16* from) {
+  return F32::of(_mm256_cvtph_ps((__m128i)load_halves<8>(from)));
+}
 FN void store(f16* to, F32 x) {
   store_halves<8>(to, (vector<uint16_t, 8>)_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -17,7 +17,9 @@ FN F32 sqrt(F32 a) { return F32::of(_mm512_sqrt_ps(a.v)); }
 FN F64 sqrt(F64 a) { return F64::of(_mm512_sqrt_pd(a.v)); }
 
 template <class V>
-FN V load(const f16* from) { return F32::of(_mm512_cvtph_ps((__m256i)load_halves<16>(from))); }
+FN V load(const f16* from) {
+  return F32::of(_mm512_cvtph_ps((__m256i)load_halves<16>(from)));
+}
 FN void store(f16* to, F32 x) {
   store_halves<16>(to, (vector<uint16_t, 16>)_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }

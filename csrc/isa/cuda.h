@@ -42,11 +42,17 @@ struct F64 {
 };
 
 template <class V>
-FN V load(const float* from) { return *from; }
+FN V load(const float* from) {
+  return *from;
+}
 template <class V>
-FN V load(const double* from) { return *from; }
+FN V load(const double* from) {
+  return *from;
+}
 template <class V>
-FN V load(const bf16* from) { return __uint_as_float(static_cast<uint32_t>(from->bits) << 16); }
+FN V load(const bf16* from) {
+  return __uint_as_float(static_cast<uint32_t>(from->bits) << 16);
+}
 template <class V>
 FN V load(const f16* from) {
   float wide;
@@ -61,9 +67,7 @@ FN void store(bf16* to, F32 x) {
   const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
   to->bits = static_cast<uint16_t>(nan ? (word >> 16) | 0x40u : rounded);
 }
-FN void store(f16* to, F32 x) {
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x.v));
-}
+FN void store(f16* to, F32 x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x.v)); }
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

@@ -1,4 +1,5 @@
-// NEON on aarch64, where fma, sqrt and fp16 conversion are part of the base instruction set: 4 lanes.
+// NEON on aarch64, where fma, sqrt and fp16 conversion are part of the base instruction set: 4
+// lanes.
 #pragma once
 
 #include <arm_neon.h>

@@ -1,4 +1,5 @@
-// The scalar set: one lane, any machine. Slow where fma is a library call; the yardstick of the rest.
+// The scalar set: one lane, any machine. Slow where fma is a library call; the yardstick of the
+// rest.
 #pragma once
 
 #include "lanes.h"

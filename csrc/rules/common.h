@@ -1,8 +1,9 @@
 // What several rules share. A rule is a struct with
-//   kName, kHypers, kStates  its name, hyperparameters and states, the last as in torch's state_dict
-//   Hypers                   the hyperparameters as doubles, in the order of kHypers
+//   kName, kHypers, kStates  its name, hyperparameters and states, the last as in torch's
+//   state_dict Hypers                   the hyperparameters as doubles, in the order of kHypers
 //   Step<V, variant>         the per-step scalars, kHas (bit i: this variant has state i) and the
-//                            equation; V is a register on a CPU, one lane in CUDA, double on the host
+//                            equation; V is a register on a CPU, one lane in CUDA, double on the
+//                            host
 //   prepare                  computes the scalars of update number clock.t and picks the variant
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once
@@ -43,9 +44,7 @@ struct Average {
     if (beta <= 0.5) return {-beta, 1};
     return {1 - beta, 0};
   }
-  FN V operator()(V m, V g) const {
-    return fma(weight, g - m, select_gt(from_new, V(0), g, m));
-  }
+  FN V operator()(V m, V g) const { return fma(weight, g - m, select_gt(from_new, V(0), g, m)); }
 };
 
 }  // namespace FUSEDSTEP_TARGET

@@ -1,7 +1,8 @@
 // RMSprop: v = a*v + (1-a)*g^2;  d = sqrt(v) + eps;  p -= lr*g/d.
-// Tieleman & Hinton 2012, lecture 6.5, https://www.cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf
-// Centered (Graves 2013, arXiv:1308.0850, eq. 38-41): m = a*m + (1-a)*g;  d = sqrt(v - m^2) + eps.
-// Momentum: b = mu*b + g/d;  p -= lr*b.
+// Tieleman & Hinton 2012, lecture 6.5,
+// https://www.cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf Centered (Graves 2013,
+// arXiv:1308.0850, eq. 38-41): m = a*m + (1-a)*g;  d = sqrt(v - m^2) + eps. Momentum: b = mu*b +
+// g/d;  p -= lr*b.
 #pragma once
 
 #include "common.h"

@@ -26,8 +26,8 @@ struct Rprop {
     FN void operator()(V& p, V g, V& prev, V& size) const {
       if constexpr (kVariant == kFirst) size = lr;
       const V agreement = g * prev, zero = V(0);
-      const V factor = select_gt(agreement, zero, eta_plus,
-                                 select_gt(zero, agreement, eta_minus, V(1)));
+      const V factor =
+          select_gt(agreement, zero, eta_plus, select_gt(zero, agreement, eta_minus, V(1)));
       size = min(max(size * factor, smallest), largest);
       prev = select_gt(zero, agreement, zero, g);
       p = fnma(sign(prev), size, p);

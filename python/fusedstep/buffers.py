@@ -34,8 +34,8 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
             raise TypeError(
                 f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'"
             ) from error
-        return np.dtype(ml_dtypes.bfloat16)
-    result = np.dtype(dtype)
+        dtype = ml_dtypes.bfloat16
+    result: np.dtype[Any] = np.dtype(dtype)
     if result.name not in _DTYPES:
         raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {result.name}")
     return result
@@ -84,6 +84,8 @@ class _Layout:
 
 
 def _as_shapes(shapes: Any, name: str) -> Shapes:
+    if isinstance(shapes, FlatBuffer):
+        return shapes.shapes
     items = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes)
     result: dict[Key, tuple[int, ...]] = {}
     for key, shape in items:
@@ -204,7 +206,7 @@ class FlatBuffer(Mapping[Key, Array]):
                 f"memory must be one-dimensional, contiguous and aligned, got shape {memory.shape}"
                 f" with strides {memory.strides}"
             )
-        layout = shapes._layout if isinstance(shapes, cls) else _Layout(_as_shapes(shapes, "shapes"))
+        layout = _Layout(_as_shapes(shapes, "shapes"))
         address = memory.__array_interface__["data"][0]
         skip = -address % _core.ALIGNMENT // dtype.itemsize
         if memory.size < layout.n + skip:

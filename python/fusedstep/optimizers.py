@@ -1,4 +1,4 @@
-"""The optimizers, each a small class: its arguments, its equation in the docstring, its rule's name.
+"""The optimizers, each a small class: its arguments, its equation in words, its rule's name.
 
 What they share is `Optimizer`; what a step does is in csrc/. In order of increasing complexity.
 """
@@ -26,10 +26,10 @@ _RULES = _core.rules()
 
 # Keys that torch keeps in param_groups beside the hyperparameters. They say how torch computes, not
 # what, or belong to a scheduler, so a checkpoint may carry them.
-_TORCH_ONLY = frozenset(
-    "foreach fused capturable differentiable param_names initial_lr max_lr min_lr swa_lr"
-    " base_momentum max_momentum".split()
-)
+_TORCH_ONLY = {
+    *("foreach", "fused", "capturable", "differentiable", "param_names"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
+}
 
 
 class StepReport(NamedTuple):
@@ -72,7 +72,7 @@ class Group:
 
 
 class ParamGroup(MutableMapping[str, Any]):
-    """The hyperparameters of one group, checked when written; a write takes effect at the next step.
+    """The hyperparameters of one group, checked when written, used from the next step on.
 
     `group["params"]` lists the group's parameters by number and is read-only.
     """
@@ -203,8 +203,8 @@ class Optimizer:
             ParamGroup(hypers | extra, self._hyper_table, found)
             for extra, found in zip(own, members, strict=True)
         ]
-        for group in made:
-            self._check_together(group)
+        for one in made:
+            self._check_together(one)
         return made, group_of
 
     def _check_together(self, group: Mapping[str, Any]) -> None:
@@ -244,7 +244,7 @@ class Optimizer:
         return "float64" if self._dtypes[i] == "float64" else "float32"
 
     def _native(self, group: ParamGroup) -> list[float]:
-        """A group as the rule reads it: maximize, decoupled, weight_decay, then kHypers, lr first."""
+        """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
         self._check_together(group)
         values = flatten(self._fixed | group._hypers)
         if callable(values["lr"]):
@@ -350,7 +350,7 @@ class Optimizer:
 
     @property
     def param_groups(self) -> list[ParamGroup]:
-        """The default group, then the `groups` in order; `param_groups[0]["lr"] = 0.1` edits one."""
+        """The default group, then `groups` in order; `param_groups[0]["lr"] = 0.1` edits one."""
         return list(self._groups)
 
     @property
@@ -360,9 +360,9 @@ class Optimizer:
 
     @property
     def state(self) -> dict[Key, dict[str, Array]]:
-        """For each parameter its state arrays, by torch's names; the arrays themselves, not copies."""
+        """For each parameter its state arrays by torch's names, the arrays themselves."""
         return {
-            key: {s: arrays[i] for s, arrays in self._states.items() if arrays[i] is not None}
+            key: {s: a for s, arrays in self._states.items() if (a := arrays[i]) is not None}
             for i, key in enumerate(self._params)
         }
 

@@ -1,0 +1,160 @@
+"""The command line: `fusedstep info | demo | bench`, also `python -m fusedstep`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import fusedstep as fs
+
+_SWEEP = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8]
+
+
+def _count(text: str) -> int:
+    """A positive integer, also as 1e6 or 2^26."""
+    try:
+        base, caret, power = text.partition("^")
+        number = float(int(base) ** int(power)) if caret else float(text)
+    except (ValueError, OverflowError):
+        number = 0.0
+    if number < 1 or number != int(number):
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1 (1000, 1e6, 2^26), got {text!r}")
+    return int(number)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fusedstep",
+        description="Optimizer updates for large flat parameter buffers, one sweep over memory.",
+    )
+    parser.add_argument("--version", action="version", version=fs.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("info", help="instruction sets, threads, pages, CUDA, versions")
+
+    demo = commands.add_parser("demo", help="train on handwritten digits, then a short benchmark")
+    demo.add_argument("-o", "--output", default="fusedstep-demo.png", metavar="PNG",
+                      help="where to write the loss curves (%(default)s)")  # fmt: skip
+    demo.add_argument("--epochs", type=_count, default=40, help="per optimizer (%(default)s)")
+    demo.add_argument("--n", type=_count, default=16_000_000, help="benchmark size (%(default)s)")
+
+    bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
+    bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="which ones (all)")
+    bench.add_argument("--n", nargs="+", type=_count, help="elements (2^24; with --plot a sweep)")
+    bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
+    bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
+    bench.add_argument("--dtype", default="float32",
+                       choices=["float32", "float64", "bfloat16", "float16"])  # fmt: skip
+    bench.add_argument("--isa", choices=fs.usable_isas(), help="instruction set (the widest)")
+    bench.add_argument("--rounds", type=_count, default=9, help="timings of each (%(default)s)")
+    bench.add_argument("--compile", action="store_true", help="measure torch.compile too")
+    bench.add_argument("--no-torch", action="store_true", help="leave torch out")
+    bench.add_argument("--json", metavar="FILE", help="write rows and machine")
+    bench.add_argument("--plot", metavar="FILE", help="draw GB/s against n")
+    return parser
+
+
+def _info() -> None:
+    for key, value in fs.info().items():
+        if isinstance(value, list):
+            text = ", ".join(value)
+        elif isinstance(value, bool):
+            text = "yes" if value else "no"
+        else:
+            text = "not installed" if value is None else str(value)
+        print(f"{key.replace('_', ' '):18} {text}")
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description:28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusedstep import bench, demo
+
+    out, err = Console(), Console(stderr=True)
+    data = demo.Digits.load()
+    results = []
+    with _progress(err) as progress:
+        task = progress.add_task("", total=len(demo.OPTIMIZERS) * args.epochs)
+        for name in demo.OPTIMIZERS:
+            progress.update(task, description=f"training with {name}")
+            results.append(demo.train(name, data, args.epochs, lambda: progress.advance(task)))
+    out.print(demo.table(results))
+    demo.plot(results, args.output)
+    out.print(f"loss curves: {args.output}\n")
+    out.print(demo.speed_table(_measure(err, bench.OPTIMIZERS, [args.n], rounds=3)))
+
+
+def _measure(console: Any, names: Any, sizes: Sequence[int], **settings: Any) -> list[Any]:
+    from fusedstep import bench
+
+    with _progress(console) as progress:
+        task = progress.add_task("", total=len(names) * len(sizes))
+        done = iter(range(len(names) * len(sizes)))
+        return bench.measure(
+            list(names),
+            sizes,
+            progress=lambda label: progress.update(task, description=label, completed=next(done)),
+            **settings,
+        )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusedstep import bench
+
+    sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
+    rows = _measure(
+        Console(stderr=True),
+        [name.lower() for name in args.optimizers or bench.OPTIMIZERS],
+        sizes,
+        dtype=args.dtype,
+        threads=args.threads,
+        isa=args.isa,
+        rounds=args.rounds,
+        torch=False if args.no_torch else None,
+        compiled=args.compile,
+    )
+    Console(width=None if sys.stdout.isatty() else 150).print(bench.table(rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(bench.as_json(rows), file, indent=1)
+    if args.plot:
+        bench.plot(rows, args.plot)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        {"info": lambda _: _info(), "demo": _demo, "bench": _bench}[args.command](args)
+    except ModuleNotFoundError as error:
+        print(
+            f"fusedstep {args.command}: needs {error.name}: pip install 'fusedstep[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+    except (OSError, TypeError, ValueError) as error:
+        print(f"fusedstep {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""Measures a step against the memory ceiling and against torch, interleaved in one process.
+
+`measure` returns rows; `fusedstep bench` prints, stores and draws them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from fusedstep import _core, _runtime, optimizers
+from fusedstep.buffers import FlatBuffer, as_dtype
+
+# What is measured: a name, the class (torch's has the same name), and its arguments.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 1e-3}),
+    "momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}),
+    "nesterov": ("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True}),
+    "lion": ("Lion", {}),
+    "adagrad": ("Adagrad", {}),
+    "rmsprop": ("RMSprop", {}),
+    "adadelta": ("Adadelta", {}),
+    "adam": ("Adam", {}),
+    "adamw": ("AdamW", {}),
+    "amsgrad": ("Adam", {"amsgrad": True}),
+    "adamax": ("Adamax", {}),
+    "nadam": ("NAdam", {}),
+    "radam": ("RAdam", {}),
+    "asgd": ("ASGD", {}),
+    "rprop": ("Rprop", {}),
+}
+
+_SETTLE = 2e-3  # seconds that one timing lasts at least, by repeating short steps
+
+
+@dataclass
+class Peer:
+    """Another implementation of the same step."""
+
+    ms: float
+    ratio: float  # its time over ours: above 1 we are faster
+    compile_s: float | None = None
+
+
+@dataclass
+class Row:
+    """One optimizer at one size. Times are medians over rounds, ratios medians of paired ratios."""
+
+    optimizer: str
+    n: int
+    dtype: str
+    threads: int
+    isa: str
+    ms: float
+    bytes_per_param: int
+    gbps: float
+    ceiling_gbps: float
+    share_of_ceiling: float
+    mparams_per_s: float
+    torch: dict[str, Peer] = field(default_factory=dict)
+
+    @property
+    def best_torch(self) -> tuple[str, Peer] | None:
+        """torch's fastest implementation, compiled ones aside."""
+        peers = {k: p for k, p in self.torch.items() if k != "compile"}
+        return min(peers.items(), key=lambda item: item[1].ms) if peers else None
+
+
+def has_torch() -> bool:
+    """Whether torch can be imported."""
+    import importlib.util
+
+    return importlib.util.find_spec("torch") is not None
+
+
+def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of each contender in each round, one after the other within a round.
+
+    A drift of the machine between rounds then hits all alike, and ratios taken within a round are
+    free of it. Short calls are repeated to last 2 ms.
+    """
+    calls: dict[str, int] = {}
+    for name, run in contenders.items():
+        run()  # first touch, caches, lazy state
+        begin = time.perf_counter()
+        run()
+        calls[name] = max(1, int(_SETTLE / max(time.perf_counter() - begin, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - begin) / calls[name])
+    return times
+
+
+def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any]:
+    """Our step and, on the same memory, the ceiling: the same streams and one addition each."""
+    params = FlatBuffer.zeros({"flat": n}, as_dtype(dtype))
+    grads = params.zeros_like()
+    # Positive, so that the ceiling's sums leave valid second moments behind.
+    block = np.abs(np.random.default_rng(0).standard_normal(min(n, 1 << 16)))
+    for at in range(0, n, block.size):
+        grads["flat"][at : at + block.size] = block[: n - at]
+    opt = getattr(optimizers, cls)(params, **kwargs)
+    states = list(opt.state["flat"].values())
+    streams = [[states[i] if i < len(states) else None] for i in range(3)]
+    table = _core.StepTable("ceiling", ["flat"], [params["flat"]], streams, [0])
+    group = [[0.0, 0.0, 0.0, float(len(states))]]
+    offsets = [0]
+    moved = 3 * params.dtype.itemsize + sum(2 * s.dtype.itemsize for s in states)
+    return {
+        "ours": lambda: opt.step(grads),
+        "ceiling": lambda: table.step_flat(grads.flat, offsets, group),
+        "bytes": moved,
+    }
+
+
+def _torch(
+    cls: str, kwargs: dict[str, Any], n: int, dtype: str, compiled: bool
+) -> tuple[dict[str, Callable[[], Any]], float | None]:
+    """Every implementation that torch has of this optimizer, and the time one took to compile."""
+    import torch
+
+    make = getattr(torch.optim, cls, None)
+    if make is None:
+        return {}, None
+    gradient = torch.randn(n).abs_().to(getattr(torch, dtype))
+    accepted = inspect.signature(make).parameters
+
+    def stepper(**how: bool) -> Callable[[], Any]:
+        param = torch.nn.Parameter(torch.zeros(n, dtype=gradient.dtype))
+        param.grad = gradient
+        step: Callable[[], Any] = make([param], **kwargs, **how).step
+        return step
+
+    plain = {"foreach": False} | ({"fused": False} if "fused" in accepted else {})
+    steps = {"for-loop": stepper(**plain), "foreach": stepper(foreach=True)}
+    if "fused" in accepted:
+        steps["fused"] = stepper(fused=True)
+    seconds = None
+    if compiled:
+        steps["compile"] = torch.compile(stepper(**plain))
+        begin = time.perf_counter()
+        for _ in range(3):  # the first steps specialize on state that does not exist before them
+            steps["compile"]()
+        seconds = time.perf_counter() - begin
+    return steps, seconds
+
+
+@contextlib.contextmanager
+def _settings(threads: int | None, isa: str | None, torch: bool) -> Iterator[None]:
+    before = _runtime.num_threads(), _runtime.isa()
+    try:
+        if threads is not None:
+            _runtime.set_num_threads(threads)
+        if isa is not None:
+            _runtime.set_isa(isa)
+        if torch:
+            import torch as module
+
+            module.set_num_threads(_runtime.num_threads())
+        yield
+    finally:
+        _runtime.set_num_threads(before[0])
+        _runtime.set_isa(before[1])
+
+
+def measure(
+    names: Sequence[str] = tuple(OPTIMIZERS),
+    sizes: Sequence[int] = (1 << 24,),
+    *,
+    dtype: str = "float32",
+    threads: int | None = None,
+    isa: str | None = None,
+    rounds: int = 9,
+    torch: bool | None = None,
+    compiled: bool = False,
+    progress: Callable[[str], None] = lambda label: None,
+) -> list[Row]:
+    """Measures optimizers at sizes, each against the ceiling and torch's implementations.
+
+    Args:
+        names: of `OPTIMIZERS`.
+        sizes: numbers of elements of the one flat buffer.
+        dtype: of parameters and gradients.
+        threads: for us and for torch; by default ours.
+        isa: the instruction set of ours.
+        rounds: timings of each contender.
+        torch: whether to measure torch; by default if it is installed.
+        compiled: whether to measure `torch.compile` of the for-loop step too.
+        progress: called with a label before each row.
+
+    Raises:
+        ValueError: an unknown name, or a size or count below 1.
+    """
+    for name in names:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optimizers must be of {', '.join(OPTIMIZERS)}, got {name!r}")
+    for n in sizes:
+        if n < 1:
+            raise ValueError(f"n must be >= 1, got {n}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
+    as_dtype(dtype)
+    with_torch = has_torch() if torch is None else torch
+    rows = []
+    with _settings(threads, isa, with_torch):
+        for name in names:
+            for n in sizes:
+                progress(f"{name}, n = {n:,}")
+                cls, kwargs = OPTIMIZERS[name]
+                rows.append(_row(name, cls, kwargs, n, dtype, rounds, with_torch, compiled))
+    return rows
+
+
+def _row(
+    name: str,
+    cls: str,
+    kwargs: dict[str, Any],
+    n: int,
+    dtype: str,
+    rounds: int,
+    with_torch: bool,
+    compiled: bool,
+) -> Row:
+    ours = _ours(cls, kwargs, n, dtype)
+    moved = ours.pop("bytes")
+    peers, seconds = _torch(cls, kwargs, n, dtype, compiled) if with_torch else ({}, None)
+    times = interleave({**ours, **peers}, rounds)
+
+    def ratio(other: str) -> float:
+        return median(b / a for a, b in zip(times["ours"], times[other], strict=True))
+
+    ours_s, ceiling_s = median(times["ours"]), median(times["ceiling"])
+    return Row(
+        optimizer=name,
+        n=n,
+        dtype=dtype,
+        threads=_runtime.num_threads(),
+        isa=_runtime.isa(),
+        ms=ours_s * 1e3,
+        bytes_per_param=moved,
+        gbps=moved * n / ours_s / 1e9,
+        ceiling_gbps=moved * n / ceiling_s / 1e9,
+        share_of_ceiling=ratio("ceiling"),
+        mparams_per_s=n / ours_s / 1e6,
+        torch={
+            peer: Peer(
+                median(times[peer]) * 1e3, ratio(peer), seconds if peer == "compile" else None
+            )
+            for peer in peers
+        },
+    )
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows with the machine they were measured on, ready for `json.dump`."""
+    return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """Rows as a rich table."""
+    from rich.table import Table
+
+    result = Table(title=_title(rows), title_justify="left", caption_justify="left")
+    result.caption = (
+        "x: torch's time over ours, above 1 we are faster. ceiling: the same streams on the same"
+        " memory with one addition each."
+    )
+    result.add_column("optimizer")
+    for heading in ("n", "ms", "B/param", "GB/s", "ceiling", "share"):
+        result.add_column(heading, justify="right")
+    peers = [
+        p for p in ("for-loop", "foreach", "fused", "compile") if any(p in r.torch for r in rows)
+    ]
+    for peer in peers:
+        result.add_column(f"torch {peer}", justify="right")
+    for row in rows:
+        cells = [_peer_cell(row.torch.get(peer)) for peer in peers]
+        result.add_row(
+            row.optimizer,
+            f"{row.n:,}",
+            f"{row.ms:.4g}",
+            str(row.bytes_per_param),
+            f"{row.gbps:.1f}",
+            f"{row.ceiling_gbps:.1f}",
+            f"{row.share_of_ceiling:.2f}",
+            *cells,
+        )
+    return result
+
+
+def _peer_cell(peer: Peer | None) -> str:
+    if peer is None:
+        return "-"
+    compiled = f" ({peer.compile_s:.0f} s to compile)" if peer.compile_s is not None else ""
+    return f"{peer.ratio:.2f}x{compiled}"
+
+
+def _title(rows: Sequence[Row]) -> str:
+    machine = _runtime.info()
+    return (
+        f"{rows[0].dtype}, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']},"
+        f" torch {machine['torch'] or 'not installed'}"
+    )
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
+    """Draws GB/s against n for each optimizer: ours, the ceiling, and torch's fastest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row.optimizer for row in rows))
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.7 * lines + 0.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        mine = [row for row in rows if row.optimizer == name]
+        n = [row.n for row in mine]
+        axes.plot(n, [r.ceiling_gbps for r in mine], "--", color="0.45", label="ceiling")
+        axes.plot(n, [r.gbps for r in mine], "o-", ms=4, color="tab:blue", label="fusedstep")
+        best = [(r.n, r.best_torch[1].ms) for r in mine if r.best_torch]
+        if best:
+            moved = mine[0].bytes_per_param
+            rates = [moved * size / ms / 1e6 for size, ms in best]
+            axes.plot([size for size, _ in best], rates, "s-", ms=4, color="tab:orange",
+                      label="torch, fastest")  # fmt: skip
+        axes.set_title(name, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.remove()
+    grid[0][0].legend(fontsize=8)
+    figure.supxlabel("elements in the buffer")
+    figure.supylabel("GB/s of the step's own traffic")
+    figure.suptitle(_title(rows), fontsize=10)
+    figure.savefig(path, dpi=130)
