@@ -54,10 +54,10 @@ ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
                              dtype_name(state.dtype));
       }
       tensors.back().state[s] = state.data;
-      state_views_.push_back(state);
+      states_.push_back(state);
     }
-    params_.push_back(params[i]);
-    views_.push_back(view);
+    params_.push_back({params[i], {view.shape, view.shape + view.ndim}, view});
+    params_.back().view.shape = params_.back().shape.data();  // which moves with its vector
   }
   table_.set_tensors(std::move(tensors));
 }
@@ -65,12 +65,12 @@ ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
 void ArrayTable::check_params() const {
   for (size_t i = 0; i < params_.size(); ++i) {
     const Label label{"params", &names_[i]};
-    const View now = view_of(params_[i], label);
-    const View& then = views_[i];
-    if (now.data != then.data || now.n != then.n || now.dtype != then.dtype) {
+    const View now = view_of(params_[i].array, label);
+    const View& then = params_[i].view;
+    if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
       throw py::value_error(label.text() +
-                            " must stay where it was when the optimizer was made, got other memory"
-                            " (resized or replaced): make a new optimizer");
+                            " must stay where it was when the optimizer was made, got another"
+                            " address, shape or dtype: make a new optimizer");
     }
     check_writable(now, label);
   }
@@ -88,41 +88,43 @@ int64_t ArrayTable::step(const py::sequence& grads,
   }
   check_params();
   std::vector<py::object> owners;  // DLPack capsules live until the sweep is done
-  grads_.assign(given, Grad{nullptr, DType::f32});
+  std::vector<Grad> converted(given, Grad{nullptr, DType::f32});
   for (size_t i = 0; i < given; ++i) {
     const py::handle item = PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<py::ssize_t>(i));
     if (item.is_none()) continue;
     const Label label{"grads", &names_[i]};
     View view = view_of(item, label);
-    check_shape(view, views_[i], label);
-    grads_[i] = {view.data, view.dtype};
+    check_shape(view, params_[i].view, label);
+    converted[i] = {view.data, view.dtype};
     owners.push_back(std::move(view.owner));
   }
-  return run(groups);
+  return run(converted, groups);
 }
 
 int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
                               const std::vector<std::vector<double>>& groups) {
   check_params();
   const View view = view_of(grads, Label{"grads"});
-  grads_.assign(params_.size(), Grad{nullptr, DType::f32});
+  std::vector<Grad> converted;
   if (offsets.size() != params_.size()) {
     throw py::value_error("grads must have one segment per parameter (" +
                           std::to_string(params_.size()) + "), got " +
                           std::to_string(offsets.size()));
   }
   for (size_t i = 0; i < offsets.size(); ++i) {
-    if (offsets[i] < 0 || offsets[i] + views_[i].n > view.n) {
-      throw py::value_error("grads must have at least " + std::to_string(offsets[i] + views_[i].n) +
-                            " elements, got " + std::to_string(view.n));
+    if (offsets[i] < 0 || offsets[i] + params_[i].view.n > view.n) {
+      throw py::value_error("grads must have at least " +
+                            std::to_string(offsets[i] + params_[i].view.n) + " elements, got " +
+                            std::to_string(view.n));
     }
     char* data = static_cast<char*>(view.data) + offsets[i] * dtype_bytes(view.dtype);
-    grads_[i] = {data, view.dtype};
+    converted.push_back({data, view.dtype});
   }
-  return run(groups);
+  return run(converted, groups);
 }
 
-int64_t ArrayTable::run(const std::vector<std::vector<double>>& groups) {
+int64_t ArrayTable::run(const std::vector<Grad>& grads,
+                        const std::vector<std::vector<double>>& groups) {
   const size_t hypers = rules()[rule_].hypers.size();
   std::vector<Group> converted;
   if (groups.size() < static_cast<size_t>(groups_)) {
@@ -140,22 +142,18 @@ int64_t ArrayTable::run(const std::vector<std::vector<double>>& groups) {
     converted.push_back(group);
   }
   const py::gil_scoped_release release;
-  return table_.step(grads_, converted);
+  return table_.step(grads, converted);
 }
 
 std::vector<py::tuple> ArrayTable::shapes() const {
   std::vector<py::tuple> all;
-  for (const View& view : views_) {
-    py::tuple shape(view.ndim);
-    for (int i = 0; i < view.ndim; ++i) shape[i] = view.shape[i];
-    all.push_back(std::move(shape));
-  }
+  for (const Param& param : params_) all.push_back(py::tuple(py::cast(param.shape)));
   return all;
 }
 
 std::vector<std::string> ArrayTable::dtypes() const {
   std::vector<std::string> all;
-  for (const View& view : views_) all.emplace_back(dtype_name(view.dtype));
+  for (const Param& param : params_) all.emplace_back(dtype_name(param.view.dtype));
   return all;
 }
 

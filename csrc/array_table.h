@@ -36,17 +36,21 @@ class ArrayTable {
   void set_clock(size_t i, int64_t t, double first, double second);
 
  private:
+  struct Param {
+    pybind11::object array;  // as given: it owns the memory, and is looked at again in each step
+    std::vector<int64_t> shape;
+    View view;  // with the shape above
+  };
+
   void check_params() const;
-  int64_t run(const std::vector<std::vector<double>>& groups);
+  int64_t run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups);
 
   int rule_;
   std::vector<std::string> names_;
-  std::vector<pybind11::object> params_;  // as given: they own the memory, and are looked at again
-  std::vector<View> views_;
-  std::vector<View> state_views_;
+  std::vector<Param> params_;
+  std::vector<View> states_;  // for their owners
   int groups_ = 0;
   StepTable table_;
-  std::vector<Grad> grads_;
 };
 
 }  // namespace fusedstep

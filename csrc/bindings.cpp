@@ -52,6 +52,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("lanes", [] { return kernels().lanes; });
   m.def("set_isa", set_isa, py::arg("name"));
 
+  m.attr("MAX_THREADS") = kMaxThreads;
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, py::arg("n"));
   m.def("default_threads", default_threads);

@@ -113,6 +113,16 @@ View numpy_view(const py::array& array, const Label& label) {
   return {proxy->data, dtype, proxy->nd, shape, count(shape, proxy->nd), writable, array};
 }
 
+// The device type, or 0 for one that DLPack does not know, such as torch's meta.
+int dlpack_device(py::handle object) {
+  try {
+    return py::int_(py::tuple(py::getattr(object, "__dlpack_device__")())[0]);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_ValueError) && !error.matches(PyExc_BufferError)) throw;
+    return 0;
+  }
+}
+
 // The capsule of object.__dlpack__(), by the newest protocol the exporter knows.
 py::object dlpack_capsule(py::handle object) {
   const py::object method = py::getattr(object, "__dlpack__");
@@ -125,10 +135,9 @@ py::object dlpack_capsule(py::handle object) {
 }
 
 View dlpack_view(py::handle object, const Label& label) {
-  const py::tuple device = py::getattr(object, "__dlpack_device__")();
-  const int type = py::int_(device[0]);
+  const int type = dlpack_device(object);
   if (type != kCpu && type != kCudaHost && type != kRocmHost) {
-    const py::object text = py::getattr(object, "device", device);
+    const py::object text = py::getattr(object, "device", py::int_(type));
     throw py::value_error(label.text() + " must be in CPU memory, got device " +
                           py::str(text).cast<std::string>());
   }

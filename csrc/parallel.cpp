@@ -160,9 +160,9 @@ int environment_threads() {
   if (!text || !*text) return default_threads();
   char* end;
   const long n = std::strtol(text, &end, 10);
-  if (*end || n < 1 || n > 4096) {
-    throw std::invalid_argument("FUSEDSTEP_NUM_THREADS must be an integer from 1 to 4096, got '" +
-                                std::string(text) + "'");
+  if (*end || n < 1 || n > kMaxThreads) {
+    throw std::invalid_argument("FUSEDSTEP_NUM_THREADS must be an integer from 1 to " +
+                                std::to_string(kMaxThreads) + ", got '" + text + "'");
   }
   return static_cast<int>(n);
 }
@@ -215,12 +215,7 @@ int num_threads() {
   return n;
 }
 
-void set_num_threads(int n) {
-  if (n < 1 || n > 4096) {
-    throw std::invalid_argument("n must be an integer from 1 to 4096, got " + std::to_string(n));
-  }
-  threads.store(n);
-}
+void set_num_threads(int n) { threads.store(std::min(kMaxThreads, std::max(1, n))); }
 
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   if (n <= 0) return;

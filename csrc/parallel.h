@@ -7,8 +7,10 @@
 
 namespace fusedstep {
 
+constexpr int kMaxThreads = 4096;
+
 int num_threads();
-void set_num_threads(int n);  // n >= 1, else std::invalid_argument
+void set_num_threads(int n);  // 1 to kMaxThreads
 
 // The cores this process may use: its affinity mask, capped by its cgroup's quota, shared among
 // the LOCAL_WORLD_SIZE processes of a launcher. At least 1.

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 ALIGNMENT: int
 COMPILER: str
 HUGE_FROM: int
+MAX_THREADS: int
 
 def compiled_isas() -> list[str]: ...
 def usable_isas() -> list[str]: ...

@@ -70,11 +70,15 @@ PAIRS = {
 
 
 def _number(name: str, value: Any, hyper: Hyper) -> float:
-    scalar = not isinstance(value, str | bytes | bool | np.bool_) and np.ndim(value) == 0
+    if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
+        value = value.detach()
+    scalar = not isinstance(value, str | bytes | bool | np.bool_ | list | tuple)
     try:
-        number = float(value) if scalar else None
+        number = float(value) if scalar and np.ndim(value) == 0 else None
     except (TypeError, ValueError):
         number = None
+    except OverflowError:
+        number = math.inf
     if number is None:
         raise TypeError(f"{name} must be a number {hyper.rule}, got {value!r}")
     if not hyper.accepts(number):

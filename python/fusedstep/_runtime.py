@@ -54,6 +54,8 @@ def set_num_threads(n: int) -> None:
     """
     if isinstance(n, bool) or not hasattr(n, "__index__"):
         raise TypeError(f"n must be an integer, got {n!r}")
+    if not 1 <= n <= _core.MAX_THREADS:
+        raise ValueError(f"n must be an integer from 1 to {_core.MAX_THREADS}, got {n}")
     _core.set_num_threads(n.__index__())
 
 

@@ -36,6 +36,8 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
             ) from error
         dtype = ml_dtypes.bfloat16
     result: np.dtype[Any] = np.dtype(dtype)
+    if not result.isnative:
+        raise ValueError(f"{name} must be in native byte order, got {result!r}")
     if result.name not in _DTYPES:
         raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {result.name}")
     return result
@@ -89,7 +91,7 @@ def _as_shapes(shapes: Any, name: str) -> Shapes:
     items = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes)
     result: dict[Key, tuple[int, ...]] = {}
     for key, shape in items:
-        dims = (shape,) if isinstance(shape, int) else tuple(shape)
+        dims = tuple(shape) if isinstance(shape, Iterable) else (shape,)
         if not all(isinstance(d, int | np.integer) and d >= 0 for d in dims):
             raise ValueError(f"{name}[{key}] must be integers >= 0, got {shape!r}")
         result[key] = tuple(int(d) for d in dims)
@@ -267,7 +269,7 @@ class FlatBuffer(Mapping[Key, Array]):
 
     def __setitem__(self, key: Key, value: Any) -> None:
         view = self[key]
-        array = np.asarray(value)
+        array = as_array(value, "value") if hasattr(value, "__dlpack__") else np.asarray(value)
         if array.ndim and array.shape != view.shape:
             raise ValueError(f"value for [{key}] must have shape {view.shape}, got {array.shape}")
         view[...] = array

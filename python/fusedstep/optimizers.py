@@ -77,8 +77,8 @@ class ParamGroup(MutableMapping[str, Any]):
     `group["params"]` lists the group's parameters by number and is read-only.
     """
 
-    def __init__(self, hypers: dict[str, Any], table: Mapping[str, Hyper], params: list[int]):
-        self._table = table
+    def __init__(self, hypers: dict[str, Any], owner: type[Optimizer], params: list[int]) -> None:
+        self._owner = owner
         self._params = params
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
         self._native: list[float] | None = None
@@ -86,7 +86,7 @@ class ParamGroup(MutableMapping[str, Any]):
     def _check(self, name: str, value: Any) -> Any:
         if name == "lr" and callable(value):
             return value
-        return check(name, value, self._table[name])
+        return check(name, value, self._owner._hyper_table[name])
 
     def __getitem__(self, name: str) -> Any:
         return list(self._params) if name == "params" else self._hypers[name]
@@ -185,7 +185,9 @@ class Optimizer:
             for name in group.hypers:
                 if name not in hypers:
                     known = ", ".join(hypers)
-                    raise ValueError(f"{group!r}: hyperparameter must be one of {known}")
+                    raise ValueError(
+                        f"{group!r} must name hyperparameters of {known}, got {name!r}"
+                    )
         members: list[list[int]] = [[] for _ in range(len(groups) + 1)]
         group_of = []
         for i, name in enumerate(self._names):
@@ -200,7 +202,7 @@ class Optimizer:
                 )
         own = [{}, *(group.hypers for group in groups)]
         made = [
-            ParamGroup(hypers | extra, self._hyper_table, found)
+            ParamGroup(hypers | extra, type(self), found)
             for extra, found in zip(own, members, strict=True)
         ]
         for one in made:
@@ -217,12 +219,10 @@ class Optimizer:
         edited = [group for group in self._groups if group._native is None]
         if not edited:
             return
-        natives = [self._native(group) for group in edited]
+        natives = [self._native(group._hypers) for group in edited]
         wanted = []
         for group, native in zip(edited, natives, strict=True):
-            used = _core.used_states(self._rule, native[3:])
-            names = [state for state, use in zip(self._states, used, strict=True) if use]
-            wanted += [(state, i) for state in names for i in group._params]
+            wanted += [(state, i) for state in self._uses(native) for i in group._params]
         self._ensure_states(wanted)
         for group, native in zip(edited, natives, strict=True):
             group._native = native
@@ -243,21 +243,23 @@ class Optimizer:
     def _state_dtype(self, i: int) -> str:
         return "float64" if self._dtypes[i] == "float64" else "float32"
 
-    def _native(self, group: ParamGroup) -> list[float]:
+    def _native(self, hypers: Mapping[str, Any]) -> list[float]:
         """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
-        self._check_together(group)
-        values = flatten(self._fixed | group._hypers)
+        self._check_together(hypers)
+        values = flatten({**self._fixed, **hypers})
         if callable(values["lr"]):
             values["lr"] = 0.0  # each step puts the rate in its place
         names = ["maximize", "decoupled_weight_decay", "weight_decay", *_RULES[self._rule][0]]
         return [float(values.get(name, False)) for name in names]
 
+    def _uses(self, native: list[float]) -> list[str]:
+        """The states that the rule has under these hyperparameters."""
+        used = _core.used_states(self._rule, native[3:])
+        return [state for state, use in zip(self._states, used, strict=True) if use]
+
     def _make_states(self, state: str, dtype: str, indices: list[int]) -> dict[int, Array]:
-        if self._buffer is not None and len(indices) == len(self._names):
-            buffer = self._buffer.zeros_like(dtype)
-        else:
-            buffer = FlatBuffer.zeros({i: self._shapes[i] for i in indices}, dtype)
-        views = dict(zip(indices, buffer.values(), strict=True))
+        buffer = FlatBuffer.zeros({i: self._shapes[i] for i in sorted(indices)}, dtype)
+        views = {i: buffer[i] for i in indices}
         for i, view in views.items():
             initial = self._initial(state, self._groups[self._group_of[i]])
             if initial:  # untouched memory is zero already, and stays unpaged until the first step
@@ -409,9 +411,11 @@ class Optimizer:
         for saved in state_dict["state"]:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
+        uses = [self._uses(self._native(values)) for values in hypers]
         staged = {
-            index_of[saved]: self._staged_state(index_of[saved], entry)
-            for saved, entry in state_dict["state"].items()
+            i: self._staged_state(i, state_dict["state"][saved], uses[self._group_of[i]])
+            for saved, i in index_of.items()
+            if saved in state_dict["state"]
         }
         clocks = [staged[i][0] if i in staged else (0, 0.0, 0.0) for i in range(len(self._names))]
         steps = state_dict.get("step", max((clock[0] for clock in clocks), default=0))
@@ -442,6 +446,9 @@ class Optimizer:
     def _staged_groups(self, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, int]]:
         """Each group's hyperparameters after loading, and the place of each saved parameter."""
         sizes = [len(group._params) for group in self._groups if group._params]
+        for group in saved:
+            if "params" not in group:
+                raise ValueError(f"state_dict groups must have the key 'params', got {list(group)}")
         saved = [group for group in saved if group["params"]]
         if [len(group["params"]) for group in saved] != sizes:
             raise ValueError(
@@ -469,11 +476,10 @@ class Optimizer:
                 elif name not in _TORCH_ONLY:
                     known = ", ".join(values)
                     raise ValueError(f"state_dict group keys must be {known}, got {name!r}")
-            self._check_together(values)
         return hypers, index_of
 
     def _staged_state(
-        self, i: int, entry: Mapping[str, Any]
+        self, i: int, entry: Mapping[str, Any], uses: list[str]
     ) -> tuple[tuple[int, float, float], dict[str, Array]]:
         """One parameter's clock and states as `entry` has them, checked."""
         where = f"state_dict['state'][{self._names[i]}]"
@@ -496,29 +502,35 @@ class Optimizer:
             elif name == "step":
                 scalars[name] = _count(label, value)
             elif name in self._carried:
-                scalars[name] = float(value)
+                scalars[name] = check(label, value, HYPERS["lambd"])  # any finite number
             else:
                 raise ValueError(f"{where} must have the keys {self._known_keys()}, got {name!r}")
-        carried = [scalars.get(name, 0.0) for name in self._carried]
-        return self._loaded_clock(int(scalars.get("step", 0)), carried, arrays), arrays
+        for name in self._required_keys(uses):
+            if name not in arrays and name not in scalars:
+                raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
+        return self._loaded_clock(scalars, arrays), arrays
 
     def _known_keys(self) -> list[str]:
         return [*(["step"] if self._counts_steps else []), *self._carried, *self._states]
 
+    def _required_keys(self, uses: list[str]) -> list[str]:
+        return [name for name in self._known_keys() if name in uses or name not in self._states]
+
     def _loaded_clock(
-        self, t: int, carried: list[float], arrays: Mapping[str, Array]
+        self, scalars: Mapping[str, float], arrays: Mapping[str, Array]
     ) -> tuple[int, float, float]:
-        first, second = [*carried, 0.0, 0.0][:2]
-        return t, first, second
+        first, second = [*(scalars[name] for name in self._carried), 0.0, 0.0][:2]
+        return int(scalars["step"]), first, second
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state["_table"] = self._clocks()
+        state = {**self.__dict__, "_table": self._clocks()}
+        if self._buffer is not None:
+            del state["_params"]  # views of the buffer
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._buffer is not None:  # the views come back through their buffer
+        if self._buffer is not None:
             self._params = dict(self._buffer.items())
         self._table = self._make_table(state["_table"])
 
@@ -533,9 +545,9 @@ class Optimizer:
 
 
 def _count(name: str, value: Any) -> int:
-    number = float(value)
-    if not number >= 0 or number != int(number):
-        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    number = check(name, value, HYPERS["lambd"])  # any finite number
+    if not 0 <= number < 2**63 or number != int(number):
+        raise ValueError(f"{name} must be an integer from 0 to 2^63 - 1, got {value!r}")
     return int(value)
 
 
@@ -605,10 +617,13 @@ class SGD(Optimizer):
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[1] != 0
 
+    def _required_keys(self, uses: list[str]) -> list[str]:
+        return []
+
     def _loaded_clock(
-        self, t: int, carried: list[float], arrays: Mapping[str, Array]
+        self, scalars: Mapping[str, float], arrays: Mapping[str, Array]
     ) -> tuple[int, float, float]:
-        return t, float("momentum_buffer" in arrays), 0.0
+        return 0, float("momentum_buffer" in arrays), 0.0
 
 
 class Lion(Optimizer):
