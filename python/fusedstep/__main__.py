@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +22,7 @@ def _count(text: str) -> int:
         number = float(int(base) ** int(power)) if caret else float(text)
     except (ValueError, OverflowError):
         number = 0.0
-    if number < 1 or number != int(number):
+    if not 1 <= number < math.inf or number != int(number):
         raise argparse.ArgumentTypeError(f"must be an integer >= 1 (1000, 1e6, 2^26), got {text!r}")
     return int(number)
 
@@ -81,11 +83,20 @@ def _progress(console: Any) -> Any:
     )
 
 
+def _check_writable(*paths: str | None) -> None:
+    """Raises OSError before the work, not after it, where a result could not be written."""
+    for path in paths:
+        folder = os.path.dirname(path or "") or "."
+        if path is not None and not os.access(folder, os.W_OK):
+            raise OSError(f"cannot write {path}: {folder} is not a folder to write in")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from fusedstep import bench, demo
 
+    _check_writable(args.output)
     out, err = Console(), Console(stderr=True)
     data = demo.Digits.load()
     results = []
@@ -119,6 +130,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     from fusedstep import bench
 
+    _check_writable(args.json, args.plot)
     sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
     rows = _measure(
         Console(stderr=True),
@@ -146,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"info": lambda _: _info(), "demo": _demo, "bench": _bench}[args.command](args)
     except ModuleNotFoundError as error:
         print(
-            f"fusedstep {args.command}: needs {error.name}: pip install 'fusedstep[demo]'",
+            f"fusedstep {args.command}: needs {error.name}: pip install 'fusedstep[{args.command}]'",
             file=sys.stderr,
         )
         return 1

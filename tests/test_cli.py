@@ -1,0 +1,151 @@
+"""The command line as a user types it: info, demo, bench, and what they say of wrong input."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fusedstep as fs
+from fusedstep import bench, demo
+from fusedstep.__main__ import main
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_info_prints_every_entry(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for key, value in fs.info().items():
+        line = next(ln for ln in out.splitlines() if ln.startswith(key.replace("_", " ") + " "))
+        if isinstance(value, str):
+            assert line.endswith(value)
+    assert ", ".join(fs.usable_isas()) in out
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "fusedstep", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == fs.__version__
+
+
+def test_demo_network_gradient_agrees_with_finite_differences():
+    data = demo.Digits.load()
+    params = demo.init()
+    grads, unused = params.zeros_like(), params.zeros_like()
+    x, y = data.train_x[:32], data.train_y[:32]
+    demo.loss_and_gradient(params, x, y, grads)
+    for name in params:
+        direction = np.sign(grads[name])
+        slope = float((grads[name] * direction).sum())
+        step = np.float32(1e-3)
+        start = params[name].copy()
+        params[name] = start + step * direction
+        above = demo.loss_and_gradient(params, x, y, unused)
+        params[name] = start - step * direction
+        below = demo.loss_and_gradient(params, x, y, unused)
+        params[name] = start
+        assert (above - below) / (2 * step) == pytest.approx(slope, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_demo_reaches_97_percent(name):
+    result = demo.train(name, demo.Digits.load())
+    assert result.accuracy >= 0.97
+    assert result.losses[-1] < 0.05 < 2 < result.losses[0]
+
+
+def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys):
+    picture = tmp_path / "curves.png"
+    assert main(["demo", "-o", str(picture), "--epochs", "2", "--n", "1000"]) == 0
+    out = capsys.readouterr().out
+    for name in demo.OPTIMIZERS:
+        assert name in out
+    for name in bench.OPTIMIZERS:
+        assert name in out
+    assert picture.read_bytes().startswith(PNG)
+    classes = {type(make(demo.init())) for make in demo.OPTIMIZERS.values()}
+    assert {c.__name__ for c in classes} == _public_optimizers()
+
+
+def _public_optimizers():
+    names = [n for n in fs.__all__ if isinstance(getattr(fs, n), type)]
+    return {n for n in names if issubclass(getattr(fs, n), fs.Optimizer)} - {"Optimizer"}
+
+
+def test_bench_covers_every_optimizer():
+    assert {cls for cls, _ in bench.OPTIMIZERS.values()} == _public_optimizers()
+
+
+def test_bench_rows_hold_together(tmp_path, capsys):
+    target, picture = tmp_path / "rows.json", tmp_path / "rates.png"
+    arguments = ["--optimizers", "AdamW", "rprop", "lion", "--n", "1e3", "2^12", "--rounds", "3"]
+    outputs = ["--json", str(target), "--plot", str(picture)]
+    assert main(["bench", *arguments, *outputs]) == 0
+    assert "adamw" in capsys.readouterr().out
+    stored = json.loads(target.read_text())
+    assert stored["machine"]["isa"] == fs.isa()
+    rows = stored["rows"]
+    assert [(r["optimizer"], r["n"]) for r in rows] == [
+        (name, n) for name in ("adamw", "rprop", "lion") for n in (1000, 4096)
+    ]
+    for row in rows:
+        assert row["bytes_per_param"] == (20 if row["optimizer"] == "lion" else 28)
+        assert row["gbps"] == pytest.approx(row["bytes_per_param"] * row["n"] / row["ms"] / 1e6)
+        assert row["threads"] == fs.num_threads()
+        expected = {"adamw": {"for-loop", "foreach", "fused"}, "rprop": {"for-loop", "foreach"}}
+        assert set(row["torch"]) == expected.get(row["optimizer"], set())
+    assert picture.read_bytes().startswith(PNG)
+
+
+# Bytes per float32 parameter: 12 for gradient and parameter, and 8 for each state.
+@pytest.mark.parametrize(
+    ("moved", "names"),
+    [
+        (12, ["sgd"]),
+        (20, ["momentum", "nesterov", "adagrad", "rmsprop", "lion", "asgd"]),
+        (28, ["adam", "adamw", "nadam", "adamax", "adadelta", "radam", "rprop"]),
+        (36, ["amsgrad"]),
+    ],
+)
+def test_bench_bytes_per_parameter(moved, names):
+    for row in bench.measure(names, [1000], rounds=1, torch=False):
+        assert row.bytes_per_param == moved, row.optimizer
+
+
+def test_bench_leaves_threads_and_isa_as_they_were():
+    before = fs.num_threads(), fs.isa()
+    (row,) = bench.measure(
+        ["sgd"], [100], rounds=1, torch=False, threads=before[0] + 1, isa="scalar"
+    )
+    assert (row.threads, row.isa) == (before[0] + 1, "scalar")
+    assert (fs.num_threads(), fs.isa()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizers", "adm"], "got 'adm'"),
+        (["--json", "/no/such/folder/x.json"], "/no/such/folder"),
+    ],
+)
+def test_bench_says_what_is_wrong(arguments, message, capsys):
+    assert main(["bench", "--n", "10", "--rounds", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("n", ["0", "-5", "1.5", "x", "2^-1", "nan"])
+def test_bench_refuses_wrong_sizes(n, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", f"--n={n}"])
+    assert stop.value.code == 2
+    assert f"got '{n}'" in capsys.readouterr().err
+
+
+def test_command_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # as if rich were not installed
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["bench"]) == 1
+    assert "pip install 'fusedstep[bench]'" in capsys.readouterr().err
