@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         {"info": lambda _: _info(), "demo": _demo, "bench": _bench}[args.command](args)
     except ModuleNotFoundError as error:
         print(
-            f"fusedstep {args.command}: needs {error.name}: pip install 'fusedstep[{args.command}]'",
+            f"fusedstep {args.command}: needs {error.name}:"
+            f" pip install 'fusedstep[{args.command}]'",
             file=sys.stderr,
         )
         return 1
