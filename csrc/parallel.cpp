@@ -195,7 +195,8 @@ double cpu_quota(const std::string& membership, const std::string& root) {
                 number(read(directory + "/cpu.cfs_period_us")));
       }
       if (path.empty() || path == "/") break;
-      path.resize(path.rfind('/'));
+      const size_t slash = path.rfind('/');
+      path.resize(slash == std::string::npos ? 0 : slash);
     }
   }
   return quota;

@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _SETTLE = 2e-3  # seconds that one timing lasts at least, by repeating short steps
+_REST = 5e-3  # seconds before each timing: torch's OpenMP threads spin for a while after their work
 
 
 @dataclass
@@ -84,7 +85,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     """Seconds per call of each contender in each round, one after the other within a round.
 
     A drift of the machine between rounds then hits all alike, and ratios taken within a round are
-    free of it. Short calls are repeated to last 2 ms.
+    free of it. Short calls are repeated to last 2 ms, after one that is not timed.
     """
     calls: dict[str, int] = {}
     for name, run in contenders.items():
@@ -95,6 +96,9 @@ def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
+            time.sleep(_REST)
+            if calls[name] > 1:
+                run()
             begin = time.perf_counter()
             for _ in range(calls[name]):
                 run()
