@@ -68,6 +68,7 @@ double exp(Pair x) {
 }  // namespace
 
 double power(double base, int64_t n) {
+  if (base > 1) return power(base, static_cast<double>(n));  // squares could overflow to NaN
   Pair result = {1, 0}, square = {base, 0};
   for (; n > 0; n >>= 1) {
     if (n & 1) result = result * square;

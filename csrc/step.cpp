@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "float_mode.h"
 #include "parallel.h"
 
 namespace fusedstep {
@@ -134,6 +135,7 @@ void StepTable::check(const std::vector<Grad>& grads) const {
 
 int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups) {
   const Turn turn(stepping_);
+  const FloatMode mode;  // for the scalars; each thread of the sweep sets its own
   check(grads);
   checked_ = grads;
 
