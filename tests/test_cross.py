@@ -1,0 +1,79 @@
+"""The scalar set of this machine against the sets of aarch64, cross-compiled and run under qemu."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fusedstep import _core
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+NATIVE = os.environ.get("CXX") or "c++"
+CROSS = "aarch64-linux-gnu-g++"
+QEMU = "qemu-aarch64"
+PATIENCE = 300  # seconds for one compilation on a loaded machine
+
+# -O1 compiles in half the time, and promises the same bits as the build's -O3.
+FLAGS = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-math-errno"]
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool.split()[0]) is None:
+            pytest.skip(f"{tool} is not on PATH")
+
+
+def hashes(compiler, isa, directory, *runner, link=()):
+    """What native/identity.cpp prints under one set, and the width that its kernels tell."""
+    program = directory / f"identity_{isa}"
+    sources = [TESTS / "native" / "identity.cpp"]
+    sources += [CSRC / name for name in ("kernels.cpp", "rules.cpp", "power.cpp")]
+    objects = []
+    for source in sources:
+        # rules.cpp names its own target, the host; the others are of the set.
+        target = [] if source.name == "rules.cpp" else [f"-DFUSEDSTEP_TARGET={isa}"]
+        objects.append(str(directory / f"{source.stem}.o"))
+        command = [*compiler.split(), *FLAGS, *target, f"-I{CSRC}", "-c", str(source)]
+        execute(*command, "-o", objects[-1])
+    execute(*compiler.split(), *objects, *link, "-o", str(program))
+    done = execute(*runner, str(program))
+    return done.stdout.splitlines(), int(re.fullmatch(r"lanes (\d+)\n", done.stderr)[1])
+
+
+def execute(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """The scalar set's hashes on this machine."""
+    need(NATIVE)
+    lines, lanes = hashes(NATIVE, "scalar", tmp_path_factory.mktemp("native"))
+    assert lanes == 1
+    return lines
+
+
+def test_identity_program_covers_every_rule_and_sees_differences(native):
+    assert {line.split()[0] for line in native} == set(_core.rules())
+    kernels = [tuple(line.split()[:4]) for line in native]
+    assert len(set(kernels)) == len(kernels)
+    # Every kernel computes something of its own: equal hashes would mean a blind hash, or the same
+    # kernel twice.
+    found = [line.split()[4] for line in native]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(("isa", "width"), [("scalar", 1), ("neon", 4)])
+def test_aarch64_set_gives_the_bits_of_this_machine(isa, width, native, tmp_path):
+    need(CROSS, QEMU)
+    # Linked statically, so that no sysroot of the target is needed to run it.
+    lines, lanes = hashes(CROSS, isa, tmp_path, QEMU, link=["-static"])
+    assert lanes == width
+    different = [pair for pair in zip(lines, native, strict=True) if pair[0] != pair[1]]
+    assert not different, f"{len(different)} of {len(lines)} kernels, first {different[:3]}"

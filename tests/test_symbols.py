@@ -1,0 +1,195 @@
+"""The kernels' object files: no symbol that could be merged across sets, no foreign register.
+
+An inline function of one set that wins over another set's copy ships AVX-512 code to old CPUs.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+CMAKE = CSRC.parent / "CMakeLists.txt"
+COMPILER = os.environ.get("CXX") or "c++"
+PATIENCE = 500  # seconds for one compilation on a loaded machine
+
+# What the rules' scalars (prepare) and the scalar set may call: the C library's mathematics, what
+# GCC makes of long copies and of stack protection, and our own power.
+ALLOWED = re.compile(
+    r"fmaf?|sqrtf?|mem(cpy|set|move)|__stack_chk_fail|_GLOBAL_OFFSET_TABLE_"
+    r"|fusedstep::power\(double, (double|long)\)|__gxx_personality_v0"
+)
+# A pointer, the same in every object: data, not code.
+PERSONALITY = "DW.ref.__gxx_personality_v0"
+
+
+def machine_sets():
+    """The instruction sets of this machine's architecture with their flags, from CMakeLists.txt."""
+    text = re.sub(r"#.*", "", CMAKE.read_text())
+    for names, sets in re.findall(r'MATCHES "\^\(([\w|]+)\)\$"\)\s+set\(isas ([\w ]+)\)', text):
+        if platform.machine() in names.split("|"):
+            found = sets.split()
+            break
+    else:
+        found = ["scalar"]
+    common = ["-ffp-contract=off", "-fno-math-errno"]
+    assert all(flag in text for flag in common)
+    own = dict(re.findall(r"set\(flags_(\w+) ([^)]*)\)", text))
+
+    def flags(name):
+        words = own.get(name, "").split()
+        nested = [flags(w[8:-1]) if w.startswith("${flags_") else [w] for w in words]
+        return [w for group in nested for w in group if not w.startswith("$<")]
+
+    return {name: common + flags(name) for name in found}
+
+
+SETS = machine_sets()
+each_set = pytest.mark.parametrize("isa", list(SETS))
+
+
+def need(*tools):
+    for tool in tools:
+        if shutil.which(tool.split()[0]) is None:
+            pytest.skip(f"{tool} is not on PATH")
+    if os.name != "posix" or platform.system() != "Linux":
+        pytest.skip("reads ELF objects")
+
+
+def output(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A function from (set, optimization) to its object file, compiled once."""
+    need(COMPILER)
+    made = {}
+
+    def compile(isa, optimization):
+        key = isa, optimization
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(isa) / f"kernels{optimization}.o"
+            # -w: warnings are the build's business. -fPIC as in the module.
+            flags = ["-std=c++17", optimization, "-fPIC", "-w", *SETS[isa]]
+            output(
+                *COMPILER.split(), *flags, f"-DFUSEDSTEP_TARGET={isa}",
+                "-c", str(CSRC / "kernels.cpp"), "-o", str(made[key]),
+            )  # fmt: skip
+        return str(made[key])
+
+    return compile
+
+
+def symbols(obj):
+    """(type letter, demangled name) of every symbol."""
+    for line in output("nm", "-C", obj).splitlines():
+        kind, name = re.match(r"[0-9a-f]* *(\S) (.*)", line).groups()
+        yield kind, name
+
+
+@each_set
+def test_symbols_lie_in_the_set_s_own_namespace(isa, compiled):
+    # At -O0 nothing is inlined, so every function that could ever be merged is seen.
+    need("nm")
+    defined, foreign, wanted = 0, [], []
+    for kind, name in symbols(compiled(isa, "-O0")):
+        if kind == "U":
+            if not ALLOWED.fullmatch(name):
+                wanted.append(name)
+        elif kind.isupper() or kind in "uvw":  # global, weak or unique; lower case is local
+            defined += 1
+            head = name.split("(")[0]  # the arguments' types do not make a function the set's
+            if f"fusedstep::{isa}::" not in head and name != PERSONALITY:
+                foreign.append(name)
+    assert defined > 100
+    assert foreign == []
+    assert wanted == []
+
+
+@each_set
+def test_symbols_exported_are_the_table_alone(isa, compiled):
+    # Everything else is weak (templates) or local; a second strong symbol would be an accident.
+    need("nm")
+    strong = [name for kind, name in symbols(compiled(isa, "-O0")) if kind in "TDBR"]
+    assert strong == [f"fusedstep::{isa}::kernels"]
+
+
+@each_set
+def test_no_constructor_runs_at_load(isa, compiled):
+    # Code of an unusable set must not run before dispatch has looked at the CPU.
+    need("objdump")
+    sections = output("objdump", "-h", compiled(isa, "-O0"))
+    assert ".text" in sections
+    assert ".init_array" not in sections
+    assert ".ctors" not in sections
+
+
+FOREIGN = {
+    "scalar": r"%[yz]mm|%k[0-7]\b|%xmm(1[6-9]|2\d|3[01])",
+    "avx2": r"%zmm|%k[0-7]\b|%xmm(1[6-9]|2\d|3[01])",
+}
+OWN = {"scalar": "%xmm", "avx2": "%ymm", "avx512": "%zmm"}
+
+
+@each_set
+def test_registers_are_the_set_s_own(isa, compiled):
+    need("objdump")
+    if isa not in OWN:
+        pytest.skip(f"no table of registers for {isa}")
+    code = output("objdump", "-d", "--no-show-raw-insn", compiled(isa, "-O0"))
+    assert OWN[isa] in code
+    if isa == "scalar":  # nor the three-operand forms, which old CPUs lack as well
+        assert not re.search(r"\tv[a-z]+\d* .*%xmm", code)
+    if isa in FOREIGN:
+        assert not re.search(FOREIGN[isa], code)
+
+
+def innermost_loops(code):
+    """The bodies of loops (a jump back, and what lies before it) that hold no other loop."""
+    lines = [m.groups() for m in re.finditer(r"^ *([0-9a-f]+):\t(.*)$", code, re.MULTILINE)]
+    place = {address: i for i, (address, _) in enumerate(lines)}
+    spans = []
+    for i, (_, text) in enumerate(lines):
+        jump = re.match(r"j\w+ +([0-9a-f]+) ", text)
+        if jump and place.get(jump[1], i) < i:
+            spans.append((place[jump[1]], i))
+    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
+    return [[text for _, text in lines[first : last + 1]] for first, last in inner]
+
+
+@pytest.mark.parametrize("isa", [isa for isa in SETS if isa in ("avx2", "avx512")])
+def test_adam_loop_has_full_registers_and_no_spills(isa, compiled):
+    # One spill per element would cost as much as a stream of memory.
+    need("objdump", "nm")
+    register = OWN[isa].strip("%")
+    obj = compiled(isa, "-O3")
+    kernels = [
+        name
+        for _, name in symbols(obj)
+        if re.search(rf"sweep<fusedstep::{isa}::Adam::Step<.*float, float>\(", name)
+    ]
+    assert len(kernels) == 4  # amsgrad or not, coupled decay or scaled
+    code = output("objdump", "-dC", "--no-show-raw-insn", obj)
+    for name in kernels:
+        (body,) = re.findall(rf"<{re.escape(name)}>:\n(.*?)(?:\n\n|\Z)", code, re.DOTALL)
+        hot = [loop for loop in innermost_loops(body) if any("vsqrtps" in x for x in loop)]
+        assert len(hot) == 1, f"{name}: {len(hot)} loops with a square root"
+        (loop,) = hot
+        assert not [x for x in loop if re.search(r"\(%r[sb]p", x)], "spills to the stack"
+        states = 3 if re.search(r"Lanes<float, \d+>, 1>", name) else 2
+        stores = [x for x in loop if re.match(rf"vmovup[sd] +%{register}\d+,.*\(%", x)]
+        assert len(stores) == 1 + states
+        roots = [x for x in loop if x.startswith("vsqrtps")]
+        assert len(roots) == 1
+        assert register in roots[0]
+        divisions = [x for x in loop if x.startswith("vdivps")]
+        assert len(divisions) == 1
+        assert register in divisions[0]
+        assert not [x for x in loop if x.startswith("call")]
