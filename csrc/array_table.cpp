@@ -125,6 +125,14 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
 
 int64_t ArrayTable::run(const std::vector<Grad>& grads,
                         const std::vector<std::vector<double>>& groups) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const DType param = params_[i].view.dtype, grad = grads[i].dtype;
+    if (!grads[i].data || type_pair(param, grad) >= 0) continue;
+    throw py::type_error(
+        Label{"grads", &names_[i]}.text() + " must be " +
+        (param == DType::f32 ? "float32, bfloat16 or float16" : dtype_name(param)) + " for a " +
+        dtype_name(param) + " parameter, got " + dtype_name(grad));
+  }
   const size_t hypers = rules()[rule_].hypers.size();
   std::vector<Group> converted;
   if (groups.size() < static_cast<size_t>(groups_)) {

@@ -137,7 +137,8 @@ py::object dlpack_capsule(py::handle object) {
 View dlpack_view(py::handle object, const Label& label) {
   const int type = dlpack_device(object);
   if (type != kCpu && type != kCudaHost && type != kRocmHost) {
-    const py::object text = py::getattr(object, "device", py::int_(type));
+    const py::object text =
+        py::getattr(object, "device", py::str("type {} of DLPack").format(type));
     throw py::value_error(label.text() + " must be in CPU memory, got device " +
                           py::str(text).cast<std::string>());
   }
@@ -182,7 +183,12 @@ View dlpack_view(py::handle object, const Label& label) {
 }  // namespace
 
 View view_of(py::handle object, const Label& label) {
-  if (py::isinstance<py::array>(object)) {
+  static const py::handle ndarray = py::type::of(py::array()).release();
+  const bool plain = py::type::handle_of(object).is(ndarray);
+  if (plain || py::isinstance<py::array>(object)) {
+    if (!plain && py::hasattr(object, "mask")) {
+      throw py::type_error(label.text() + " must be a plain array, got a masked one");
+    }
     return numpy_view(py::reinterpret_borrow<py::array>(object), label);
   }
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {

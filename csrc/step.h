@@ -1,6 +1,8 @@
 // One optimizer's tensors as a table, and the step that sweeps them all in one parallel region.
 #pragma once
 
+#include <sys/types.h>
+
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -16,6 +18,9 @@ namespace fusedstep {
 
 const char* dtype_name(DType dtype);
 int64_t dtype_bytes(DType dtype);
+
+// The place of a combination in kTypePairs, or -1 where no kernel takes it.
+int type_pair(DType param, DType grad);
 
 // Hyperparameters that hold for all tensors of a group in one step.
 struct Group {
@@ -48,9 +53,9 @@ class StepTable {
   std::vector<Tensor>& tensors() { return tensors_; }
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
-  // Checks everything, then updates every tensor that has a gradient. What it checks: one gradient
-  // per tensor, a gradient type that goes with the parameter's, no gradient over memory the step
-  // writes. Returns the number of elements updated.
+  // Updates every tensor that has a gradient, whose type must go with the parameter's. Throws
+  // std::invalid_argument before it has written anything unless there is one gradient per tensor
+  // and none lies over memory that the step writes. Returns the number of elements updated.
   int64_t step(const std::vector<Grad>& grads, const std::vector<Group>& groups);
 
  private:
@@ -64,9 +69,9 @@ class StepTable {
 
   int rule_;
   std::vector<Tensor> tensors_;
-  std::vector<Range> written_;  // by address
-  std::vector<Grad> checked_;   // gradients of the last step, known not to overlap
-  std::atomic<bool> stepping_{false};
+  std::vector<Range> written_;      // by address
+  std::vector<Grad> checked_;       // gradients of the last step, known not to overlap
+  std::atomic<pid_t> stepping_{0};  // the process that is in a step
 };
 
 }  // namespace fusedstep

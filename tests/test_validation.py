@@ -109,7 +109,7 @@ BAD_GRADS = {
     "torch expanded": (lambda g: torch.ones(()).expand(g.shape), "C-contiguous, got"),
     "torch sparse": (lambda g: torch.ones(g.shape).to_sparse(), "got"),
     "torch meta": (lambda g: torch.ones(g.shape, device="meta"), "CPU memory, got device meta"),
-    "CUDA": (lambda g: Exporter(g, (2, 0)), r"CPU memory, got device \(?2"),
+    "CUDA": (lambda g: Exporter(g, (2, 0)), r"CPU memory, got device type 2"),
     "exporter dtype": (lambda g: Exporter(g.astype(np.int32)), "float32.*got"),
     "exporter shape": (lambda g: Exporter(np.ones(g.size + 1, g.dtype)), r"shape \(.*got \("),
 }
@@ -284,7 +284,8 @@ BAD_PARAMS = {
     "unaligned": (lambda: np.frombuffer(bytearray(17), np.float32, offset=1), "aligned.*got"),
     "list": (lambda: [1.0, 2.0], "NumPy array or a DLPack exporter, got list"),
     "None": (lambda: None, "NumPy array or a DLPack exporter, got NoneType"),
-    "CUDA": (lambda: Exporter(np.ones(4, np.float32), (2, 3)), r"CPU memory, got device \(?2"),
+    "masked": (lambda: np.ma.masked_array(np.ones(4, np.float32), [0, 1, 0, 0]), "plain array"),
+    "CUDA": (lambda: Exporter(np.ones(4, np.float32), (2, 3)), r"CPU memory, got device type 2"),
     "torch meta": (lambda: torch.ones(4, device="meta"), "CPU memory, got device meta"),
     "torch int": (lambda: torch.ones(4, dtype=torch.int32), "float32.*got torch.int32"),
     "torch strided": (lambda: torch.ones(4, 4).T, "C-contiguous, got"),

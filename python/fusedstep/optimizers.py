@@ -171,6 +171,7 @@ class Optimizer:
             state: [None] * len(self._names) for state in _RULES[self._rule][1]
         }
         self._steps = 0
+        self._rates: list[float] = []  # of the last step
         self._table = self._make_table(())
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
@@ -322,6 +323,7 @@ class Optimizer:
         else:
             elements = self._table.step(self._in_order(grads), natives)
         self._steps += 1
+        self._rates = rates
         return StepReport(self._steps, rates[0], elements)
 
     def _in_order(self, grads: Grads) -> Sequence[Any]:
@@ -372,7 +374,7 @@ class Optimizer:
         """The optimizer's state with torch's keys and layout, plus `step`, the steps taken.
 
         As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. A schedule is
-        stored as its current rate.
+        stored as the rate of the last step, or before the first step as the rate it begins with.
         """
         state: dict[int, dict[str, Any]] = {}
         for i, clock in enumerate(self._clocks()):
@@ -385,11 +387,16 @@ class Optimizer:
                     entry[name] = arrays[i]
             state[i] = entry
         groups = [
-            {**group, **self._fixed, "lr": self._rate(group)}
-            for group in self._groups
+            {**group, **self._fixed, "lr": self._last_rate(k, group["lr"])}
+            for k, group in enumerate(self._groups)
             if group._params
         ]
         return {"state": state, "param_groups": groups, "step": self._steps}
+
+    def _last_rate(self, k: int, lr: Rate) -> float:
+        if not callable(lr):
+            return lr
+        return self._rates[k] if self._rates else self._rate(self._groups[k])
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[0] > 0
@@ -437,7 +444,7 @@ class Optimizer:
                     initial = self._initial(name, self._groups[self._group_of[i]])
                     target[...] = loaded.get(name, initial)
         self._table = self._make_table(clocks)
-        self._steps = steps
+        self._steps, self._rates = steps, []
 
     def _set_hypers(self, hypers: list[dict[str, Any]]) -> None:
         for group, values in zip(self._groups, hypers, strict=True):
