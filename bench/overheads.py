@@ -69,12 +69,12 @@ def torch_steps(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], Any]]:
 
 def show(title: str, contenders: dict[str, Callable[[], Any]], rounds: int = 15) -> None:
     """Prints the median of each contender and its ratio to the first."""
-    times = interleave(contenders, rounds)
-    first = next(iter(times))
-    print(title)
-    for name, seconds in times.items():
-        ratio = median(b / a for a, b in zip(times[first], seconds, strict=True))
-        print(f"  {name:24} {median(seconds) * 1e6:10.2f} us   {ratio:7.2f}x")
+    (first, ours), *others = contenders.items()
+    pairs = interleave(ours, dict(others), rounds)
+    mine = median(s for pair in pairs.values() for s in pair.ours)
+    print(f"{title}\n  {first:24} {mine * 1e6:10.2f} us")
+    for name, pair in pairs.items():
+        print(f"  {name:24} {median(pair.other) * 1e6:10.2f} us   {pair.ratio:7.2f}x")
 
 
 def import_seconds(rounds: int = 15) -> None:

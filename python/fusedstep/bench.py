@@ -1,4 +1,4 @@
-"""Measures a step against the memory ceiling and against torch, interleaved in one process.
+"""Measures a step against the memory ceiling and against torch, side by side in one process.
 
 `measure` returns rows; `fusedstep bench` prints, stores and draws them.
 """
@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 _SETTLE = 2e-3  # seconds that one timing lasts at least, by repeating short steps
-_REST = 5e-3  # seconds before each timing: torch's OpenMP threads spin for a while after their work
+_REST = 1e-2  # seconds before each timing: torch's OpenMP threads spin for a while after their work
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Peer:
 
 @dataclass
 class Row:
-    """One optimizer at one size. Times are medians over rounds, ratios medians of paired ratios."""
+    """One optimizer at one size. Times are medians over rounds, ratios medians of neighbours'."""
 
     optimizer: str
     n: int
@@ -81,29 +81,53 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of each contender in each round, one after the other within a round.
+@dataclass
+class Pairs:
+    """Seconds per call of a contender and of ours, measured next to each other in each round."""
 
-    A drift of the machine between rounds then hits all alike, and ratios taken within a round are
-    free of it. Short calls are repeated to last 2 ms, after one that is not timed.
+    other: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """The median of their time over ours."""
+        return median(b / a for a, b in zip(self.ours, self.other, strict=True))
+
+
+def interleave(
+    ours: Callable[[], Any], others: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, Pairs]:
+    """Times each of `others` next to `ours`, all of them in every round, taking turns to go first.
+
+    The machine's speed drifts within seconds; a ratio of neighbours is free of that, and the median
+    over rounds free of the odd disturbance. Short calls are repeated to last 2 ms, after one that
+    is not timed.
     """
-    calls: dict[str, int] = {}
-    for name, run in contenders.items():
+    calls: dict[Callable[[], Any], int] = {}
+
+    def seconds(run: Callable[[], Any]) -> float:
+        time.sleep(_REST)
+        if calls[run] > 1:
+            run()
+        begin = time.perf_counter()
+        for _ in range(calls[run]):
+            run()
+        return (time.perf_counter() - begin) / calls[run]
+
+    for run in (ours, *others.values()):
         run()  # first touch, caches, lazy state
         begin = time.perf_counter()
         run()
-        calls[name] = max(1, int(_SETTLE / max(time.perf_counter() - begin, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            time.sleep(_REST)
-            if calls[name] > 1:
-                run()
-            begin = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - begin) / calls[name])
-    return times
+        calls[run] = max(1, int(_SETTLE / max(time.perf_counter() - begin, 1e-7)))
+    pairs = {name: Pairs() for name in others}
+    for k in range(rounds):
+        for name, run in others.items():
+            if k % 2:
+                pairs[name].other.append(seconds(run))
+            pairs[name].ours.append(seconds(ours))
+            if not k % 2:
+                pairs[name].other.append(seconds(run))
+    return pairs
 
 
 def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any]:
@@ -122,7 +146,7 @@ def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any
     offsets = [0]
     moved = 3 * params.dtype.itemsize + sum(2 * s.dtype.itemsize for s in states)
     return {
-        "ours": lambda: opt.step(grads),
+        "step": lambda: opt.step(grads),
         "ceiling": lambda: table.step_flat(grads.flat, offsets, group),
         "bytes": moved,
     }
@@ -237,14 +261,10 @@ def _row(
     compiled: bool,
 ) -> Row:
     ours = _ours(cls, kwargs, n, dtype)
-    moved = ours.pop("bytes")
+    moved = ours["bytes"]
     peers, seconds = _torch(cls, kwargs, n, dtype, compiled) if with_torch else ({}, None)
-    times = interleave({**ours, **peers}, rounds)
-
-    def ratio(other: str) -> float:
-        return median(b / a for a, b in zip(times["ours"], times[other], strict=True))
-
-    ours_s, ceiling_s = median(times["ours"]), median(times["ceiling"])
+    pairs = interleave(ours["step"], {"ceiling": ours["ceiling"], **peers}, rounds)
+    ours_s = median(s for pair in pairs.values() for s in pair.ours)
     return Row(
         optimizer=name,
         n=n,
@@ -254,12 +274,14 @@ def _row(
         ms=ours_s * 1e3,
         bytes_per_param=moved,
         gbps=moved * n / ours_s / 1e9,
-        ceiling_gbps=moved * n / ceiling_s / 1e9,
-        share_of_ceiling=ratio("ceiling"),
+        ceiling_gbps=moved * n / median(pairs["ceiling"].other) / 1e9,
+        share_of_ceiling=pairs["ceiling"].ratio,
         mparams_per_s=n / ours_s / 1e6,
         torch={
             peer: Peer(
-                median(times[peer]) * 1e3, ratio(peer), seconds if peer == "compile" else None
+                median(pairs[peer].other) * 1e3,
+                pairs[peer].ratio,
+                seconds if peer == "compile" else None,
             )
             for peer in peers
         },

@@ -24,6 +24,10 @@ Grads = Any  # as Params, with None for a tensor that sits the step out
 
 _RULES = _core.rules()
 
+# How the core reads a group: these, then the rule's own hyperparameters, of which lr is the first.
+_COMMON = ("maximize", "decoupled_weight_decay", "weight_decay")
+_LR = len(_COMMON)
+
 # Keys that torch keeps in param_groups beside the hyperparameters. They say how torch computes, not
 # what, or belong to a scheduler, so a checkpoint may carry them.
 _TORCH_ONLY = {
@@ -171,7 +175,7 @@ class Optimizer:
             state: [None] * len(self._names) for state in _RULES[self._rule][1]
         }
         self._steps = 0
-        self._rates: list[float] = []  # of the last step
+        self._used: list[list[float]] = []  # the groups as the last step read them
         self._table = self._make_table(())
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
@@ -250,12 +254,12 @@ class Optimizer:
         values = flatten({**self._fixed, **hypers})
         if callable(values["lr"]):
             values["lr"] = 0.0  # each step puts the rate in its place
-        names = ["maximize", "decoupled_weight_decay", "weight_decay", *_RULES[self._rule][0]]
+        names = [*_COMMON, *_RULES[self._rule][0]]
         return [float(values.get(name, False)) for name in names]
 
     def _uses(self, native: list[float]) -> list[str]:
         """The states that the rule has under these hyperparameters."""
-        used = _core.used_states(self._rule, native[3:])
+        used = _core.used_states(self._rule, native[_LR:])
         return [state for state, use in zip(self._states, used, strict=True) if use]
 
     def _make_states(self, state: str, dtype: str, indices: list[int]) -> dict[int, Array]:
@@ -271,9 +275,21 @@ class Optimizer:
         """What a new state is filled with."""
         return 0.0
 
-    def _rate(self, group: ParamGroup) -> Any:
-        lr = group._hypers["lr"]
-        return check("lr", lr(self._steps), self._hyper_table["lr"]) if callable(lr) else lr
+    def _current(self) -> list[list[float]]:
+        """All groups as the rule reads them, with the rates of the step about to be taken."""
+        for group in self._groups:
+            if group._native is None:
+                self._refresh()
+                break
+        natives = []
+        for group in self._groups:
+            native, lr = group._native, group._hypers["lr"]
+            assert native is not None
+            if callable(lr):
+                rate = check("lr", lr(self._steps), self._hyper_table["lr"])
+                native = [*native[:_LR], rate, *native[_LR + 1 :]]
+            natives.append(native)
+        return natives
 
     def _make_table(self, clocks: Iterable[tuple[int, float, float]]) -> _core.StepTable:
         params, states = list(self._params.values()), list(self._states.values())
@@ -307,24 +323,16 @@ class Optimizer:
                 together; a schedule that returns no learning rate.
             RuntimeError: the optimizer is stepping in another thread.
         """
-        self._refresh()
-        rates = [self._rate(group) for group in self._groups]
-        natives = []
-        for group, rate in zip(self._groups, rates, strict=True):
-            native = group._native
-            assert native is not None
-            natives.append(native if native[3] == rate else [*native[:3], rate, *native[4:]])
-        if isinstance(grads, FlatBuffer) and self._buffer is not None:
-            same = grads._layout is self._buffer._layout or grads._layout == self._buffer._layout
-        else:
-            same = False
-        if same:
-            elements = self._table.step_flat(grads.flat, grads._layout.offsets, natives)
+        natives = self._current()
+        layout = None if self._buffer is None else self._buffer._layout
+        # An exact type and an identity first: a small step takes a few microseconds in all.
+        if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
+            elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
         else:
             elements = self._table.step(self._in_order(grads), natives)
         self._steps += 1
-        self._rates = rates
-        return StepReport(self._steps, rates[0], elements)
+        self._used = natives
+        return StepReport(self._steps, natives[0][_LR], elements)
 
     def _in_order(self, grads: Grads) -> Sequence[Any]:
         """The gradients as a sequence in the parameters' order."""
@@ -386,17 +394,13 @@ class Optimizer:
                 if arrays[i] is not None:
                     entry[name] = arrays[i]
             state[i] = entry
+        rates = [native[_LR] for native in self._used or self._current()]
         groups = [
-            {**group, **self._fixed, "lr": self._last_rate(k, group["lr"])}
-            for k, group in enumerate(self._groups)
+            {**group, **self._fixed, **({"lr": rate} if callable(group["lr"]) else {})}
+            for group, rate in zip(self._groups, rates, strict=True)
             if group._params
         ]
         return {"state": state, "param_groups": groups, "step": self._steps}
-
-    def _last_rate(self, k: int, lr: Rate) -> float:
-        if not callable(lr):
-            return lr
-        return self._rates[k] if self._rates else self._rate(self._groups[k])
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[0] > 0
@@ -444,7 +448,7 @@ class Optimizer:
                     initial = self._initial(name, self._groups[self._group_of[i]])
                     target[...] = loaded.get(name, initial)
         self._table = self._make_table(clocks)
-        self._steps, self._rates = steps, []
+        self._steps, self._used = steps, []
 
     def _set_hypers(self, hypers: list[dict[str, Any]]) -> None:
         for group, values in zip(self._groups, hypers, strict=True):
