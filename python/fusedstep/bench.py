@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -176,6 +177,8 @@ def _torch(
         steps["fused"] = stepper(fused=True)
     seconds = None
     if compiled:
+        torch.compiler.reset()  # a compiler that met many optimizers before gives up on new ones
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it remarks on the profiler
         steps["compile"] = torch.compile(stepper(**plain))
         begin = time.perf_counter()
         for _ in range(3):  # the first steps specialize on state that does not exist before them
