@@ -17,10 +17,12 @@ namespace {
 constexpr int64_t kPiece = 64;
 
 // Elements that one thread takes at a time: a few dozen pieces for each, so that a slow core takes
-// fewer, within these bounds. A step of one piece stays on the calling thread.
-constexpr int64_t kLeastGrain = 1 << 15, kMostGrain = 1 << 18;
+// fewer, within these bounds. A step below kAlone, some 40 us long, is over on the calling thread
+// before another has woken up.
+constexpr int64_t kLeastGrain = 1 << 15, kMostGrain = 1 << 18, kAlone = 1 << 17;
 
 int64_t grain_for(int64_t n) {
+  if (n < kAlone) return n;
   return std::max(kLeastGrain, std::min(kMostGrain, n / (32 * num_threads()) / kPiece * kPiece));
 }
 
