@@ -14,8 +14,8 @@
 #include <mutex>
 #include <sstream>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #include "float_mode.h"
 
@@ -51,9 +51,10 @@ class Pool {
     if (!turn.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (static_cast<int>(workers_.size()) < threads - 1) {
-        workers_.emplace_back([this] { serve(); });
-        workers_.back().detach();
+      try {
+        for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {
+        // The system grants no more threads: the work is done by those there are.
       }
       job_ = &job;
       open_ = threads - 1;
@@ -86,7 +87,7 @@ class Pool {
   std::mutex turn_;  // held by the thread whose job is running
   std::mutex mutex_;
   std::condition_variable wake_, idle_;
-  std::vector<std::thread> workers_;
+  int workers_ = 0;
   Job* job_ = nullptr;
   int64_t round_ = 0;
   int open_ = 0, active_ = 0;  // places left in this job; workers inside it
