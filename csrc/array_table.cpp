@@ -28,38 +28,62 @@ void check_writable(const View& view, const Label& label) {
 }  // namespace
 
 ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
-                       const py::list& params, const std::vector<py::list>& states,
-                       const std::vector<int>& groups)
-    : rule_(rule_number(rule)), names_(std::move(names)), table_(rule_) {
-  const size_t n = names_.size();
-  if (params.size() != n || groups.size() != n || states.size() != rules()[rule_].states.size()) {
-    throw py::value_error("names, params, groups and states must agree in length");
+                       const py::list& params, std::vector<int> groups)
+    : rule_(rule_number(rule)),
+      names_(std::move(names)),
+      groups_(std::move(groups)),
+      table_(rule_) {
+  if (params.size() != names_.size() || groups_.size() != names_.size()) {
+    throw py::value_error("names, params and groups must agree in length");
   }
-  std::vector<Tensor> tensors;
-  for (size_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < names_.size(); ++i) {
     const Label label{"params", &names_[i]};
     const View view = view_of(params[i], label);
     check_writable(view, label);
-    tensors.push_back({names_[i], view.data, view.dtype, view.n, {}, groups[i], Clock{}});
-    groups_ = std::max(groups_, groups[i] + 1);
-    const DType state_type = view.dtype == DType::f64 ? DType::f64 : DType::f32;
-    for (size_t s = 0; s < states.size(); ++s) {
-      if (py::object(states[s][i]).is_none()) continue;
-      const Label state_label{"state", &names_[i]};
-      const View state = view_of(states[s][i], state_label);
-      check_writable(state, state_label);
-      check_shape(state, view, state_label);
-      if (state.dtype != state_type) {
-        throw py::type_error(state_label.text() + " must be " + dtype_name(state_type) + ", got " +
-                             dtype_name(state.dtype));
-      }
-      tensors.back().state[s] = state.data;
-      states_.push_back(state);
-    }
     params_.push_back({params[i], {view.shape, view.shape + view.ndim}, view});
     params_.back().view.shape = params_.back().shape.data();  // which moves with its vector
   }
+  py::list none;
+  for (size_t i = 0; i < names_.size(); ++i) none.append(py::none());
+  set_states(std::vector<py::list>(rules()[rule_].states.size(), none),
+             std::vector<ClockTuple>(names_.size()));
+}
+
+void ArrayTable::set_states(const std::vector<py::list>& states,
+                            const std::vector<ClockTuple>& clocks) {
+  if (states.size() != rules()[rule_].states.size() || clocks.size() != params_.size()) {
+    throw py::value_error("states and clocks must agree with the rule and the parameters");
+  }
+  std::vector<Tensor> tensors;
+  std::vector<View> views;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const View& param = params_[i].view;
+    const auto [t, first, second] = clocks[i];
+    tensors.push_back(
+        {names_[i], param.data, param.dtype, param.n, {}, groups_[i], Clock{t, {first, second}}});
+    for (size_t s = 0; s < states.size(); ++s) {
+      const py::object array = states[s][i];
+      if (array.is_none()) continue;
+      const Label label{"state", &names_[i]};
+      const View state = view_of(array, label);
+      check_writable(state, label);
+      check_shape(state, param, label);
+      if (state.dtype != state_dtype(param.dtype)) {
+        throw py::type_error(label.text() + " must be " + dtype_name(state_dtype(param.dtype)) +
+                             ", got " + dtype_name(state.dtype));
+      }
+      tensors.back().state[s] = state.data;
+      views.push_back(state);
+    }
+  }
   table_.set_tensors(std::move(tensors));
+  states_ = std::move(views);
+}
+
+std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() const {
+  std::vector<ClockTuple> all;
+  for (const Clock& c : table_.clocks()) all.emplace_back(c.t, c.carry[0], c.carry[1]);
+  return all;
 }
 
 void ArrayTable::check_params() const {
@@ -78,10 +102,8 @@ void ArrayTable::check_params() const {
 
 int64_t ArrayTable::step(const py::sequence& grads,
                          const std::vector<std::vector<double>>& groups) {
-  const py::object fast = py::reinterpret_steal<py::object>(
-      PySequence_Fast(grads.ptr(), "grads must be a sequence of arrays"));
-  if (!fast) throw py::error_already_set();
-  const size_t given = PySequence_Fast_GET_SIZE(fast.ptr());
+  const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
+  const size_t given = fixed.size();
   if (given != params_.size()) {
     throw py::value_error("grads must have one entry per parameter (" +
                           std::to_string(params_.size()) + "), got " + std::to_string(given));
@@ -90,7 +112,7 @@ int64_t ArrayTable::step(const py::sequence& grads,
   std::vector<py::object> owners;  // DLPack capsules live until the sweep is done
   std::vector<Grad> converted(given, Grad{nullptr, DType::f32});
   for (size_t i = 0; i < given; ++i) {
-    const py::handle item = PySequence_Fast_GET_ITEM(fast.ptr(), static_cast<py::ssize_t>(i));
+    const py::handle item = PyTuple_GET_ITEM(fixed.ptr(), static_cast<py::ssize_t>(i));
     if (item.is_none()) continue;
     const Label label{"grads", &names_[i]};
     View view = view_of(item, label);
@@ -135,9 +157,10 @@ int64_t ArrayTable::run(const std::vector<Grad>& grads,
   }
   const size_t hypers = rules()[rule_].hypers.size();
   std::vector<Group> converted;
-  if (groups.size() < static_cast<size_t>(groups_)) {
-    throw py::value_error("groups must have at least " + std::to_string(groups_) +
-                          " entries, got " + std::to_string(groups.size()));
+  const int needed = groups_.empty() ? 0 : *std::max_element(groups_.begin(), groups_.end()) + 1;
+  if (groups.size() < static_cast<size_t>(needed)) {
+    throw py::value_error("groups must have at least " + std::to_string(needed) + " entries, got " +
+                          std::to_string(groups.size()));
   }
   for (const std::vector<double>& values : groups) {
     if (values.size() != hypers + 3) {
@@ -163,16 +186,6 @@ std::vector<std::string> ArrayTable::dtypes() const {
   std::vector<std::string> all;
   for (const Param& param : params_) all.emplace_back(dtype_name(param.view.dtype));
   return all;
-}
-
-py::tuple ArrayTable::clock(size_t i) const {
-  const Clock& clock = table_.tensors().at(i).clock;
-  return py::make_tuple(clock.t, clock.carry[0], clock.carry[1]);
-}
-
-void ArrayTable::set_clock(size_t i, int64_t t, double first, double second) {
-  if (t < 0) throw py::value_error("step must be >= 0, got " + std::to_string(t));
-  table_.tensors().at(i).clock = Clock{t, {first, second}};
 }
 
 }  // namespace fusedstep

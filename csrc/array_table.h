@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "memory.h"
@@ -14,10 +15,17 @@ namespace fusedstep {
 
 class ArrayTable {
  public:
-  // `params` are the arrays to update, `states[s][i]` state s of tensor i, or None where the rule's
-  // variant has none, `groups[i]` the group of tensor i. Clocks start at zero.
+  // `params` are the arrays to update, `groups[i]` the group of tensor i. There are no states yet.
   ArrayTable(const std::string& rule, std::vector<std::string> names, const pybind11::list& params,
-             const std::vector<pybind11::list>& states, const std::vector<int>& groups);
+             std::vector<int> groups);
+
+  // (updates done, carry[0], carry[1])
+  using ClockTuple = std::tuple<int64_t, double, double>;
+
+  // Replaces all states and clocks, or throws and keeps what it had: `states[s][i]` is state s of
+  // tensor i, or None where the rule's variant has none.
+  void set_states(const std::vector<pybind11::list>& states, const std::vector<ClockTuple>& clocks);
+  std::vector<ClockTuple> clocks() const;
 
   // One entry per tensor, an array or None. Each group is (maximize, decoupled, weight_decay,
   // hyperparameters in the rule's order). Returns the number of elements updated.
@@ -30,10 +38,6 @@ class ArrayTable {
   // Shapes and dtype names of the parameters.
   std::vector<pybind11::tuple> shapes() const;
   std::vector<std::string> dtypes() const;
-
-  // (updates done, carry[0], carry[1]) of tensor i.
-  pybind11::tuple clock(size_t i) const;
-  void set_clock(size_t i, int64_t t, double first, double second);
 
  private:
   struct Param {
@@ -49,7 +53,7 @@ class ArrayTable {
   std::vector<std::string> names_;
   std::vector<Param> params_;
   std::vector<View> states_;  // for their owners
-  int groups_ = 0;
+  std::vector<int> groups_;
   StepTable table_;
 };
 

@@ -20,9 +20,9 @@ namespace {
 // Zeroed bytes as an array that owns its pages.
 py::array allocate(size_t bytes, bool huge) {
   auto pages = std::make_unique<Pages>(bytes, huge);
-  void* data = pages->data();
-  const py::capsule owner(pages.release(), [](void* p) { delete static_cast<Pages*>(p); });
-  return py::array_t<uint8_t>({bytes}, {1}, static_cast<uint8_t*>(data), owner);
+  const py::capsule owner(pages.get(), [](void* p) { delete static_cast<Pages*>(p); });
+  auto* data = static_cast<uint8_t*>(pages.release()->data());
+  return py::array_t<uint8_t>({bytes}, {1}, data, owner);
 }
 
 // The states that a rule has under these hyperparameters.
@@ -52,6 +52,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("lanes", [] { return kernels().lanes; });
   m.def("set_isa", set_isa, py::arg("name"));
 
+  start_pool();
   m.attr("MAX_THREADS") = kMaxThreads;
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, py::arg("n"));
@@ -75,15 +76,13 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<ArrayTable>(m, "StepTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&,
-                    const std::vector<py::list>&, const std::vector<int>&>(),
-           py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("states"),
-           py::arg("groups"))
+                    std::vector<int>>(),
+           py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"))
+      .def("set_states", &ArrayTable::set_states, py::arg("states"), py::arg("clocks"))
+      .def("clocks", &ArrayTable::clocks)
       .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"))
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
            py::arg("groups"))
       .def("shapes", &ArrayTable::shapes)
-      .def("dtypes", &ArrayTable::dtypes)
-      .def("clock", &ArrayTable::clock, py::arg("i"))
-      .def("set_clock", &ArrayTable::set_clock, py::arg("i"), py::arg("t"), py::arg("first"),
-           py::arg("second"));
+      .def("dtypes", &ArrayTable::dtypes);
 }

@@ -7,23 +7,17 @@ namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 namespace {
 
-template <class Step, int kDecay>
+template <class Rule, int kVariant, int kDecay, int kPair = 0>
 constexpr void add_types(Kernel (&kernels)[kPairs]) {
-  kernels[0] = sweep<Step, kDecay, float, float>;
-  kernels[2] = sweep<Step, kDecay, bf16, bf16>;
-  kernels[3] = sweep<Step, kDecay, f16, f16>;
-  kernels[4] = sweep<Step, kDecay, float, bf16>;
-  kernels[5] = sweep<Step, kDecay, float, f16>;
+  kernels[kPair] = sweep<Rule, kVariant, kDecay, kPair>;
+  if constexpr (kPair + 1 < kPairs) add_types<Rule, kVariant, kDecay, kPair + 1>(kernels);
 }
 
 template <class Rule, int kVariant = 0>
 constexpr void add_variants(Kernel (&kernels)[kMaxVariants][kDecays][kPairs]) {
   static_assert(Rule::kVariants <= kMaxVariants, "kernels.h sizes its table by kMaxVariants");
-  add_types<typename Rule::template Step<F32, kVariant>, kScaled>(kernels[kVariant][kScaled]);
-  add_types<typename Rule::template Step<F32, kVariant>, kCoupled>(kernels[kVariant][kCoupled]);
-  using Double = typename Rule::template Step<F64, kVariant>;
-  kernels[kVariant][kScaled][1] = sweep<Double, kScaled, double, double>;
-  kernels[kVariant][kCoupled][1] = sweep<Double, kCoupled, double, double>;
+  add_types<Rule, kVariant, kScaled>(kernels[kVariant][kScaled]);
+  add_types<Rule, kVariant, kCoupled>(kernels[kVariant][kCoupled]);
   if constexpr (kVariant + 1 < Rule::kVariants) add_variants<Rule, kVariant + 1>(kernels);
 }
 

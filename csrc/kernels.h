@@ -14,7 +14,6 @@ struct f16 {
 };
 
 enum class DType : int { f32, f64, bf16, f16 };
-constexpr int kDTypes = 4;
 
 constexpr int kMaxStates = 3;    // AMSGrad and RMSprop (centered, momentum) have the most
 constexpr int kMaxVariants = 4;  // RMSprop: centered or not, momentum or not

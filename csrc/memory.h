@@ -28,9 +28,8 @@ struct Label {
   std::string text() const;
 };
 
-// Reads `object`. Throws TypeError for what exposes no memory
-// or an unsupported dtype, ValueError for memory that is not on the CPU, not C-contiguous, not
-// aligned or not in native byte order.
+// Reads `object`. Throws TypeError for what exposes no memory or an unsupported dtype, ValueError
+// for memory that is not on the CPU, not C-contiguous, not aligned or not in native byte order.
 View view_of(pybind11::handle object, const Label& label);
 
 std::string shape_text(const int64_t* shape, int ndim);  // "(3, 4)"

@@ -32,7 +32,7 @@ struct Job {
   int64_t n, grain;
   std::atomic<int64_t> next{0};
 
-  void work() {
+  void work() noexcept {
     const FloatMode mode;
     for (;;) {
       const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
@@ -51,11 +51,7 @@ class Pool {
     if (!turn.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      try {
-        for (; workers_ < threads - 1; ++workers_) std::thread([this] { serve(); }).detach();
-      } catch (const std::system_error&) {
-        // The system grants no more threads: the work is done by those there are.
-      }
+      while (workers_ < threads - 1 && hire()) ++workers_;
       job_ = &job;
       open_ = threads - 1;
       ++round_;
@@ -69,6 +65,16 @@ class Pool {
   }
 
  private:
+  // False where the system grants no more threads: the work is done by those there are.
+  bool hire() {
+    try {
+      std::thread([this] { serve(); }).detach();
+      return true;
+    } catch (const std::system_error&) {
+      return false;
+    }
+  }
+
   void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (int64_t seen = 0;;) {
@@ -96,15 +102,6 @@ class Pool {
 // Never destroyed: its workers sleep until the process ends. A forked child has none of them, so it
 // gets a new pool and leaves the old one's locks alone.
 Pool* pool = nullptr;
-
-Pool& the_pool() {
-  static const bool once = [] {
-    pool = new Pool;
-    return pthread_atfork(nullptr, nullptr, [] { pool = new Pool; }) == 0;
-  }();
-  static_cast<void>(once);
-  return *pool;
-}
 
 int affinity() {
 #if defined(__linux__)
@@ -148,6 +145,12 @@ int environment_threads() {
 std::atomic<int> threads{0};
 
 }  // namespace
+
+void start_pool() {
+  pool = new Pool;
+  const int error = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  if (error) throw std::system_error(error, std::generic_category(), "pthread_atfork");
+}
 
 double cpu_quota(const std::string& membership, const std::string& root) {
   double quota = 0;
@@ -200,7 +203,7 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   if (n <= 0) return;
   Job job{body, n, grain};
   const int useful = static_cast<int>(std::min<int64_t>(num_threads(), (n + grain - 1) / grain));
-  if (useful <= 1 || !the_pool().run(job, useful)) job.work();
+  if (useful <= 1 || !pool->run(job, useful)) job.work();
 }
 
 }  // namespace fusedstep

@@ -9,6 +9,9 @@ namespace fusedstep {
 
 constexpr int kMaxThreads = 4096;
 
+// Once, when the library is loaded: no thread yet, but what makes the pool survive a fork.
+void start_pool();
+
 int num_threads();
 void set_num_threads(int n);  // 1 to kMaxThreads
 
@@ -21,7 +24,8 @@ int default_threads();
 double cpu_quota(const std::string& membership, const std::string& root);
 
 // Calls body(begin, end) until [0, n) is covered, from this thread and from the pool's. The pieces
-// are `grain` long and each is run once, in no fixed order, so body must not care. Work of one
+// are `grain` long and each is run once, in no fixed order, so body must not care,
+// nor throw. Work of one
 // grain, and work that comes while another thread's is running, stays on the calling thread.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 

@@ -32,7 +32,9 @@ int prepare(const double* hypers, Clock& clock, double* scalars) {
 
 template <class R, int kVariant = 0>
 void add_uses(std::vector<unsigned>& uses) {
-  uses.push_back(R::template Step<double, kVariant>::kHas);
+  using Step = typename R::template Step<double, kVariant>;
+  static_assert(sizeof(Step) == sizeof(typename R::template Step<double, 0>), "the same scalars");
+  uses.push_back(Step::kHas);
   if constexpr (kVariant + 1 < R::kVariants) add_uses<R, kVariant + 1>(uses);
 }
 

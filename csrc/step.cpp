@@ -23,7 +23,7 @@ constexpr int64_t kLeastGrain = 1 << 15, kMostGrain = 1 << 18, kAlone = 1 << 17;
 
 int64_t grain_for(int64_t n) {
   if (n < kAlone) return n;
-  return std::max(kLeastGrain, std::min(kMostGrain, n / (32 * num_threads()) / kPiece * kPiece));
+  return std::max(kLeastGrain, std::min(kMostGrain, n / num_threads() / 32 / kPiece * kPiece));
 }
 
 bool same(const Clock& a, const Clock& b) {
@@ -75,6 +75,8 @@ int64_t dtype_bytes(DType dtype) {
   return bytes[static_cast<int>(dtype)];
 }
 
+DType state_dtype(DType param) { return param == DType::f64 ? DType::f64 : DType::f32; }
+
 int type_pair(DType param, DType grad) {
   for (int i = 0; i < kPairs; ++i) {
     if (kTypePairs[i].param == param && kTypePairs[i].grad == grad) return i;
@@ -82,56 +84,55 @@ int type_pair(DType param, DType grad) {
   return -1;
 }
 
-std::string StepTable::describe(const Range& range) const {
-  const std::string& name = tensors_[range.tensor].name;
-  if (range.stream < 0) return "params[" + name + "]";
-  return "state[" + name + "]['" + rules()[rule_].states[range.stream] + "']";
+std::string StepTable::describe(const Tensor& tensor, int stream) const {
+  if (stream < 0) return "params[" + tensor.name + "]";
+  return "state[" + tensor.name + "]['" + rules()[rule_].states[stream] + "']";
 }
 
 void StepTable::set_tensors(std::vector<Tensor> tensors) {
-  std::swap(tensors_, tensors);
+  const Turn turn(stepping_);
   std::vector<Range> written;
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Tensor& t = tensors_[i];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor& t = tensors[i];
     const auto add = [&](void* data, DType dtype, int stream) {
       const auto begin = reinterpret_cast<uintptr_t>(data);
       if (data && t.n > 0) written.push_back({begin, begin + t.n * dtype_bytes(dtype), i, stream});
     };
     add(t.param, t.dtype, -1);
-    const DType state_type = t.dtype == DType::f64 ? DType::f64 : DType::f32;
-    for (int s = 0; s < kMaxStates; ++s) add(t.state[s], state_type, s);
+    for (int s = 0; s < kMaxStates; ++s) add(t.state[s], state_dtype(t.dtype), s);
   }
   std::sort(written.begin(), written.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < written.size(); ++i) {
-    if (written[i].begin < written[i - 1].end) {
-      const std::string message = describe(written[i - 1]) + " and " + describe(written[i]) +
-                                  " must not share memory, got overlapping buffers";
-      std::swap(tensors_, tensors);
-      throw std::invalid_argument(message);
-    }
+    const Range &a = written[i - 1], &b = written[i];
+    if (a.end <= b.begin) continue;
+    throw std::invalid_argument(describe(tensors[a.tensor], a.stream) + " and " +
+                                describe(tensors[b.tensor], b.stream) +
+                                " must not share memory, got overlapping buffers");
   }
+  tensors_ = std::move(tensors);
   written_ = std::move(written);
-  checked_.assign(tensors_.size(), Grad{nullptr, DType::f32});
 }
 
-void StepTable::check(const std::vector<Grad>& grads) const {
-  if (grads.size() != tensors_.size()) {
-    throw std::invalid_argument("grads must have one entry per parameter (" +
-                                std::to_string(tensors_.size()) + "), got " +
-                                std::to_string(grads.size()));
-  }
+std::vector<Clock> StepTable::clocks() const {
+  const Turn turn(stepping_);
+  std::vector<Clock> all;
+  for (const Tensor& t : tensors_) all.push_back(t.clock);
+  return all;
+}
+
+void StepTable::check_overlap(const std::vector<Grad>& grads) const {
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& t = tensors_[i];
-    const Grad &grad = grads[i], &last = checked_[i];
-    if (!grad.data || (grad.data == last.data && grad.dtype == last.dtype)) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(grad.data);
-    const uintptr_t end = begin + t.n * dtype_bytes(grad.dtype);
+    if (!grads[i].data || t.n == 0) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(grads[i].data);
+    const uintptr_t end = begin + t.n * dtype_bytes(grads[i].dtype);
     const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
                                        [](uintptr_t at, const Range& r) { return at < r.end; });
-    if (t.n > 0 && next != written_.end() && next->begin < end) {
+    if (next != written_.end() && next->begin < end) {
       throw std::invalid_argument("grads[" + t.name + "] must not share memory with " +
-                                  describe(*next) + ", got overlapping buffers");
+                                  describe(tensors_[next->tensor], next->stream) +
+                                  ", got overlapping buffers");
     }
   }
 }
@@ -139,8 +140,7 @@ void StepTable::check(const std::vector<Grad>& grads) const {
 int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups) {
   const Turn turn(stepping_);
   const FloatMode mode;  // for the scalars; each thread of the sweep sets its own
-  check(grads);
-  checked_ = grads;
+  check_overlap(grads);
 
   const Rule& rule = rules()[rule_];
   const auto& kernel_of = kernels().find[rule_];

@@ -18,6 +18,7 @@ namespace fusedstep {
 
 const char* dtype_name(DType dtype);
 int64_t dtype_bytes(DType dtype);
+DType state_dtype(DType param);  // float64 under float64, else float32
 
 // The place of a combination in kTypePairs, or -1 where no kernel takes it.
 int type_pair(DType param, DType grad);
@@ -44,18 +45,20 @@ struct Tensor {
   Clock clock;
 };
 
+// Every public call throws std::runtime_error, and does nothing, while another thread's step runs.
 class StepTable {
  public:
   explicit StepTable(int rule) : rule_(rule) {}
 
-  // The tensors' memory must not overlap: throws std::invalid_argument naming two that do.
+  // Replaces all tensors. Their memory must not overlap: throws std::invalid_argument naming two
+  // that do, and keeps what it had.
   void set_tensors(std::vector<Tensor> tensors);
-  std::vector<Tensor>& tensors() { return tensors_; }
-  const std::vector<Tensor>& tensors() const { return tensors_; }
 
-  // Updates every tensor that has a gradient, whose type must go with the parameter's. Throws
-  // std::invalid_argument before it has written anything unless there is one gradient per tensor
-  // and none lies over memory that the step writes. Returns the number of elements updated.
+  std::vector<Clock> clocks() const;
+
+  // Updates every tensor that has a gradient, and returns the number of elements updated. There is
+  // one gradient per tensor, of a type that goes with the parameter's. Throws std::invalid_argument
+  // before it has written anything if a gradient lies over memory that the step writes.
   int64_t step(const std::vector<Grad>& grads, const std::vector<Group>& groups);
 
  private:
@@ -64,14 +67,13 @@ class StepTable {
     size_t tensor;
     int stream;  // -1 the parameter, else the state
   };
-  std::string describe(const Range& range) const;
-  void check(const std::vector<Grad>& grads) const;
+  std::string describe(const Tensor& tensor, int stream) const;
+  void check_overlap(const std::vector<Grad>& grads) const;
 
   int rule_;
   std::vector<Tensor> tensors_;
-  std::vector<Range> written_;      // by address
-  std::vector<Grad> checked_;       // gradients of the last step, known not to overlap
-  std::atomic<pid_t> stepping_{0};  // the process that is in a step
+  std::vector<Range> written_;              // by address
+  mutable std::atomic<pid_t> stepping_{0};  // the process that is in a step, or in a call like it
 };
 
 }  // namespace fusedstep

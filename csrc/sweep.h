@@ -6,10 +6,13 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-template <class Step, int kDecay, class P, class G>
+template <class Rule, int kVariant, int kDecay, int kPair>
 void sweep(const Segment& segment, int64_t begin, int64_t end) {
-  using V = typename Types<P>::V;
-  using S = typename Types<P>::State;
+  using V = typename Types<kPair>::V;
+  using P = typename Types<kPair>::Param;
+  using G = typename Types<kPair>::Grad;
+  using S = typename Types<kPair>::State;
+  using Step = typename Rule::template Step<V, kVariant>;
   constexpr int kStates = Step::kStates;
 
   const Step step = broadcast<Step, V, S>(segment.scalars + 2);
@@ -22,7 +25,7 @@ void sweep(const Segment& segment, int64_t begin, int64_t end) {
   int64_t at = begin;
   for (; at + V::kWidth <= end; at += V::kWidth) {
     S* here[kStates];
-    for (int i = 0; i < kStates; ++i) here[i] = state[i] + at;
+    for (int i = 0; i < kStates; ++i) here[i] = has_state<Step>(i) ? state[i] + at : nullptr;
     update<kDecay>(step, factor, decay, param + at, grad + at, here);
   }
   if (at == end) return;

@@ -7,16 +7,42 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-// Compute and state types of a parameter type: double for float64, float for all others.
-template <class P>
-struct Types {
-  using V = F32;
-  using State = float;
+template <DType>
+struct Storage;
+template <>
+struct Storage<DType::f32> {
+  using type = float;
 };
 template <>
-struct Types<double> {
-  using V = F64;
-  using State = double;
+struct Storage<DType::f64> {
+  using type = double;
+};
+template <>
+struct Storage<DType::bf16> {
+  using type = bf16;
+};
+template <>
+struct Storage<DType::f16> {
+  using type = f16;
+};
+
+template <class T>
+struct Register {
+  using type = F32;
+};
+template <>
+struct Register<double> {
+  using type = F64;
+};
+
+// One entry of kTypePairs as types. Double is computed in under float64, float under all others.
+template <int kPair>
+struct Types {
+  static constexpr bool kDouble = kTypePairs[kPair].param == DType::f64;
+  using Param = typename Storage<kTypePairs[kPair].param>::type;
+  using Grad = typename Storage<kTypePairs[kPair].grad>::type;
+  using State = typename Storage<kDouble ? DType::f64 : DType::f32>::type;
+  using V = typename Register<State>::type;
 };
 
 // A rule whose scalars, doubles in memory, are broadcast to registers.

@@ -163,7 +163,7 @@ def test_dtype_foreign_byte_order_is_refused():
 
 def test_pack_without_bfloat16_support_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)  # import fails, as where it is missing
-    with pytest.raises(TypeError, match=r"fusedstep\[bfloat16\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"fusedstep\[bfloat16\]"):
         fs.FlatBuffer.zeros([2], "bfloat16")
 
 

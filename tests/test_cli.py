@@ -127,12 +127,21 @@ def test_bench_leaves_threads_and_isa_as_they_were():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizers", "adm"], "got 'adm'"),
+        (["--optimizers", "adm"], "'adm'"),
+        (["--dtype", "float8"], "'float8'"),
+        (["--isa", "sse9"], "'sse9'"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder"),
+        (["--plot", "/no/such/folder/x.png"], "/no/such/folder"),
+        (["--plot", "x.notaformat"], "x.notaformat"),
+        (["--json", "."], "cannot write ."),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, message, capsys):
-    assert main(["bench", "--n", "10", "--rounds", "1", *arguments]) == 2
+    try:
+        status = main(["bench", "--n", "10", "--rounds", "1", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
     assert message in capsys.readouterr().err
 
 

@@ -4,8 +4,10 @@ The yardstick is the scalar set on one thread over separate, aligned arrays. Wha
 test_reference.py's business.
 """
 
+import contextlib
 import functools
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,7 +199,11 @@ def available_bytes():
             found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
     except OSError:
         return 0
-    return found.get("MemAvailable", 0)
+    limits = [found.get("MemAvailable", 0)]
+    for path in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", path).read_text()))
+    return min(limits)
 
 
 @pytest.mark.skipif(available_bytes() < 12 << 30, reason="needs 12 GiB of free memory")

@@ -705,19 +705,55 @@ def test_torch_checkpoint_loads_into_ours_and_continues(name, hypers, dtype):
 @each_case(in_torch)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_our_checkpoint_loads_into_torch_and_continues(name, hypers, dtype):
-    params = values(0, dtype)
+    params = {key: torch.from_numpy(a) for key, a in values(0, dtype).items()}
     opt = make(name, params, hypers)
     our_steps(opt, [1, 2, 3], dtype)
-    tensors = [torch.from_numpy(a.copy()) for a in params.values()]
+    tensors = [p.clone() for p in params.values()]
     peer = getattr(torch.optim, name)(tensors, foreach=False)
-    saved = copy.deepcopy(opt.state_dict())
-    for state in saved["state"].values():
-        state.update({k: torch.as_tensor(v) for k, v in state.items() if np.ndim(v) or k == "step"})
-        state.update({k: torch.as_tensor(v) for k, v in state.items() if isinstance(v, np.ndarray)})
-    peer.load_state_dict(saved)
+    peer.load_state_dict(copy.deepcopy(opt.state_dict()))  # as it is, nothing converted
     our_steps(opt, [4, 5, 6], dtype)
     torch_steps(peer, tensors, [4, 5, 6], dtype)
     assert_close(params.values(), tensors, dtype)
+
+
+def test_state_dict_over_tensors_is_torch_s_and_goes_through_torch_save(tmp_path):
+    params = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16)]
+    opt = fs.NAdam(params)
+    opt.step([torch.ones(3), torch.ones(2, dtype=torch.bfloat16)])
+    entry = opt.state_dict()["state"][1]
+    assert (entry["step"].dtype, entry["step"].shape) == (torch.float32, ())
+    assert entry["exp_avg"].dtype == torch.float32
+    assert entry["exp_avg"].data_ptr() == opt.state[1]["exp_avg"].ctypes.data
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    again = fs.NAdam([p.clone() for p in params])
+    again.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    assert again.state_dict()["state"][1]["mu_product"] == entry["mu_product"]
+
+
+def test_step_of_tensors_is_announced_to_autograd():
+    w = torch.ones(2, requires_grad=True)
+    still = torch.ones(2, requires_grad=True)
+    loss = (w**2).sum() + (still**2).sum()
+    fs.SGD([w, still], lr=1.0).step([torch.ones(2), None])
+    assert (w._version, still._version) == (1, 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_load_state_dict_takes_live_arrays_from_any_place():
+    opt = fs.SGD([np.zeros(2, np.float32), np.zeros(2, np.float32)], lr=1.0, momentum=0.5)
+    opt.step([np.full(2, 1, np.float32), np.full(2, 2, np.float32)])
+    saved = opt.state_dict()
+    saved["state"][0], saved["state"][1] = saved["state"][1], saved["state"][0]
+    opt.load_state_dict(saved)
+    assert [opt.state[i]["momentum_buffer"][0] for i in (0, 1)] == [2, 1]
+
+
+def test_unpickled_states_are_aligned_again():
+    opt = run(fs.Adam({"a": np.ones(3, np.float32), "b": np.ones(5, np.float32)}), [])
+    again = pickle.loads(pickle.dumps(opt))
+    for states in again.state.values():
+        assert all(a.ctypes.data % 64 == 0 for a in states.values())
 
 
 def test_torch_checkpoint_with_groups_and_a_scheduler_loads():

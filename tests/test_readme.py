@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import fusedstep as fs
+from fusedstep import bench
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,6 +27,13 @@ def test_readme_lecture_calls_make_optimizers_that_step():
         opt = eval(call, {"fs": fs, "params": params})
         opt.step(params.copy())
         assert (params[0] < 1).all(), call
+
+
+def test_readme_has_measured_every_optimizer():
+    table = README.split("## How fast")[1].split("##")[0]
+    for name in bench.OPTIMIZERS:
+        assert re.search(rf"^\| {name} \|.*\d\.\d\d", table, re.M), name
+    assert "fusedstep bench" in table
 
 
 def test_readme_links_lead_somewhere():

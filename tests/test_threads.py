@@ -295,6 +295,41 @@ def stepping_in_another_thread(opt, grad):
     assert not failed
 
 
+def test_loading_while_another_thread_steps_raises_and_loses_nothing():
+    # Each step subtracts 1 from every element: a load that replaced what a running step writes to
+    # would leave elements behind, and one that loses its count would too.
+    w = np.zeros(1 << 21, np.float32)
+    opt = fs.SGD([w], lr=1.0)
+    grad = [np.ones_like(w)]
+    refused = []
+    give_up = time.monotonic() + PATIENCE
+    with stepping_in_another_thread(opt, grad):
+        while len(refused) < 20 and time.monotonic() < give_up:
+            try:
+                opt.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+                opt.state_dict()
+            except RuntimeError as error:
+                refused.append(str(error))
+            time.sleep(1e-4)  # lets the other thread begin its next step
+    assert set(refused) == {"this optimizer is already stepping in another thread"}
+    assert np.unique(w).size == 1
+
+
+@needs_fork
+def test_fork_child_steps_an_optimizer_whose_step_the_fork_interrupted():
+    w = np.zeros(1 << 21, np.float32)
+    opt = fs.SGD([w], lr=1.0)
+    grad = [np.ones_like(w)]
+
+    def child():
+        opt.step(grad)
+        os._exit(0)
+
+    with stepping_in_another_thread(opt, grad):
+        statuses = [status_of(fork(child)) for _ in range(10)]
+    assert statuses == [0] * 10
+
+
 @needs_fork
 def test_fork_while_another_thread_steps():
     # The child has neither the stepping thread nor the workers, and the pool was busy at the fork.

@@ -35,6 +35,78 @@ class Exporter:
         return self.on
 
 
+class Odd(Exporter):
+    """Claims CPU memory and exports `capsule` instead."""
+
+    def __init__(self, capsule):
+        super().__init__(None)
+        self.capsule = capsule
+
+    def __dlpack__(self, **keywords):
+        return self.capsule() if callable(self.capsule) else self.capsule
+
+
+@pytest.mark.parametrize("capsule", [None, 5, "dltensor"])
+def test_exporter_without_a_capsule_is_refused(capsule):
+    with pytest.raises(TypeError, match=r"params\[0\] must export a DLPack capsule, got"):
+        fs.SGD([Odd(capsule)])
+
+
+def test_grads_list_may_change_while_it_is_read():
+    params = [np.ones(4, np.float32) for _ in range(64)]
+    grads = [np.ones(4, np.float32) for _ in range(64)]
+
+    def shrink():
+        grads.clear()
+        return np.ones(4, np.float32).__dlpack__()
+
+    grads[0] = Odd(shrink)
+    assert fs.SGD(params, lr=1.0).step(grads).elements == 256
+    assert all((p == 0).all() for p in params)
+
+
+@pytest.mark.parametrize("use", ["pack", "set", "over"])
+def test_buffer_refuses_a_masked_array(use):
+    masked = np.ma.masked_array(np.ones(64, np.float32), np.arange(64) % 2)
+    buffer = fs.FlatBuffer.zeros([64])
+    call = {
+        "pack": lambda: fs.FlatBuffer.pack([masked]),
+        "set": lambda: buffer.__setitem__(0, masked),
+        "over": lambda: fs.FlatBuffer.over(masked, [1]),
+    }[use]
+    with pytest.raises(TypeError, match="must be a plain array, got a masked one"):
+        call()
+    assert not buffer.flat.any()
+
+
+@pytest.mark.parametrize("shape", [(2**40, 2**40), (2**45,)])
+def test_buffer_too_large_for_any_memory_says_so(shape):
+    with pytest.raises(MemoryError, match=r"shapes take \d+ bytes"):
+        fs.FlatBuffer.zeros([shape])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: fs.SGD(ones()).load_state_dict(None), "state_dict must be a dict, got NoneType"),
+        (lambda: fs.SGD(ones(), groups=fs.Group("a")), "groups must be a sequence of Group"),
+        (lambda: fs.Group(3, lr=1), "pattern must be a string or several, got 3"),
+        (lambda: fs.FlatBuffer.zeros([3], torch.float32), "dtype must be .*, got torch.float32"),
+        (lambda: fs.FlatBuffer.zeros([3], None), "dtype must be .*, got None"),
+    ],
+)
+def test_wrong_kind_of_argument_is_named(call, says):
+    with pytest.raises(TypeError, match=says):
+        call()
+
+
+@pytest.mark.parametrize("place", ["params", "grads"])
+def test_tensor_with_a_pending_negation_is_refused(place):
+    lazy = torch._neg_view(torch.ones(3))
+    with pytest.raises(ValueError, match=rf"{place}\[0\] must not have its negative bit set"):
+        fs.SGD([lazy]) if place == "params" else fs.SGD([torch.zeros(3)]).step([lazy])
+
+
 def ones(dtype=np.float32):
     return {name: np.ones(shape, dtype) for name, shape in SHAPES.items()}
 
@@ -102,7 +174,7 @@ BAD_GRADS = {
     "list": (lambda g: g.tolist(), "NumPy array or a DLPack exporter, got list"),
     "number": (lambda g: 1.0, "NumPy array or a DLPack exporter, got float"),
     "str": (lambda g: "g", "NumPy array or a DLPack exporter, got str"),
-    "torch int64": (lambda g: torch.ones(g.shape, dtype=torch.int64), "float32.*got torch.int64"),
+    "torch int64": (lambda g: torch.ones(g.shape, dtype=torch.int64), "float32.*got int64"),
     "torch float64": (lambda g: torch.ones(g.shape, dtype=torch.float64), "got float64"),
     "torch shape": (lambda g: torch.ones(g.size + 1), r"shape \(.*got \("),
     "torch strided": (lambda g: torch.ones(*g.shape, 2)[..., 0], "C-contiguous, got"),
@@ -287,7 +359,7 @@ BAD_PARAMS = {
     "masked": (lambda: np.ma.masked_array(np.ones(4, np.float32), [0, 1, 0, 0]), "plain array"),
     "CUDA": (lambda: Exporter(np.ones(4, np.float32), (2, 3)), r"CPU memory, got device type 2"),
     "torch meta": (lambda: torch.ones(4, device="meta"), "CPU memory, got device meta"),
-    "torch int": (lambda: torch.ones(4, dtype=torch.int32), "float32.*got torch.int32"),
+    "torch int": (lambda: torch.ones(4, dtype=torch.int32), "float32.*got int32"),
     "torch strided": (lambda: torch.ones(4, 4).T, "C-contiguous, got"),
     "exporter read-only": (lambda: Exporter(read_only()), "got"),
 }

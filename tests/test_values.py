@@ -157,7 +157,7 @@ def test_store_rounds_to_nearest_even(dtype, isa):
 
 
 @each_case()
-@pytest.mark.parametrize("n", [N, 100_003])  # the second reaches the threads of the pool
+@pytest.mark.parametrize("n", [N, 200_003])  # from 2^17 elements on the pool takes part
 def test_flushed_denormals_change_nothing(name, hypers, n, isa):
     fs.set_num_threads(2)
     rng = np.random.default_rng(2)

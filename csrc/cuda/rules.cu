@@ -7,38 +7,32 @@ namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 namespace {
 
-template <class Step, int kDecay, class P, class G>
+template <class Rule, int kVariant, int kDecay, int kPair>
 __global__ void sweep(Segment segment) {
-  using V = typename Types<P>::V;
-  using S = typename Types<P>::State;
+  using V = typename Types<kPair>::V;
+  using P = typename Types<kPair>::Param;
+  using G = typename Types<kPair>::Grad;
+  using S = typename Types<kPair>::State;
+  using Step = typename Rule::template Step<V, kVariant>;
   constexpr int kStates = Step::kStates;
   const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (at >= segment.n) return;
   const Step step = broadcast<Step, V, S>(segment.scalars + 2);
   const V factor(static_cast<S>(segment.scalars[0])), decay(static_cast<S>(segment.scalars[1]));
   S* state[kStates];
-  for (int i = 0; i < kStates; ++i) state[i] = static_cast<S*>(segment.state[i]) + at;
+  for (int i = 0; i < kStates; ++i) {
+    state[i] = has_state<Step>(i) ? static_cast<S*>(segment.state[i]) + at : nullptr;
+  }
   update<kDecay>(step, factor, decay, static_cast<P*>(segment.param) + at,
                  static_cast<const G*>(segment.grad) + at, state);
 }
 
-template <class Step, int kDecay, class P, class G>
-void launch(const Segment& segment) {
+template <class Rule, int kVariant, int kDecay, int kPair = 0>
+void launch_types(const Segment& segment) {
   constexpr int kThreads = 256;
   const auto blocks = static_cast<unsigned>((segment.n + kThreads - 1) / kThreads);
-  sweep<Step, kDecay, P, G><<<blocks, kThreads>>>(segment);
-}
-
-template <class Rule, int kVariant, int kDecay>
-void launch_types(const Segment& segment) {
-  using Single = typename Rule::template Step<F32, kVariant>;
-  using Double = typename Rule::template Step<F64, kVariant>;
-  launch<Single, kDecay, float, float>(segment);
-  launch<Double, kDecay, double, double>(segment);
-  launch<Single, kDecay, bf16, bf16>(segment);
-  launch<Single, kDecay, f16, f16>(segment);
-  launch<Single, kDecay, float, bf16>(segment);
-  launch<Single, kDecay, float, f16>(segment);
+  sweep<Rule, kVariant, kDecay, kPair><<<blocks, kThreads>>>(segment);
+  if constexpr (kPair + 1 < kPairs) launch_types<Rule, kVariant, kDecay, kPair + 1>(segment);
 }
 
 template <class Rule, int kVariant = 0>

@@ -1,5 +1,4 @@
-// NEON on aarch64, where fma, sqrt and fp16 conversion are part of the base instruction set: 4
-// lanes.
+// NEON on aarch64, whose base instruction set has fma, sqrt and fp16 conversion: 4 float lanes.
 #pragma once
 
 #include <arm_neon.h>

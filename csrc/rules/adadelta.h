@@ -21,18 +21,19 @@ struct Adadelta {
   struct Step {
     static constexpr int kStates = 2;
     static constexpr unsigned kHas = 3;
-    V lr, rho, one_minus_rho, eps;
+    V lr, eps;
+    SquareAverage<V> average;
 
     FN void operator()(V& p, V g, V& s, V& a) const {
-      s = fma(one_minus_rho, g * g, rho * s);
+      s = average(s, g);
       const V d = sqrt(a + eps) / sqrt(s + eps) * g;
-      a = fma(one_minus_rho, d * d, rho * a);
+      a = average(a, d);
       p = fnma(lr, d, p);
     }
   };
 
   static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
-    s = {h.lr, h.rho, 1 - h.rho, h.eps};
+    s = {h.lr, h.eps, SquareAverage<double>::of(h.rho)};
     return 0;
   }
 };

@@ -24,11 +24,12 @@ struct Adam {
     static constexpr int kStates = 3;
     static constexpr unsigned kHas = 3 | (kVariant == kAmsgrad ? 4 : 0);
     Average<V> average;
-    V beta2, one_minus_beta2, step_size, rsqrt_bias2, eps;
+    SquareAverage<V> square_average;
+    V step_size, rsqrt_bias2, eps;
 
     FN void operator()(V& p, V g, V& m, V& v, V& vmax) const {
       m = average(m, g);
-      v = fma(one_minus_beta2, g * g, beta2 * v);
+      v = square_average(v, g);
       V second = v;
       if constexpr (kVariant == kAmsgrad) second = vmax = max(vmax, v);
       p = fnma(step_size, m / fma(sqrt(second), rsqrt_bias2, eps), p);
@@ -39,8 +40,8 @@ struct Adam {
     const bool correct = h.bias_correction != 0;
     const double bias1 = correct ? 1 - power(h.beta1, clock.t) : 1;
     const double bias2 = correct ? 1 - power(h.beta2, clock.t) : 1;
-    s = {Average<double>::of(h.beta1), h.beta2, 1 - h.beta2, h.lr / bias1,
-         1 / __builtin_sqrt(bias2),    h.eps};
+    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), h.lr / bias1,
+         1 / __builtin_sqrt(bias2), h.eps};
     return h.amsgrad != 0 ? kAmsgrad : kPlain;
   }
 };

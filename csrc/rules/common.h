@@ -1,9 +1,9 @@
 // What several rules share. A rule is a struct with
-//   kName, kHypers, kStates  its name, hyperparameters and states, the last as in torch's
-//   state_dict Hypers                   the hyperparameters as doubles, in the order of kHypers
-//   Step<V, variant>         the per-step scalars, kHas (bit i: this variant has state i) and the
-//                            equation; V is a register on a CPU, one lane in CUDA, double on the
-//                            host
+//   kName, kHypers, kStates  its name, hyperparameters and states, named as in torch's state_dict
+//   Hypers                   the hyperparameters as doubles, in the order of kHypers
+//   Step<V, variant>         the per-step scalars, all V; kHas, whose bit i says that the variant
+//                            has state i; and the equation. V is a register on a CPU, one lane in
+//                            CUDA, double on the host
 //   prepare                  computes the scalars of update number clock.t and picks the variant
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once
@@ -45,6 +45,15 @@ struct Average {
     return {1 - beta, 0};
   }
   FN V operator()(V m, V g) const { return fma(weight, g - m, select_gt(from_new, V(0), g, m)); }
+};
+
+// The exponential moving average of g^2:  v = beta*v + (1-beta)*g^2.
+template <class V>
+struct SquareAverage {
+  V beta, one_minus_beta;
+
+  static SquareAverage of(double beta) { return {beta, 1 - beta}; }
+  FN V operator()(V v, V g) const { return fma(one_minus_beta, g * g, beta * v); }
 };
 
 }  // namespace FUSEDSTEP_TARGET

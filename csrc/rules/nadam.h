@@ -23,11 +23,12 @@ struct NAdam {
     static constexpr int kStates = 2;
     static constexpr unsigned kHas = 3;
     Average<V> average;
-    V beta2, one_minus_beta2, rsqrt_bias2, eps, grad_size, mean_size;
+    SquareAverage<V> square_average;
+    V rsqrt_bias2, eps, grad_size, mean_size;
 
     FN void operator()(V& p, V g, V& m, V& v) const {
       m = average(m, g);
-      v = fma(one_minus_beta2, g * g, beta2 * v);
+      v = square_average(v, g);
       const V direction = fma(grad_size, g, mean_size * m);
       p = p - direction / fma(sqrt(v), rsqrt_bias2, eps);
     }
@@ -41,8 +42,7 @@ struct NAdam {
     const double mu_now = mu(clock.t), mu_next = mu(clock.t + 1);
     mu_product = clock.t == 1 ? mu_now : mu_product * mu_now;
     s = {Average<double>::of(h.beta1),
-         h.beta2,
-         1 - h.beta2,
+         SquareAverage<double>::of(h.beta2),
          1 / __builtin_sqrt(1 - power(h.beta2, clock.t)),
          h.eps,
          h.lr * (1 - mu_now) / (1 - mu_product),

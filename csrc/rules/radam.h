@@ -24,11 +24,12 @@ struct RAdam {
     static constexpr int kStates = 2;
     static constexpr unsigned kHas = 3;
     Average<V> average;
-    V beta2, one_minus_beta2, step_size, eps;
+    SquareAverage<V> square_average;
+    V step_size, eps;
 
     FN void operator()(V& p, V g, V& m, V& v) const {
       m = average(m, g);
-      v = fma(one_minus_beta2, g * g, beta2 * v);
+      v = square_average(v, g);
       V direction = m;
       if constexpr (kVariant == kRectified) direction = m / (sqrt(v) + eps);
       p = fnma(step_size, direction, p);
@@ -45,7 +46,7 @@ struct RAdam {
           (r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) * (1 - beta2_t);
       step_size *= __builtin_sqrt(rectifier);
     }
-    s = {Average<double>::of(h.beta1), h.beta2, 1 - h.beta2, step_size, h.eps};
+    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), step_size, h.eps};
     return rectified ? kRectified : kUnrectified;
   }
 };

@@ -1,8 +1,8 @@
 // RMSprop: v = a*v + (1-a)*g^2;  d = sqrt(v) + eps;  p -= lr*g/d.
 // Tieleman & Hinton 2012, lecture 6.5,
-// https://www.cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf Centered (Graves 2013,
-// arXiv:1308.0850, eq. 38-41): m = a*m + (1-a)*g;  d = sqrt(v - m^2) + eps. Momentum: b = mu*b +
-// g/d;  p -= lr*b.
+// https://www.cs.toronto.edu/~hinton/coursera/lecture6/lec6.pdf
+// Centered: m = a*m + (1-a)*g;  d = sqrt(v - m^2) + eps. Graves 2013, eq. 38-41, arXiv:1308.0850
+// Momentum: b = mu*b + g/d;  p -= lr*b.
 #pragma once
 
 #include "common.h"
@@ -23,11 +23,12 @@ struct RmsProp {
   struct Step {
     static constexpr int kStates = 3;
     static constexpr unsigned kHas = 1 | kVariant << 1;  // the options are the bits of their states
-    V lr, alpha, one_minus_alpha, eps, mu;
+    V lr, eps, mu;
+    SquareAverage<V> square_average;
     Average<V> average;
 
     FN void operator()(V& p, V g, V& v, V& b, V& m) const {
-      v = fma(one_minus_alpha, g * g, alpha * v);
+      v = square_average(v, g);
       V variance = v;
       if constexpr (kVariant & kCentered) {
         m = average(m, g);
@@ -40,7 +41,7 @@ struct RmsProp {
   };
 
   static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
-    s = {h.lr, h.alpha, 1 - h.alpha, h.eps, h.momentum, Average<double>::of(h.alpha)};
+    s = {h.lr, h.eps, h.momentum, SquareAverage<double>::of(h.alpha), Average<double>::of(h.alpha)};
     return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
   }
 };

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fusedstep as fs
+from fusedstep.bench import OPTIMIZERS
 
 _SWEEP = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8]
 
@@ -19,7 +20,7 @@ def _count(text: str) -> int:
     """A positive integer, also as 1e6 or 2^26."""
     try:
         base, caret, power = text.partition("^")
-        number = float(int(base) ** int(power)) if caret else float(text)
+        number = math.pow(int(base), int(power)) if caret else float(text)
     except (ValueError, OverflowError):
         number = 0.0
     if not 1 <= number < math.inf or number != int(number):
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--n", type=_count, default=16_000_000, help="benchmark size (%(default)s)")
 
     bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
-    bench.add_argument("--optimizers", nargs="+", metavar="NAME", help="which ones (all)")
+    bench.add_argument("--optimizers", nargs="+", metavar="NAME", type=str.lower,
+                       choices=OPTIMIZERS, help="which ones (all)")  # fmt: skip
     bench.add_argument("--n", nargs="+", type=_count, help="elements (2^24; with --plot a sweep)")
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
     bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
@@ -83,12 +85,19 @@ def _progress(console: Any) -> Any:
     )
 
 
-def _check_writable(*paths: str | None) -> None:
-    """Raises OSError before the work, not after it, where a result could not be written."""
-    for path in paths:
-        folder = os.path.dirname(path or "") or "."
-        if path is not None and not os.access(folder, os.W_OK):
-            raise OSError(f"cannot write {path}: {folder} is not a folder to write in")
+def _check_output(path: str | None, picture: bool = False) -> None:
+    """Raises OSError before the work, not after it, where its result could not be written."""
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write {path}: not a file name in a folder to write in")
+    if picture:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        formats = FigureCanvasBase.get_supported_filetypes()
+        if os.path.splitext(path)[1].lstrip(".").lower() not in formats:
+            raise OSError(f"cannot write {path}: its ending must be one of {', '.join(formats)}")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -96,7 +105,7 @@ def _demo(args: argparse.Namespace) -> None:
 
     from fusedstep import bench, demo
 
-    _check_writable(args.output)
+    _check_output(args.output, picture=True)
     out, err = Console(), Console(stderr=True)
     data = demo.Digits.load()
     results = []
@@ -130,11 +139,12 @@ def _bench(args: argparse.Namespace) -> None:
 
     from fusedstep import bench
 
-    _check_writable(args.json, args.plot)
+    _check_output(args.json)
+    _check_output(args.plot, picture=True)
     sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
     rows = _measure(
         Console(stderr=True),
-        [name.lower() for name in args.optimizers or bench.OPTIMIZERS],
+        args.optimizers or list(OPTIMIZERS),
         sizes,
         dtype=args.dtype,
         threads=args.threads,
@@ -157,13 +167,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         {"info": lambda _: _info(), "demo": _demo, "bench": _bench}[args.command](args)
     except ModuleNotFoundError as error:
-        print(
-            f"fusedstep {args.command}: needs {error.name}:"
-            f" pip install 'fusedstep[{args.command}]'",
-            file=sys.stderr,
-        )
+        hint = "" if "pip install" in str(error) else f": pip install 'fusedstep[{args.command}]'"
+        print(f"fusedstep {args.command}: {error}{hint}", file=sys.stderr)
         return 1
-    except (OSError, TypeError, ValueError) as error:
+    except OSError as error:
         print(f"fusedstep {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -41,7 +41,9 @@ HYPERS: dict[str, Hyper] = {
     "lr": Hyper(">= 0", _at_least_0, "learning rate, or a callable of the step, from 0"),
     "betas": Hyper("in [0, 1)", _in_unit, "decay rates of the two moving averages"),
     "eps": Hyper(">= 0", _at_least_0, "added to the denominator"),
-    "weight_decay": Hyper(">= 0", _at_least_0, "weight decay, coupled: `g + weight_decay*p`"),
+    "weight_decay": Hyper(
+        ">= 0", _at_least_0, "weight decay, `g + weight_decay*p` unless decoupled"
+    ),
     "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu"),
     "dampening": _any("share tau of each new gradient kept out of the momentum buffer"),
     "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),

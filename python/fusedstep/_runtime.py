@@ -8,6 +8,8 @@ import platform
 import sys
 from typing import Any
 
+import numpy as np
+
 from fusedstep import _core
 from fusedstep._version import __version__
 
@@ -80,9 +82,9 @@ def set_huge_pages(enabled: bool) -> None:
     `FUSEDSTEP_HUGE_PAGES=0` in the environment does the same before import.
     """
     global _huge_pages
-    if not isinstance(enabled, bool):
+    if not isinstance(enabled, bool | np.bool_):
         raise TypeError(f"enabled must be True or False, got {enabled!r}")
-    _huge_pages = enabled
+    _huge_pages = bool(enabled)
 
 
 def _system_huge_pages() -> str:

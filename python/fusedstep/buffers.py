@@ -31,11 +31,17 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
         try:
             import ml_dtypes
         except ImportError as error:
-            raise TypeError(
-                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'"
+            raise ModuleNotFoundError(
+                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'",
+                name="ml_dtypes",
             ) from error
         dtype = ml_dtypes.bfloat16
-    result: np.dtype[Any] = np.dtype(dtype)
+    if dtype is None:
+        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got None")
+    try:
+        result: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {dtype!r}") from None
     if not result.isnative:
         raise ValueError(f"{name} must be in native byte order, got {result!r}")
     if result.name not in _DTYPES:
@@ -45,6 +51,8 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
 
 def as_array(value: Any, name: str) -> Array:
     """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked one")
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):  # a torch tensor, which exports only outside autograd
@@ -58,9 +66,11 @@ def as_array(value: Any, name: str) -> Array:
         )
     try:
         return np.from_dlpack(value)
-    except (BufferError, RuntimeError) as error:
-        device = getattr(value, "device", "another device")
-        raise ValueError(f"{name} must be in CPU memory, got device {device}: {error}") from error
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be exportable to NumPy through DLPack, got {type(value).__name__} on"
+            f" device {getattr(value, 'device', 'unknown')}: {error}"
+        ) from error
 
 
 class _Layout:
@@ -184,8 +194,12 @@ class FlatBuffer(Mapping[Key, Array]):
     def _allocate(
         cls, layout: _Layout, dtype: np.dtype[Any], huge_pages: bool | None = None
     ) -> FlatBuffer:
+        nbytes = layout.n * dtype.itemsize
         huge = _runtime.huge_pages() if huge_pages is None else huge_pages
-        memory = _core.allocate(layout.n * dtype.itemsize, huge)
+        try:
+            memory = _core.allocate(min(nbytes, sys.maxsize), huge)
+        except MemoryError:
+            raise MemoryError(f"shapes take {nbytes} bytes, more than the system grants") from None
         return cls(layout, memory.view(dtype))
 
     @classmethod
@@ -202,6 +216,7 @@ class FlatBuffer(Mapping[Key, Array]):
         """
         if not isinstance(memory, np.ndarray):
             raise TypeError(f"memory must be a NumPy array, got {type(memory).__name__}")
+        memory = as_array(memory, "memory")
         dtype = as_dtype(memory.dtype, "memory.dtype")
         if memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.aligned:
             raise ValueError(
@@ -269,7 +284,8 @@ class FlatBuffer(Mapping[Key, Array]):
 
     def __setitem__(self, key: Key, value: Any) -> None:
         view = self[key]
-        array = as_array(value, "value") if hasattr(value, "__dlpack__") else np.asarray(value)
+        foreign = isinstance(value, np.ndarray) or hasattr(value, "__dlpack__")
+        array = as_array(value, "value") if foreign else np.asarray(value)
         if array.ndim and array.shape != view.shape:
             raise ValueError(f"value for [{key}] must have shape {view.shape}, got {array.shape}")
         view[...] = array

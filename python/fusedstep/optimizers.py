@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from fusedstep import _core
 from fusedstep._hypers import HYPERS, Hyper, check, flatten
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
 
-Schedule = Callable[[int], float]
-Rate = float | Schedule
+# A number, 0-d arrays and tensors included, or a schedule.
+Rate = SupportsFloat | Callable[[int], SupportsFloat]
 Pair = tuple[float, float]
 Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
 Grads = Any  # as Params, with None for a tensor that sits the step out
+States = dict[str, list[Any]]  # by name, one array per parameter, or None
 
 _RULES = _core.rules()
 
@@ -60,10 +62,11 @@ class Group:
     """
 
     def __init__(self, pattern: str | Sequence[str], **hypers: Any) -> None:
-        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-        if not patterns or not all(isinstance(p, str) for p in patterns):
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        strings = isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)
+        if not strings or not patterns:
             raise TypeError(f"pattern must be a string or several, got {pattern!r}")
-        self.patterns = patterns
+        self.patterns = list(patterns)
         self.hypers = hypers
 
     def matches(self, name: str) -> bool:
@@ -77,6 +80,9 @@ class Group:
 
 class ParamGroup(MutableMapping[str, Any]):
     """The hyperparameters of one group, checked when written, used from the next step on.
+
+    Values that are wrong only together, such as `nesterov` without `momentum`, are found by that
+    step, which then raises.
 
     `group["params"]` lists the group's parameters by number and is read-only.
     """
@@ -155,31 +161,47 @@ class Optimizer:
     _counts_steps: ClassVar[bool] = True  # torch keeps `step` in the state
 
     def __init_subclass__(cls) -> None:
-        """Completes the class's docstring with the arguments, from the one table of them."""
-        lines = [
-            "    params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`."
-        ]
+        """Completes the class's docstring from the one table of hyperparameters."""
+        args = ["params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`."]
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             if name in cls._hyper_table:
-                lines.append(f"    {name}: {cls._hyper_table[name].doc} ({parameter.default!r}).")
-        lines.append("    groups: `Group`s of parameters with hyperparameters of their own.")
-        text = "Args:\n" + "\n".join("    " + line for line in lines)
+                rule, _, doc = cls._hyper_table[name]
+                if name == "weight_decay" and cls._fixed.get("decoupled_weight_decay"):
+                    doc = "weight decay, decoupled: shrinks p by `1 - lr*weight_decay`"
+                args.append(f"{name}: {doc}; {rule} (default {parameter.default!r}).")
+        args.append("groups: `Group`s of parameters with hyperparameters of their own.")
+        raises = [
+            "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",
+            "    is not of its kind.",
+            "ValueError: a hyperparameter is outside its range, a group matches no parameter, or",
+            "    memory is not on the CPU, C-contiguous, aligned, writable and free of overlap.",
+        ]
+        text = "\n        ".join(["Args:", *args]) + "\n\n    "
+        text += "\n        ".join(["Raises:", *raises])
         cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
 
     def __init__(self, params: Params, groups: Iterable[Group], **hypers: Any) -> None:
         self._params = _name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
+        if isinstance(groups, Group) or not isinstance(groups, Iterable):
+            raise TypeError(f"groups must be a sequence of Group objects, got {groups!r}")
         self._groups, self._group_of = self._make_groups(hypers, list(groups))
-        self._states: dict[str, list[Array | None]] = {
-            state: [None] * len(self._names) for state in _RULES[self._rule][1]
-        }
+        self._states = self._no_states()
         self._steps = 0
         self._used: list[list[float]] = []  # the groups as the last step read them
-        self._table = self._make_table(())
+        self._open_table()
+        self._refresh()
+
+    def _open_table(self) -> None:
+        """Hands the parameters to the compiled table, which checks them and keeps the counts."""
+        params = list(self._params.values())
+        self._table = _core.StepTable(self._rule, self._names, params, self._group_of)
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
-        self._refresh()
+        torch = sys.modules.get("torch")
+        kind = torch.Tensor if torch else ()
+        self._tensors = {i: p for i, p in enumerate(params) if isinstance(p, kind)}
 
     def _make_groups(
         self, hypers: dict[str, Any], groups: list[Group]
@@ -225,25 +247,43 @@ class Optimizer:
         if not edited:
             return
         natives = [self._native(group._hypers) for group in edited]
-        wanted = []
-        for group, native in zip(edited, natives, strict=True):
-            wanted += [(state, i) for state in self._uses(native) for i in group._params]
-        self._ensure_states(wanted)
+        wanted = [
+            (state, i)
+            for group, native in zip(edited, natives, strict=True)
+            for state in self._uses(native)
+            for i in group._params
+            if self._states[state][i] is None
+        ]
+        if wanted:
+            states = self._extended(self._states, wanted, self._groups)
+            self._table.set_states(list(states.values()), self._table.clocks())
+            self._states = states
         for group, native in zip(edited, natives, strict=True):
             group._native = native
 
-    def _ensure_states(self, wanted: Iterable[tuple[str, int]]) -> None:
-        """Makes the states (name, parameter) that are not there yet, in one buffer per name."""
-        missing: dict[tuple[str, str], list[int]] = {}
+    def _no_states(self) -> States:
+        return {state: [None] * len(self._names) for state in _RULES[self._rule][1]}
+
+    def _extended(
+        self,
+        states: States,
+        wanted: Iterable[tuple[str, int]],
+        hypers: Sequence[Mapping[str, Any]],
+    ) -> States:
+        """`states` and the `wanted` ones (name, parameter), new, in one flat buffer per name."""
+        result = {name: list(arrays) for name, arrays in states.items()}
+        by_buffer: dict[tuple[str, str], list[int]] = {}
         for state, i in wanted:
-            if self._states[state][i] is None:
-                missing.setdefault((state, self._state_dtype(i)), []).append(i)
-        made = {key: self._make_states(*key, indices) for key, indices in missing.items()}
-        for (state, _), views in made.items():
-            for i, view in views.items():
-                self._states[state][i] = view
-        if made:
-            self._table = self._make_table(self._clocks())
+            by_buffer.setdefault((state, self._state_dtype(i)), []).append(i)
+        for (state, dtype), indices in by_buffer.items():
+            buffer = FlatBuffer.zeros({i: self._shapes[i] for i in sorted(indices)}, dtype)
+            for i in indices:
+                view = buffer[i]
+                initial = self._initial(state, hypers[self._group_of[i]])
+                if initial:  # untouched memory is zero already, and unpaged until the first step
+                    view[...] = initial
+                result[state][i] = view
+        return result
 
     def _state_dtype(self, i: int) -> str:
         return "float64" if self._dtypes[i] == "float64" else "float32"
@@ -261,15 +301,6 @@ class Optimizer:
         """The states that the rule has under these hyperparameters."""
         used = _core.used_states(self._rule, native[_LR:])
         return [state for state, use in zip(self._states, used, strict=True) if use]
-
-    def _make_states(self, state: str, dtype: str, indices: list[int]) -> dict[int, Array]:
-        buffer = FlatBuffer.zeros({i: self._shapes[i] for i in sorted(indices)}, dtype)
-        views = {i: buffer[i] for i in indices}
-        for i, view in views.items():
-            initial = self._initial(state, self._groups[self._group_of[i]])
-            if initial:  # untouched memory is zero already, and stays unpaged until the first step
-                view[...] = initial
-        return views
 
     def _initial(self, state: str, group: Mapping[str, Any]) -> float:
         """What a new state is filled with."""
@@ -290,16 +321,6 @@ class Optimizer:
                 native = [*native[:_LR], rate, *native[_LR + 1 :]]
             natives.append(native)
         return natives
-
-    def _make_table(self, clocks: Iterable[tuple[int, float, float]]) -> _core.StepTable:
-        params, states = list(self._params.values()), list(self._states.values())
-        table = _core.StepTable(self._rule, self._names, params, states, self._group_of)
-        for i, clock in enumerate(clocks):
-            table.set_clock(i, *clock)
-        return table
-
-    def _clocks(self) -> list[tuple[int, float, float]]:
-        return [self._table.clock(i) for i in range(len(self._names))]
 
     # -- public -----------------------------------------------------------------------------------
 
@@ -329,10 +350,17 @@ class Optimizer:
         if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
             elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
         else:
-            elements = self._table.step(self._in_order(grads), natives)
+            ordered = self._in_order(grads)
+            elements = self._table.step(ordered, natives)
+            self._announce(i for i in self._tensors if ordered[i] is not None)
         self._steps += 1
         self._used = natives
         return StepReport(self._steps, natives[0][_LR], elements)
+
+    def _announce(self, written: Iterable[int]) -> None:
+        """Tells autograd of tensors changed behind its back, so that a stale backward raises."""
+        for i in written:
+            sys.modules["torch"].autograd.graph.increment_version(self._tensors[i])
 
     def _in_order(self, grads: Grads) -> Sequence[Any]:
         """The gradients as a sequence in the parameters' order."""
@@ -372,7 +400,14 @@ class Optimizer:
 
     @property
     def state(self) -> dict[Key, dict[str, Array]]:
-        """For each parameter its state arrays by torch's names, the arrays themselves."""
+        """For each parameter its state arrays by torch's names, the arrays themselves.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> opt = fs.Adam({"w": np.ones(3, np.float32)})
+            >>> opt.state["w"]["exp_avg"]
+            array([0., 0., 0.], dtype=float32)
+        """
         return {
             key: {s: a for s, arrays in self._states.items() if (a := arrays[i]) is not None}
             for i, key in enumerate(self._params)
@@ -381,18 +416,25 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state with torch's keys and layout, plus `step`, the steps taken.
 
-        As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. A schedule is
+        As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
+        is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
         stored as the rate of the last step, or before the first step as the rate it begins with.
+
+        Raises:
+            RuntimeError: the optimizer is stepping in another thread.
         """
         state: dict[int, dict[str, Any]] = {}
-        for i, clock in enumerate(self._clocks()):
+        for i, clock in enumerate(self._table.clocks()):
             if not self._started(clock):
                 continue
             entry: dict[str, Any] = {"step": clock[0]} if self._counts_steps else {}
             entry.update(zip(self._carried, clock[1:], strict=False))
-            for name, arrays in self._states.items():
-                if arrays[i] is not None:
-                    entry[name] = arrays[i]
+            entry.update((name, a[i]) for name, a in self._states.items() if a[i] is not None)
+            if i in self._tensors:
+                torch = sys.modules["torch"]
+                for name, value in entry.items():
+                    array = isinstance(value, np.ndarray)
+                    entry[name] = torch.from_numpy(value) if array else torch.tensor(float(value))
             state[i] = entry
         rates = [native[_LR] for native in self._used or self._current()]
         groups = [
@@ -415,6 +457,8 @@ class Optimizer:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
                 changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         for key in ("state", "param_groups"):
             if key not in state_dict:
                 raise ValueError(f"state_dict must have the key {key!r}, got {list(state_dict)}")
@@ -422,7 +466,8 @@ class Optimizer:
         for saved in state_dict["state"]:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
-        uses = [self._uses(self._native(values)) for values in hypers]
+        natives = [self._native(values) for values in hypers]
+        uses = [self._uses(native) for native in natives]
         staged = {
             i: self._staged_state(i, state_dict["state"][saved], uses[self._group_of[i]])
             for saved, i in index_of.items()
@@ -431,28 +476,19 @@ class Optimizer:
         clocks = [staged[i][0] if i in staged else (0, 0.0, 0.0) for i in range(len(self._names))]
         steps = state_dict.get("step", max((clock[0] for clock in clocks), default=0))
         steps = _count("state_dict['step']", steps)
+        wanted = {(name, i) for i, place in enumerate(self._group_of) for name in uses[place]}
+        wanted |= {(name, i) for i, (_, arrays) in staged.items() for name in arrays}
+        states = self._extended(self._no_states(), sorted(wanted), hypers)
+        for i, (_, arrays) in staged.items():
+            for name, array in arrays.items():
+                np.copyto(states[name][i], array, casting="same_kind")
+        self._table.set_states(list(states.values()), clocks)
 
-        before = [group._hypers for group in self._groups]
-        try:
-            self._set_hypers(hypers)
-            self._refresh()
-            self._ensure_states((name, i) for i, (_, arrays) in staged.items() for name in arrays)
-        except BaseException:
-            self._set_hypers(before)
-            raise
-        for i in range(len(self._names)):
-            loaded = staged[i][1] if i in staged else {}
-            for name, arrays in self._states.items():
-                target = arrays[i]
-                if target is not None:
-                    initial = self._initial(name, self._groups[self._group_of[i]])
-                    target[...] = loaded.get(name, initial)
-        self._table = self._make_table(clocks)
+        # Nothing raises from here on.
+        self._states = states
         self._steps, self._used = steps, []
-
-    def _set_hypers(self, hypers: list[dict[str, Any]]) -> None:
-        for group, values in zip(self._groups, hypers, strict=True):
-            group._hypers, group._native = values, None
+        for group, values, native in zip(self._groups, hypers, natives, strict=True):
+            group._hypers, group._native = values, native
 
     def _staged_groups(self, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, int]]:
         """Each group's hyperparameters after loading, and the place of each saved parameter."""
@@ -534,7 +570,8 @@ class Optimizer:
         return int(scalars["step"]), first, second
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_table": self._clocks()}
+        state = {**self.__dict__, "_table": self._table.clocks()}
+        del state["_tensors"]
         if self._buffer is not None:
             del state["_params"]  # views of the buffer
         return state
@@ -543,7 +580,15 @@ class Optimizer:
         self.__dict__.update(state)
         if self._buffer is not None:
             self._params = dict(self._buffer.items())
-        self._table = self._make_table(state["_table"])
+        self._open_table()
+        old = self._states
+        wanted = [
+            (s, i) for s, arrays in old.items() for i, a in enumerate(arrays) if a is not None
+        ]
+        self._states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
+        for name, i in wanted:
+            np.copyto(self._states[name][i], old[name][i])
+        self._table.set_states(list(self._states.values()), state["_table"])
 
     def __repr__(self) -> str:
         n = sum(int(np.prod(shape)) for shape in self._shapes)
@@ -661,7 +706,8 @@ class Lion(Optimizer):
         Chen et al. 2023, algorithm 2, https://arxiv.org/abs/2302.06675
 
     Differs from:
-        coupled weight decay elsewhere: Lion's is decoupled, as in its paper.
+        coupled weight decay elsewhere: Lion's is decoupled, as in its paper. `sign(NaN)` is 0, as
+        in torch: a NaN gradient shows in the momentum, not in the parameter.
     """
 
     _rule = "lion"
@@ -983,7 +1029,8 @@ class Adamax(Optimizer):
         Kingma & Ba 2015, algorithm 2, https://arxiv.org/abs/1412.6980
 
     Differs from:
-        the paper, which has no eps; inside the maximum as in torch.
+        the paper, which has no eps; inside the maximum as in torch. A NaN leaves `u` with the next
+        number, but never `m`.
     """
 
     _rule = "adamax"
@@ -1203,7 +1250,7 @@ class Rprop(Optimizer):
         Riedmiller & Braun 1993, https://doi.org/10.1109/ICNN.1993.298623, without backtracking
 
     Differs from:
-        torch, which has no weight decay here.
+        torch, which has no weight decay here. As in torch a NaN gradient counts as no sign.
     """
 
     _rule = "rprop"

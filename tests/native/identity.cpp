@@ -106,7 +106,8 @@ struct Stream {
 };
 
 template <class P, class G, class S>
-void run(Kernel kernel, const Rule& rule, const double* scalars, Random& random, Hash& hash) {
+void run(Kernel kernel, const Rule& rule, unsigned uses, const double* scalars, Random& random,
+         Hash& hash) {
   for (const int64_t n : kLengths) {
     Stream<P> param(n, random, false);
     Stream<G> grad(n, random, false);
@@ -117,7 +118,9 @@ void run(Kernel kernel, const Rule& rule, const double* scalars, Random& random,
       states.emplace_back(n, random, squares);
     }
     Segment segment = {param.data(), grad.data(), {}, n, scalars, kernel};
-    for (size_t s = 0; s < states.size(); ++s) segment.state[s] = states[s].data();
+    for (size_t s = 0; s < states.size(); ++s) {
+      if (uses >> s & 1) segment.state[s] = states[s].data();
+    }
     kernel(segment, 0, n);
     param.add_to(hash);
     grad.add_to(hash);
@@ -125,20 +128,21 @@ void run(Kernel kernel, const Rule& rule, const double* scalars, Random& random,
   }
 }
 
-void run_pair(int pair, Kernel kernel, const Rule& rule, const double* s, Random& r, Hash& h) {
+void run_pair(int pair, Kernel kernel, const Rule& rule, unsigned u, const double* s, Random& r,
+              Hash& h) {
   switch (pair) {
     case 0:
-      return run<float, float, float>(kernel, rule, s, r, h);
+      return run<float, float, float>(kernel, rule, u, s, r, h);
     case 1:
-      return run<double, double, double>(kernel, rule, s, r, h);
+      return run<double, double, double>(kernel, rule, u, s, r, h);
     case 2:
-      return run<bf16, bf16, float>(kernel, rule, s, r, h);
+      return run<bf16, bf16, float>(kernel, rule, u, s, r, h);
     case 3:
-      return run<f16, f16, float>(kernel, rule, s, r, h);
+      return run<f16, f16, float>(kernel, rule, u, s, r, h);
     case 4:
-      return run<float, bf16, float>(kernel, rule, s, r, h);
+      return run<float, bf16, float>(kernel, rule, u, s, r, h);
     default:
-      return run<float, f16, float>(kernel, rule, s, r, h);
+      return run<float, f16, float>(kernel, rule, u, s, r, h);
   }
 }
 
@@ -182,7 +186,8 @@ int main() {
             if (t != 1 && t != 9) continue;
             scalars[0] = t == 1 ? 1 : -1;
             scalars[1] = decay == kCoupled ? 0.01 : 1 - 0.03 * 0.01;
-            run_pair(pair, kernels.find[r][variant][decay][pair], rule, scalars, random, hash);
+            run_pair(pair, kernels.find[r][variant][decay][pair], rule, rule.uses[variant], scalars,
+                     random, hash);
           }
           std::printf("%s %zu %d %d %016" PRIx64 "\n", rule.name.c_str(), variant, decay, pair,
                       hash.value);
