@@ -187,6 +187,11 @@ class FlatBuffer(Mapping[Key, Array]):
             shapes: a dict of shapes, or a sequence of them, numbered from 0.
             dtype: float32, float64, float16 or bfloat16.
             huge_pages: overrides `fusedstep.huge_pages()` for this buffer.
+
+        Raises:
+            TypeError, ValueError: a dtype that no kernel takes; a shape that is not integers >= 0.
+            ModuleNotFoundError: bfloat16 without ml_dtypes.
+            MemoryError: the system does not grant the bytes, which the message gives.
         """
         return cls._allocate(_Layout(_as_shapes(shapes, "shapes")), as_dtype(dtype), huge_pages)
 
@@ -213,6 +218,17 @@ class FlatBuffer(Mapping[Key, Array]):
             memory: a contiguous 1-D array of a supported dtype, at least `FlatBuffer.n_for(shapes)`
                 elements from its first 64-byte boundary on. Read-only memory makes read-only views.
             shapes: as for `zeros`, or a FlatBuffer whose shapes to take.
+
+        Raises:
+            TypeError, ValueError: memory of another kind, shape, layout or dtype, or too small.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> memory = np.zeros(fs.FlatBuffer.n_for([(2, 3), 4]) + 16, np.float32)
+            >>> buffer = fs.FlatBuffer.over(memory, [(2, 3), 4])
+            >>> buffer[1] = 5.0
+            >>> int(memory.sum())
+            20
         """
         if not isinstance(memory, np.ndarray):
             raise TypeError(f"memory must be a NumPy array, got {type(memory).__name__}")
