@@ -607,6 +607,11 @@ def _count(name: str, value: Any) -> int:
     return int(value)
 
 
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
+    return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
+
+
 class SGD(Optimizer):
     """Stochastic gradient descent, plain, with momentum, or Nesterov's.
 
@@ -651,16 +656,7 @@ class SGD(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
     def _check_together(self, group: Mapping[str, Any]) -> None:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -723,9 +719,7 @@ class Lion(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params, groups, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize
-        )
+        super().__init__(**_given(locals()))
 
 
 class Adagrad(Optimizer):
@@ -765,16 +759,7 @@ class Adagrad(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            initial_accumulator_value=initial_accumulator_value,
-            eps=eps,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
     def _initial(self, state: str, group: Mapping[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
@@ -825,17 +810,7 @@ class RMSprop(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            alpha=alpha,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            centered=centered,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class Adadelta(Optimizer):
@@ -877,15 +852,7 @@ class Adadelta(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            rho=rho,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class Adam(Optimizer):
@@ -936,18 +903,7 @@ class Adam(Optimizer):
         bias_correction: bool = True,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            decoupled_weight_decay=decoupled_weight_decay,
-            bias_correction=bias_correction,
-        )
+        super().__init__(**_given(locals()))
 
 
 class AdamW(Optimizer):
@@ -991,17 +947,7 @@ class AdamW(Optimizer):
         bias_correction: bool = True,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            bias_correction=bias_correction,
-        )
+        super().__init__(**_given(locals()))
 
 
 class Adamax(Optimizer):
@@ -1046,15 +992,7 @@ class Adamax(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class NAdam(Optimizer):
@@ -1098,17 +1036,7 @@ class NAdam(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            momentum_decay=momentum_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class RAdam(Optimizer):
@@ -1151,16 +1079,7 @@ class RAdam(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled_weight_decay=decoupled_weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class ASGD(Optimizer):
@@ -1209,16 +1128,7 @@ class ASGD(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            lambd=lambd,
-            alpha=alpha,
-            t0=t0,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
 
 
 class Rprop(Optimizer):
@@ -1266,12 +1176,4 @@ class Rprop(Optimizer):
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
-        super().__init__(
-            params,
-            groups,
-            lr=lr,
-            etas=etas,
-            step_sizes=step_sizes,
-            weight_decay=weight_decay,
-            maximize=maximize,
-        )
+        super().__init__(**_given(locals()))
