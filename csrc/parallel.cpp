@@ -17,8 +17,6 @@
 #include <system_error>
 #include <thread>
 
-#include "float_mode.h"
-
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -33,7 +31,6 @@ struct Job {
   std::atomic<int64_t> next{0};
 
   void work() noexcept {
-    const FloatMode mode;
     for (;;) {
       const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= n) return;

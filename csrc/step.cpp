@@ -139,7 +139,9 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) const {
 
 int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups) {
   const Turn turn(stepping_);
-  const FloatMode mode;  // for the scalars; each thread of the sweep sets its own
+  // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
+  // pthread_create).
+  const FloatMode mode;
   check_overlap(grads);
 
   const Rule& rule = rules()[rule_];

@@ -14,7 +14,6 @@
 #include "power.h"
 
 namespace fusedstep {
-
 namespace FUSEDSTEP_TARGET {
 
 template <class V>
