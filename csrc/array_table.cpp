@@ -32,7 +32,7 @@ ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
     : rule_(rule_number(rule)),
       names_(std::move(names)),
       groups_(std::move(groups)),
-      table_(rule_) {
+      table_(rule_, [this](size_t i) { return names_[i]; }) {
   if (params.size() != names_.size() || groups_.size() != names_.size()) {
     throw py::value_error("names, params and groups must agree in length");
   }
@@ -60,7 +60,7 @@ void ArrayTable::set_states(const std::vector<py::list>& states,
     const View& param = params_[i].view;
     const auto [t, first, second] = clocks[i];
     tensors.push_back(
-        {names_[i], param.data, param.dtype, param.n, {}, groups_[i], Clock{t, {first, second}}});
+        {param.data, param.dtype, param.n, {}, groups_[i], Clock{t, {first, second}}});
     for (size_t s = 0; s < states.size(); ++s) {
       const py::object array = states[s][i];
       if (array.is_none()) continue;
@@ -76,7 +76,7 @@ void ArrayTable::set_states(const std::vector<py::list>& states,
       views.push_back(state);
     }
   }
-  table_.set_tensors(std::move(tensors));
+  table_.set_tensors(tensors);
   states_ = std::move(views);
 }
 
@@ -148,30 +148,16 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
 int64_t ArrayTable::run(const std::vector<Grad>& grads,
                         const std::vector<std::vector<double>>& groups) {
   for (size_t i = 0; i < grads.size(); ++i) {
-    const DType param = params_[i].view.dtype, grad = grads[i].dtype;
-    if (!grads[i].data || type_pair(param, grad) >= 0) continue;
-    throw py::type_error(
-        Label{"grads", &names_[i]}.text() + " must be " +
-        (param == DType::f32 ? "float32, bfloat16 or float16" : dtype_name(param)) + " for a " +
-        dtype_name(param) + " parameter, got " + dtype_name(grad));
+    if (!grads[i].data) continue;
+    check_grad_dtype(Label{"grads", &names_[i]}, params_[i].view.dtype, grads[i].dtype);
   }
-  const size_t hypers = rules()[rule_].hypers.size();
   std::vector<Group> converted;
   const int needed = groups_.empty() ? 0 : *std::max_element(groups_.begin(), groups_.end()) + 1;
   if (groups.size() < static_cast<size_t>(needed)) {
     throw py::value_error("groups must have at least " + std::to_string(needed) + " entries, got " +
                           std::to_string(groups.size()));
   }
-  for (const std::vector<double>& values : groups) {
-    if (values.size() != hypers + 3) {
-      throw py::value_error("groups must have maximize, decoupled, weight_decay and " +
-                            std::to_string(hypers) + " hyperparameters, got " +
-                            std::to_string(values.size()) + " values");
-    }
-    Group group = {values[0] != 0, values[1] != 0, values[2], {}};
-    std::copy(values.begin() + 3, values.end(), group.hypers.begin());
-    converted.push_back(group);
-  }
+  for (const std::vector<double>& values : groups) converted.push_back(as_group(values, rule_));
   const py::gil_scoped_release release;
   return table_.step(grads, converted);
 }

@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "rules.h"
 #include "rules/power.h"
+#include "tensor_table.h"
 
 namespace py = pybind11;
 using namespace fusedstep;
@@ -26,17 +27,15 @@ py::array allocate(size_t bytes, bool huge) {
 }
 
 // The states that a rule has under these hyperparameters.
-std::vector<bool> used_states(const std::string& name, std::vector<double> hypers) {
+std::vector<bool> used_states(const std::string& name, const std::vector<double>& hypers) {
   const Rule& rule = rules()[rule_number(name)];
   if (hypers.size() != rule.hypers.size()) {
     throw py::value_error("hypers must have " + std::to_string(rule.hypers.size()) +
                           " entries, got " + std::to_string(hypers.size()));
   }
-  Clock clock{1, {0, 0}};
-  double scalars[kMaxScalars];
-  const int variant = rule.prepare(hypers.data(), clock, scalars);
+  const unsigned uses = used_states(rule, hypers.data());
   std::vector<bool> used;
-  for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(rule.uses[variant] >> s & 1);
+  for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(uses >> s & 1);
   return used;
 }
 
@@ -72,7 +71,9 @@ PYBIND11_MODULE(_core, m) {
       all[py::str(rule.name)] = py::make_tuple(rule.hypers, rule.states);
     return all;
   });
-  m.def("used_states", used_states, py::arg("rule"), py::arg("hypers"));
+  m.def("used_states",
+        py::overload_cast<const std::string&, const std::vector<double>&>(used_states),
+        py::arg("rule"), py::arg("hypers"));
 
   py::class_<ArrayTable>(m, "StepTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&,
@@ -85,4 +86,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("groups"))
       .def("shapes", &ArrayTable::shapes)
       .def("dtypes", &ArrayTable::dtypes);
+
+  py::class_<TensorTable>(m, "TensorTable")
+      .def(py::init<const std::string&, const std::vector<std::string>&, bool>(), py::arg("rule"),
+           py::arg("scalars"), py::arg("exchange"))
+      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("factor"),
+           py::arg("first"), py::arg("owner"));
 }

@@ -1,55 +1,16 @@
 // The only C++ that knows NumPy and DLPack.
 #include "memory.h"
 
+#include "dlpack.h"
+#include "step.h"
+
 namespace py = pybind11;
 
 namespace fusedstep {
 namespace {
 
-// The DLPack ABI, https://dmlc.github.io/dlpack/latest/c_api.html
-struct DLTensor {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
-  int64_t* shape;
-  int64_t* strides;  // null: C-contiguous
-  uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* context;
-  void (*deleter)(DLManagedTensor*);
-};
-struct DLManagedTensorVersioned {
-  struct {
-    uint32_t major, minor;
-  } version;
-  void* context;
-  void (*deleter)(DLManagedTensorVersioned*);
-  uint64_t flags;  // bit 0: read-only, bit 1: a copy
-  DLTensor tensor;
-};
-enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };  // device types with CPU memory
-enum { kFloat = 2, kBfloat = 4 };                  // dtype codes
-
-bool dlpack_dtype(const DLTensor& t, DType& dtype) {
-  if (t.dtype.lanes != 1) return false;
-  const int code = t.dtype.code, bits = t.dtype.bits;
-  if (code == kFloat && bits == 32) return dtype = DType::f32, true;
-  if (code == kFloat && bits == 64) return dtype = DType::f64, true;
-  if (code == kFloat && bits == 16) return dtype = DType::f16, true;
-  if (code == kBfloat && bits == 16) return dtype = DType::bf16, true;
-  return false;
-}
-
-char
-    nothing;  // the address of all that is empty: an exporter may give none, or a new one each time
+// The address of all that is empty: an exporter may give none, or a new one each time.
+char nothing;
 
 [[noreturn]] void wrong_dtype(const Label& label, const std::string& got) {
   throw py::type_error(label.text() + " must be float32, float64, bfloat16 or float16, got " + got);
@@ -240,6 +201,13 @@ View view_of(py::handle object, const Label& label) {
   }
   throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
                        py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+}
+
+void check_grad_dtype(const Label& label, DType param, DType grad) {
+  if (type_pair(param, grad) >= 0) return;
+  throw py::type_error(label.text() + " must be " +
+                       (param == DType::f32 ? "float32, bfloat16 or float16" : dtype_name(param)) +
+                       " for a " + dtype_name(param) + " parameter, got " + dtype_name(grad));
 }
 
 std::string Label::text() const {

@@ -32,6 +32,9 @@ struct Label {
 // for memory that is not on the CPU, not C-contiguous, not aligned or not in native byte order.
 View view_of(pybind11::handle object, const Label& label);
 
+// Throws TypeError unless there is a kernel for the two types together.
+void check_grad_dtype(const Label& label, DType param, DType grad);
+
 std::string shape_text(const int64_t* shape, int ndim);  // "(3, 4)"
 
 }  // namespace fusedstep

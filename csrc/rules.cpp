@@ -60,6 +60,12 @@ const std::vector<Rule>& rules() {
   return all;
 }
 
+unsigned used_states(const Rule& rule, const double* hypers) {
+  Clock clock{1, {0, 0}};
+  double scalars[kMaxScalars];
+  return rule.uses[rule.prepare(hypers, clock, scalars)];
+}
+
 int rule_number(const std::string& name) {
   std::string known;
   for (size_t i = 0; i < rules().size(); ++i) {

@@ -23,6 +23,9 @@ struct Rule {
 // In registry order, so that the place is the rule's number in Kernels::find.
 const std::vector<Rule>& rules();
 
+// Bit s: the rule has state s under these hyperparameters.
+unsigned used_states(const Rule& rule, const double* hypers);
+
 // The number of a rule; throws std::invalid_argument for an unknown name.
 int rule_number(const std::string& name);
 

@@ -32,26 +32,10 @@ bool same(const Clock& a, const Clock& b) {
 
 int64_t round_up(int64_t at, int64_t n) { return std::min(n, (at + kPiece - 1) / kPiece * kPiece); }
 
-// One step at a time per table: the second thread is told, not let in. A process forked in the
-// middle of a step is not in one.
-class Turn {
- public:
-  explicit Turn(std::atomic<pid_t>& stepping) : stepping_(stepping) {
-    pid_t before = stepping_.load();
-    if (before == getpid() || !stepping_.compare_exchange_strong(before, getpid())) {
-      throw std::runtime_error("this optimizer is already stepping in another thread");
-    }
-  }
-  ~Turn() { stepping_ = 0; }
-
- private:
-  std::atomic<pid_t>& stepping_;
-};
-
 // All segments end to end: [starts[i], starts[i+1]) are segment i's elements.
-void sweep(const std::vector<Segment>& segments) {
-  std::vector<int64_t> starts(segments.size() + 1, 0);
-  for (size_t i = 0; i < segments.size(); ++i) starts[i + 1] = starts[i] + segments[i].n;
+void sweep(const std::vector<Segment>& segments, std::vector<int64_t>& starts) {
+  starts.assign(1, 0);
+  for (const Segment& segment : segments) starts.push_back(starts.back() + segment.n);
   parallel_for(starts.back(), grain_for(starts.back()), [&](int64_t begin, int64_t end) {
     auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; i < static_cast<int64_t>(segments.size()) && starts[i] < end; ++i) {
@@ -84,13 +68,44 @@ int type_pair(DType param, DType grad) {
   return -1;
 }
 
-std::string StepTable::describe(const Tensor& tensor, int stream) const {
-  if (stream < 0) return "params[" + tensor.name + "]";
-  return "state[" + tensor.name + "]['" + rules()[rule_].states[stream] + "']";
+Group as_group(const std::vector<double>& values, int rule) {
+  const size_t hypers = rules()[rule].hypers.size();
+  if (values.size() != hypers + 3) {
+    throw std::invalid_argument("groups must have maximize, decoupled, weight_decay and " +
+                                std::to_string(hypers) + " hyperparameters, got " +
+                                std::to_string(values.size()) + " values");
+  }
+  Group group = {values[0] != 0, values[1] != 0, values[2], {}};
+  std::copy(values.begin() + 3, values.end(), group.hypers.begin());
+  return group;
 }
 
-void StepTable::set_tensors(std::vector<Tensor> tensors) {
+Turn::Turn(std::atomic<pid_t>& stepping) : stepping_(stepping) {
+  pid_t before = stepping_.load();
+  if (before == getpid() || !stepping_.compare_exchange_strong(before, getpid())) {
+    throw std::runtime_error("this optimizer is already stepping in another thread");
+  }
+}
+
+std::string StepTable::describe(size_t tensor, int stream) const {
+  if (stream < 0) return "params[" + name_of_(tensor) + "]";
+  return "state[" + name_of_(tensor) + "]['" + rules()[rule_].states[stream] + "']";
+}
+
+bool StepTable::in_place(const std::vector<Tensor>& tensors) const {
+  return std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(),
+                    [](const Tensor& a, const Tensor& b) {
+                      return a.param == b.param && a.n == b.n && a.dtype == b.dtype &&
+                             a.state == b.state;
+                    });
+}
+
+void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   const Turn turn(stepping_);
+  if (in_place(tensors)) {
+    tensors_ = tensors;
+    return;
+  }
   std::vector<Range> written;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Tensor& t = tensors[i];
@@ -106,12 +121,13 @@ void StepTable::set_tensors(std::vector<Tensor> tensors) {
   for (size_t i = 1; i < written.size(); ++i) {
     const Range &a = written[i - 1], &b = written[i];
     if (a.end <= b.begin) continue;
-    throw std::invalid_argument(describe(tensors[a.tensor], a.stream) + " and " +
-                                describe(tensors[b.tensor], b.stream) +
+    throw std::invalid_argument(describe(a.tensor, a.stream) + " and " +
+                                describe(b.tensor, b.stream) +
                                 " must not share memory, got overlapping buffers");
   }
-  tensors_ = std::move(tensors);
+  tensors_ = tensors;
   written_ = std::move(written);
+  clear_.assign(tensors.size(), Grad{nullptr, DType::f32});
 }
 
 std::vector<Clock> StepTable::clocks() const {
@@ -121,23 +137,27 @@ std::vector<Clock> StepTable::clocks() const {
   return all;
 }
 
-void StepTable::check_overlap(const std::vector<Grad>& grads) const {
+void StepTable::check_overlap(const std::vector<Grad>& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& t = tensors_[i];
-    if (!grads[i].data || t.n == 0) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(grads[i].data);
-    const uintptr_t end = begin + t.n * dtype_bytes(grads[i].dtype);
+    const Grad& grad = grads[i];
+    if (!grad.data || t.n == 0) continue;
+    if (grad.data == clear_[i].data && grad.dtype == clear_[i].dtype) continue;
+    const auto begin = reinterpret_cast<uintptr_t>(grad.data);
+    const uintptr_t end = begin + t.n * dtype_bytes(grad.dtype);
     const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
                                        [](uintptr_t at, const Range& r) { return at < r.end; });
     if (next != written_.end() && next->begin < end) {
-      throw std::invalid_argument("grads[" + t.name + "] must not share memory with " +
-                                  describe(tensors_[next->tensor], next->stream) +
+      throw std::invalid_argument("grads[" + name_of_(i) + "] must not share memory with " +
+                                  describe(next->tensor, next->stream) +
                                   ", got overlapping buffers");
     }
+    clear_[i] = grad;
   }
 }
 
-int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups) {
+int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups,
+                        double factor) {
   const Turn turn(stepping_);
   // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
   // pthread_create).
@@ -146,46 +166,44 @@ int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>
 
   const Rule& rule = rules()[rule_];
   const auto& kernel_of = kernels().find[rule_];
-  std::vector<Segment> segments;
-  std::vector<Clock> clocks(tensors_.size());
-  std::vector<std::array<double, kMaxScalars>> scalars(tensors_.size());
-  segments.reserve(tensors_.size());
+  segments_.clear();
+  scalars_.clear();
+  advanced_.resize(tensors_.size());
   int64_t elements = 0;
   int variant = 0;
   const Tensor* last = nullptr;  // the tensor that scalars, variant and decay were prepared for
-  const Clock* after = nullptr;
-  const double* prepared = nullptr;
+  Clock after{};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Tensor& t = tensors_[i];
-    clocks[i] = t.clock;
+    advanced_[i] = t.clock;
     if (!grads[i].data) continue;
     const Group& group = groups[t.group];
     const bool coupled = group.weight_decay != 0 && !group.decoupled;
-    if (last && last->group == t.group && same(last->clock, t.clock)) {
-      clocks[i] = *after;
-    } else {
-      double* s = scalars[i].data();
-      ++clocks[i].t;
-      s[0] = group.maximize ? -1 : 1;
+    if (!last || last->group != t.group || !same(last->clock, t.clock)) {
+      double* s = scalars_.emplace_back().data();
+      after = t.clock;
+      ++after.t;
+      s[0] = group.maximize ? -factor : factor;
       s[1] = coupled ? group.weight_decay : 1 - group.hypers[0] * group.weight_decay;
       if (!coupled && group.weight_decay == 0) s[1] = 1;  // even where lr is infinite
-      variant = rule.prepare(group.hypers.data(), clocks[i], s + 2);
-      last = &t, after = &clocks[i], prepared = s;
+      variant = rule.prepare(group.hypers.data(), after, s + 2);
+      last = &t;
     }
+    advanced_[i] = after;
     if (t.n == 0) continue;
-    Segment segment = {t.param, grads[i].data, {}, t.n, prepared, nullptr};
+    Segment segment = {t.param, grads[i].data, {}, t.n, scalars_.back().data(), nullptr};
     for (int s = 0; s < kMaxStates; ++s) {
       if (!(rule.uses[variant] >> s & 1)) continue;
       segment.state[s] = t.state[s];
-      if (!t.state[s]) throw std::logic_error("state[" + t.name + "] lacks " + rule.states[s]);
+      if (!t.state[s]) throw std::logic_error(describe(i, s) + " is missing");
     }
     const Decay decay = coupled ? kCoupled : kScaled;
     segment.kernel = kernel_of[variant][decay][type_pair(t.dtype, grads[i].dtype)];
-    segments.push_back(segment);
+    segments_.push_back(segment);
     elements += t.n;
   }
-  sweep(segments);
-  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].clock = clocks[i];
+  sweep(segments_, starts_);
+  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].clock = advanced_[i];
   return elements;
 }
 

@@ -6,6 +6,8 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,13 +32,16 @@ struct Group {
   std::array<double, kMaxHypers> hypers;  // in the rule's order, lr first
 };
 
+// A group from (maximize, decoupled, weight_decay, then the rule's hyperparameters in its order);
+// throws std::invalid_argument if there are more or fewer.
+Group as_group(const std::vector<double>& values, int rule);
+
 struct Grad {
   const void* data;  // null: this tensor sits the step out
   DType dtype;
 };
 
 struct Tensor {
-  std::string name;
   void* param;
   DType dtype;
   int64_t n;
@@ -45,21 +50,38 @@ struct Tensor {
   Clock clock;
 };
 
+// One step at a time: the second thread is told, not let in. A process forked in the middle of a
+// step is not in one.
+class Turn {
+ public:
+  // Throws std::runtime_error while another thread of this process has its turn.
+  explicit Turn(std::atomic<pid_t>& stepping);
+  ~Turn() { stepping_ = 0; }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  std::atomic<pid_t>& stepping_;
+};
+
 // Every public call throws std::runtime_error, and does nothing, while another thread's step runs.
 class StepTable {
  public:
-  explicit StepTable(int rule) : rule_(rule) {}
+  // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.
+  StepTable(int rule, std::function<std::string(size_t)> name_of)
+      : rule_(rule), name_of_(std::move(name_of)) {}
 
   // Replaces all tensors. Their memory must not overlap: throws std::invalid_argument naming two
-  // that do, and keeps what it had.
-  void set_tensors(std::vector<Tensor> tensors);
+  // that do, and keeps what it had. Costs little where all memory is where it was.
+  void set_tensors(const std::vector<Tensor>& tensors);
 
   std::vector<Clock> clocks() const;
 
   // Updates every tensor that has a gradient, and returns the number of elements updated. There is
-  // one gradient per tensor, of a type that goes with the parameter's. Throws std::invalid_argument
-  // before it has written anything if a gradient lies over memory that the step writes.
-  int64_t step(const std::vector<Grad>& grads, const std::vector<Group>& groups);
+  // one gradient per tensor, of a type that goes with the parameter's; all are multiplied by
+  // `factor`. Throws std::invalid_argument before it has written anything if a gradient lies over
+  // memory that the step writes.
+  int64_t step(const std::vector<Grad>& grads, const std::vector<Group>& groups, double factor = 1);
 
  private:
   struct Range {
@@ -67,13 +89,22 @@ class StepTable {
     size_t tensor;
     int stream;  // -1 the parameter, else the state
   };
-  std::string describe(const Tensor& tensor, int stream) const;
-  void check_overlap(const std::vector<Grad>& grads) const;
+  bool in_place(const std::vector<Tensor>& tensors) const;
+  std::string describe(size_t tensor, int stream) const;
+  void check_overlap(const std::vector<Grad>& grads);
 
   int rule_;
+  std::function<std::string(size_t)> name_of_;
   std::vector<Tensor> tensors_;
   std::vector<Range> written_;              // by address
+  std::vector<Grad> clear_;                 // gradients known to lie outside written_
   mutable std::atomic<pid_t> stepping_{0};  // the process that is in a step, or in a call like it
+
+  // Of the step being taken; members so that their memory is there for the next one.
+  std::vector<Segment> segments_;
+  std::vector<int64_t> starts_;
+  std::vector<Clock> advanced_;
+  std::deque<std::array<double, kMaxScalars>> scalars_;
 };
 
 }  // namespace fusedstep

@@ -96,7 +96,7 @@ class ParamGroup(MutableMapping[str, Any]):
     def _check(self, name: str, value: Any) -> Any:
         if name == "lr" and callable(value):
             return value
-        return check(name, value, self._owner._hyper_table[name])
+        return self._owner._check(name, value)
 
     def __getitem__(self, name: str) -> Any:
         return list(self._params) if name == "params" else self._hypers[name]
@@ -162,14 +162,11 @@ class Optimizer:
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
-        args = ["params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`."]
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
-            if name in cls._hyper_table:
-                rule, _, doc = cls._hyper_table[name]
-                if name == "weight_decay" and cls._fixed.get("decoupled_weight_decay"):
-                    doc = "weight decay, decoupled: shrinks p by `1 - lr*weight_decay`"
-                args.append(f"{name}: {doc}; {rule} (default {parameter.default!r}).")
-        args.append("groups: `Group`s of parameters with hyperparameters of their own.")
+        args = [
+            "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
+            *cls._argument_docs(inspect.signature(cls.__init__)),
+            "groups: `Group`s of parameters with hyperparameters of their own.",
+        ]
         raises = [
             "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",
             "    is not of its kind.",
@@ -179,6 +176,52 @@ class Optimizer:
         text = "\n        ".join(["Args:", *args]) + "\n\n    "
         text += "\n        ".join(["Raises:", *raises])
         cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
+
+    # -- a class's rule and hyperparameters, which fusedstep.torch's classes share ----------------
+
+    @classmethod
+    def _argument_docs(cls, signature: inspect.Signature) -> list[str]:
+        """A docstring line for each hyperparameter of a constructor."""
+        lines = []
+        for name, parameter in signature.parameters.items():
+            if name in cls._hyper_table:
+                rule, _, doc = cls._hyper_table[name]
+                if name == "weight_decay" and cls._fixed.get("decoupled_weight_decay"):
+                    doc = "weight decay, decoupled: shrinks p by `1 - lr*weight_decay`"
+                lines.append(f"{name}: {doc}; {rule} (default {parameter.default!r}).")
+        return lines
+
+    @classmethod
+    def _check(cls, name: str, value: Any) -> Any:
+        """A hyperparameter as a float, a pair of floats or a bool, or an error."""
+        return check(name, value, cls._hyper_table[name])
+
+    @classmethod
+    def _check_together(cls, group: Mapping[str, Any]) -> None:
+        """Raises ValueError for values that are fine alone but not together."""
+
+    @classmethod
+    def _native(cls, hypers: Mapping[str, Any]) -> list[float]:
+        """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
+        cls._check_together(hypers)
+        values = flatten({**cls._fixed, **hypers})
+        if callable(values["lr"]):
+            values["lr"] = 0.0  # each step puts the rate in its place
+        names = [*_COMMON, *_RULES[cls._rule][0]]
+        return [float(values.get(name, False)) for name in names]
+
+    @classmethod
+    def _uses(cls, native: list[float]) -> list[str]:
+        """The states that the rule has under these hyperparameters."""
+        used = _core.used_states(cls._rule, native[_LR:])
+        return [state for state, use in zip(_RULES[cls._rule][1], used, strict=True) if use]
+
+    @classmethod
+    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
+        """What a new state is filled with, or what the clock carries before the first update."""
+        return 0.0
+
+    # -- parameters and groups --------------------------------------------------------------------
 
     def __init__(self, params: Params, groups: Iterable[Group], **hypers: Any) -> None:
         self._params = _name_params(params)
@@ -236,9 +279,6 @@ class Optimizer:
             self._check_together(one)
         return made, group_of
 
-    def _check_together(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for values that are fine alone but not together."""
-
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
     def _refresh(self) -> None:
@@ -288,24 +328,6 @@ class Optimizer:
     def _state_dtype(self, i: int) -> str:
         return "float64" if self._dtypes[i] == "float64" else "float32"
 
-    def _native(self, hypers: Mapping[str, Any]) -> list[float]:
-        """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
-        self._check_together(hypers)
-        values = flatten({**self._fixed, **hypers})
-        if callable(values["lr"]):
-            values["lr"] = 0.0  # each step puts the rate in its place
-        names = [*_COMMON, *_RULES[self._rule][0]]
-        return [float(values.get(name, False)) for name in names]
-
-    def _uses(self, native: list[float]) -> list[str]:
-        """The states that the rule has under these hyperparameters."""
-        used = _core.used_states(self._rule, native[_LR:])
-        return [state for state, use in zip(self._states, used, strict=True) if use]
-
-    def _initial(self, state: str, group: Mapping[str, Any]) -> float:
-        """What a new state is filled with."""
-        return 0.0
-
     def _current(self) -> list[list[float]]:
         """All groups as the rule reads them, with the rates of the step about to be taken."""
         for group in self._groups:
@@ -317,7 +339,7 @@ class Optimizer:
             native, lr = group._native, group._hypers["lr"]
             assert native is not None
             if callable(lr):
-                rate = check("lr", lr(self._steps), self._hyper_table["lr"])
+                rate = self._check("lr", lr(self._steps))
                 native = [*native[:_LR], rate, *native[_LR + 1 :]]
             natives.append(native)
         return natives
@@ -516,7 +538,7 @@ class Optimizer:
                 if name == "params" or (name == "lr" and callable(values["lr"])):
                     continue
                 if name in values:
-                    values[name] = check(name, value, self._hyper_table[name])
+                    values[name] = self._check(name, value)
                 elif name in self._fixed:
                     if value != self._fixed[name]:
                         raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
@@ -658,7 +680,8 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(**_given(locals()))
 
-    def _check_together(self, group: Mapping[str, Any]) -> None:
+    @classmethod
+    def _check_together(cls, group: Mapping[str, Any]) -> None:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov needs momentum > 0 and dampening = 0, got"
@@ -761,7 +784,8 @@ class Adagrad(Optimizer):
     ) -> None:
         super().__init__(**_given(locals()))
 
-    def _initial(self, state: str, group: Mapping[str, Any]) -> float:
+    @classmethod
+    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
 
 
@@ -1023,6 +1047,10 @@ class NAdam(Optimizer):
     _rule = "nadam"
     _carried = ("mu_product",)
 
+    @classmethod
+    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
+        return float(state == "mu_product")
+
     def __init__(
         self,
         params: Params,
@@ -1115,6 +1143,10 @@ class ASGD(Optimizer):
         **HYPERS,
         "alpha": HYPERS["lambd"]._replace(doc="power by which eta falls"),
     }
+
+    @classmethod
+    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
+        return float({"eta": group["lr"], "mu": 1.0}.get(state, 0.0))
 
     def __init__(
         self,

@@ -1,0 +1,161 @@
+// Through the C functions of DLPack's exchange table, or torch's attributes where there is none.
+#include "tensor_reader.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace fusedstep {
+namespace {
+
+char nothing;  // the address of all that is empty
+
+// What TensorReader::dtypes_ are in kernels.
+struct TypeOf {
+  const char* name;
+  DType dtype;
+  int reals;
+};
+constexpr TypeOf kTypes[] = {{"float32", DType::f32, 1},   {"float64", DType::f64, 1},
+                             {"bfloat16", DType::bf16, 1}, {"float16", DType::f16, 1},
+                             {"complex64", DType::f32, 2}, {"complex128", DType::f64, 2}};
+
+bool real_dtype(const DLTensor& t, TensorView& view) {
+  view.reals = 1;
+  if (dlpack_dtype(t, view.dtype)) return true;
+  if (t.dtype.code != kComplex || t.dtype.lanes != 1) return false;
+  view.reals = 2;
+  view.dtype = t.dtype.bits == 64 ? DType::f32 : DType::f64;
+  return t.dtype.bits == 64 || t.dtype.bits == 128;
+}
+
+void finish(TensorView& view) {
+  view.n = view.reals;
+  for (int i = 0; i < view.ndim; ++i) view.n *= view.shape[i];
+  if (view.n == 0) view.data = &nothing;
+}
+
+}  // namespace
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+bool same_strides(const TensorView& a, const TensorView& b) {
+  if (!same_shape(a, b)) return false;
+  if (a.n <= a.reals) return true;
+  for (int i = 0; i < a.ndim; ++i) {
+    if (a.shape[i] != 1 && a.strides[i] != b.strides[i]) return false;
+  }
+  return true;
+}
+
+bool dense(const TensorView& view) {
+  if (view.n <= view.reals) return true;
+  int64_t expected = 1;
+  for (int i = view.ndim - 1;; --i) {  // contiguous, as nearly all are
+    if (i < 0) return true;
+    if (view.shape[i] != 1 && view.strides[i] != expected) break;
+    expected *= view.shape[i];
+  }
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] != 1) dims.emplace_back(view.strides[i], view.shape[i]);
+  }
+  std::sort(dims.begin(), dims.end());
+  expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+TensorReader::TensorReader(bool exchange) {
+  const py::object torch = py::module_::import("torch");
+  tensor_ = torch.attr("Tensor");
+  parameter_ = torch.attr("nn").attr("Parameter");
+  strided_ = torch.attr("strided");
+  for (const TypeOf& type : kTypes) dtypes_.append(torch.attr(type.name));
+  // Both stay with their class, which the members above keep.
+  const py::object is_neg = tensor_.attr("is_neg"), grad = tensor_.attr("grad");
+  if (Py_TYPE(is_neg.ptr()) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(is_neg.ptr())->d_method;
+    if (method->ml_flags == METH_NOARGS) is_neg_ = method->ml_meth;
+  }
+  if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
+    grad_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  }
+  if (!exchange) return;
+  const py::object capsule = py::getattr(tensor_, "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return;
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  if (api->version.major == 1 && api->view) api_ = api;
+}
+
+bool TensorReader::is_tensor(py::handle object) const {
+  return object && (ordinary(object) || py::isinstance(object, tensor_));
+}
+
+bool TensorReader::read(py::handle tensor, TensorView& view) const {
+  if (!ordinary(tensor)) return false;
+  if (!api_) return read_attributes(tensor, view);
+  DLTensor t;
+  if (api_->view(tensor.ptr(), &t) != 0) {
+    PyErr_Clear();  // the caller says what is wrong with a tensor that has no memory
+    return false;
+  }
+  if (t.device.type != kCpu || !real_dtype(t, view)) return false;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.ndim = t.ndim;
+  view.shape = t.shape;
+  view.strides = t.strides;
+  finish(view);
+  return true;
+}
+
+bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
+  if (!py::getattr(tensor, "layout").is(strided_)) return false;
+  if (py::str(py::getattr(tensor, "device")).cast<std::string>() != "cpu") return false;
+  const py::object dtype = py::getattr(tensor, "dtype");
+  size_t place = 0;
+  while (place < dtypes_.size() && !py::object(dtypes_[place]).is(dtype)) ++place;
+  if (place == dtypes_.size()) return false;
+  const auto shape = py::getattr(tensor, "shape").cast<std::vector<int64_t>>();
+  const auto strides = py::getattr(tensor, "stride")().cast<std::vector<int64_t>>();
+  view.dtype = kTypes[place].dtype;
+  view.reals = kTypes[place].reals;
+  view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
+  view.held = shape;
+  view.held.insert(view.held.end(), strides.begin(), strides.end());
+  view.ndim = static_cast<int>(shape.size());
+  view.shape = view.held.data();
+  view.strides = view.held.data() + view.ndim;
+  finish(view);
+  return true;
+}
+
+bool TensorReader::lazy(py::handle tensor, const TensorView& view) const {
+  static const py::handle is_neg = py::str("is_neg").release();
+  static const py::handle is_conj = py::str("is_conj").release();
+  const auto answer = py::reinterpret_steal<py::object>(
+      is_neg_ && ordinary(tensor) ? is_neg_(tensor.ptr(), nullptr)
+                                  : PyObject_CallMethodNoArgs(tensor.ptr(), is_neg.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True ||
+         (view.reals == 2 && py::getattr(tensor, is_conj)().cast<bool>());
+}
+
+py::object TensorReader::grad(py::handle tensor) const {
+  static const py::handle name = py::str("grad").release();
+  auto grad = py::reinterpret_steal<py::object>(grad_ && ordinary(tensor)
+                                                    ? grad_->get(tensor.ptr(), grad_->closure)
+                                                    : PyObject_GetAttr(tensor.ptr(), name.ptr()));
+  if (!grad) throw py::error_already_set();
+  return grad;
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,68 @@
+// A torch tensor's memory, strides included, in some tens of nanoseconds and without linking torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "dlpack.h"
+#include "kernels.h"
+
+namespace fusedstep {
+
+struct TensorView {
+  void* data;
+  DType dtype;
+  int reals;  // 1, or 2 where an element is a complex number
+  int ndim;
+  const int64_t *shape, *strides;  // the tensor's own, alive while nobody changes it
+  int64_t n;                       // real numbers
+  std::vector<int64_t> held;       // where shape and strides had to be copied
+};
+
+bool same_shape(const TensorView& a, const TensorView& b);
+
+// Whether the same place in memory is the same element in both.
+bool same_strides(const TensorView& a, const TensorView& b);
+
+// Whether the elements fill one run of memory, in any order of the dimensions.
+bool dense(const TensorView& view);
+
+class TensorReader {
+ public:
+  // `exchange` uses DLPack's C functions, which torch has since 2.10; else Python's attributes.
+  explicit TensorReader(bool exchange);
+
+  bool is_tensor(pybind11::handle object) const;
+
+  // Reads a torch.Tensor or Parameter. False for what has no memory to sweep over as it is: another
+  // class (DTensor, FakeTensor, ...), device, layout or dtype.
+  bool read(pybind11::handle tensor, TensorView& view) const;
+
+  // Whether the values are not those in memory: a negation or conjugation is pending.
+  bool lazy(pybind11::handle tensor, const TensorView& view) const;
+
+  // `tensor.grad`.
+  pybind11::object grad(pybind11::handle tensor) const;
+
+ private:
+  bool read_attributes(pybind11::handle tensor, TensorView& view) const;
+
+  bool ordinary(pybind11::handle tensor) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    return type == parameter_.ptr() || type == tensor_.ptr();
+  }
+
+  const DLPackExchangeAPI* api_ = nullptr;
+  pybind11::object tensor_, parameter_;  // the classes
+  pybind11::object strided_;             // torch.strided
+  pybind11::list dtypes_;                // torch's, in the order of kTypes in the source
+
+  // What the two classes inherit, called without a lookup of its name; null where torch has
+  // another kind of attribute there.
+  PyObject* (*is_neg_)(PyObject*, PyObject*) = nullptr;
+  PyGetSetDef* grad_ = nullptr;
+};
+
+}  // namespace fusedstep

@@ -1,0 +1,328 @@
+// Reads opt.param_groups and opt.state, checks all of it, and only then lets the step table write.
+#include "tensor_table.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "memory.h"
+
+namespace py = pybind11;
+
+namespace fusedstep {
+namespace {
+
+// A dict's value, or a null handle. No __missing__ is called: a defaultdict stays as it is.
+py::handle lookup(py::handle dict, py::handle key) {
+  PyObject* found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!found && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
+// A dict's values for keys that mostly come in the dict's own order: no hash is computed then.
+class Ordered {
+ public:
+  explicit Ordered(py::handle dict) : dict_(dict) {}
+  py::handle at(py::handle key) {
+    Py_ssize_t next = at_;
+    PyObject *found, *value;
+    if (!PyDict_Next(dict_.ptr(), &next, &found, &value) || found != key.ptr()) {
+      return lookup(dict_, key);
+    }
+    at_ = next;
+    return value;
+  }
+
+ private:
+  py::handle dict_;
+  Py_ssize_t at_ = 0;
+};
+
+std::string type_text(DType dtype, int reals) {
+  if (reals == 1) return dtype_name(dtype);
+  return dtype == DType::f64 ? "complex128" : "complex64";
+}
+
+std::string type_text(const TensorView& view) { return type_text(view.dtype, view.reals); }
+
+std::string shape_text(const TensorView& view) {
+  return fusedstep::shape_text(view.shape, view.ndim);
+}
+
+double rounded(double value, DType dtype) {
+  return dtype == DType::f64 ? value : static_cast<float>(value);
+}
+
+std::vector<py::str> interned(const std::vector<std::string>& names) {
+  std::vector<py::str> all;
+  for (const std::string& name : names) {
+    all.push_back(py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name.c_str())));
+  }
+  return all;
+}
+
+}  // namespace
+
+TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>& scalars,
+                         bool exchange)
+    : rule_(rule_number(rule)),
+      reader_(exchange),
+      states_(interned(rules()[rule_].states)),
+      scalars_(interned(scalars)),
+      table_(rule_, [this](size_t place) {
+        const py::gil_scoped_acquire acquire;  // a step runs without the interpreter's lock
+        return name_of(active_[place].i);
+      }) {
+  if (scalars_.size() > kMaxCounts) {
+    throw py::value_error("scalars must be at most 3, got " + std::to_string(scalars_.size()));
+  }
+}
+
+std::string TensorTable::name_of(size_t i) const {
+  return owner_.attr("_name")(i).cast<std::string>();
+}
+
+std::string TensorTable::state_label(const Active& a, const py::str& name) const {
+  return "state[" + name_of(a.i) + "]['" + name.cast<std::string>() + "']";
+}
+
+// Reads a tensor, or what torch makes of one that cannot be read where it lies. A real tensor that
+// is where it was in the last step, at `before`, is not asked again whether it is lazy.
+void TensorTable::look(Active& a, const py::str& kind, const void* before, py::handle& tensor,
+                       TensorView& view) const {
+  if (reader_.read(tensor, view)) {
+    if (view.reals == 1 && view.data == before) return;
+    if (!reader_.lazy(tensor, view)) return;
+  }
+  const py::object made = owner_.attr("_plain")(a.i, kind, tensor);
+  if (!reader_.read(made, view)) throw std::logic_error("_plain must return plain tensors");
+  if (!a.stand_ins) a.stand_ins = py::list();
+  py::list(a.stand_ins).append(made);
+  tensor = made;
+}
+
+void TensorTable::check_grad(const Active& a, const TensorView& param,
+                             const TensorView& grad) const {
+  if (same_shape(param, grad) && param.dtype == grad.dtype && param.reals == grad.reals) return;
+  const std::string name = name_of(a.i);
+  const Label label{"grads", &name};
+  if (!same_shape(param, grad)) {
+    throw py::value_error(label.text() + " must have shape " + shape_text(param) + ", got " +
+                          shape_text(grad));
+  }
+  if (param.reals != grad.reals) {
+    throw py::type_error(label.text() + " must be " + type_text(param) + ", got " +
+                         type_text(grad));
+  }
+  check_grad_dtype(label, param.dtype, grad.dtype);
+}
+
+TensorTable::Entry TensorTable::find(py::handle entry, unsigned uses) const {
+  Entry found{{}, {}, true};
+  Ordered values(entry);
+  const auto take = [&](const py::str& name, py::handle& tensor) {
+    if (entry) tensor = values.at(name);
+    if (reader_.is_tensor(tensor)) return;
+    tensor = py::handle();
+    found.complete = false;
+  };
+  for (size_t s = 0; s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (uses >> s & 1) take(states_[s], found.states[s]);
+  }
+  return found;
+}
+
+py::list TensorTable::names_missing(const Entry& entry, unsigned uses) const {
+  py::list names;
+  for (size_t s = 0; s < scalars_.size(); ++s) {
+    if (!entry.scalars[s]) names.append(scalars_[s]);
+  }
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (uses >> s & 1 && !entry.states[s]) names.append(states_[s]);
+  }
+  return names;
+}
+
+// Reads a parameter and all that goes with it, as far as its entry is complete, into tensors_ and
+// gradients_ at `place`. `begins`: the entry was completed for this step.
+void TensorTable::read(size_t place, const Entry& entry, bool begins) {
+  Active& a = active_[place];
+  const Tensor* before = place < tensors_before_.size() ? &tensors_before_[place] : nullptr;
+  TensorView p, g, views[kMaxStates];
+  py::handle param = a.param, grad = a.grad;
+  look(a, params_, before ? before->param : nullptr, param, p);
+  look(a, grads_, nullptr, grad, g);
+  check_grad(a, p, g);
+  if (!entry.complete) return;
+
+  const auto refuse = [&](const py::str& name, const std::string& rule, const std::string& got) {
+    throw py::value_error(state_label(a, name) + " must be " + rule + ", got " + got);
+  };
+  for (size_t s = 0; s < scalars_.size(); ++s) {
+    TensorView view;
+    py::handle scalar = a.scalars[s] = entry.scalars[s];
+    look(a, scalars_[s], counted_[a.i].memory[s], scalar, view);
+    if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
+      refuse(scalars_[s], "one float32 or float64 number",
+             type_text(view) + " of shape " + shape_text(view));
+    }
+    a.numbers[s] = {view.data, view.dtype};
+  }
+
+  bool direct = dense(p) && same_strides(p, g);
+  std::array<py::handle, kMaxStates> states = entry.states;
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (!states[s]) continue;
+    look(a, states_[s], before ? before->state[s] : nullptr, states[s], views[s]);
+    if (!same_shape(p, views[s])) {
+      refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
+    }
+    if (views[s].dtype != state_dtype(p.dtype) || views[s].reals != p.reals) {
+      refuse(states_[s], type_text(state_dtype(p.dtype), p.reals), type_text(views[s]));
+    }
+    direct = direct && same_strides(p, views[s]);
+  }
+  if (!direct) {
+    py::list all;
+    all.append(param);
+    all.append(grad);
+    for (const py::handle& state : states) {
+      if (state) all.append(state);
+    }
+    const py::list matched = owner_.attr("_match")(a.i, all);
+    size_t next = 0;
+    const auto take = [&](TensorView& view) {
+      if (!reader_.read(matched[next++], view)) throw std::logic_error("_match must be plain");
+    };
+    take(p);
+    take(g);
+    for (size_t s = 0; s < states_.size(); ++s) {
+      if (states[s]) take(views[s]);
+    }
+    if (!a.stand_ins) a.stand_ins = py::list();
+    py::list(a.stand_ins).append(matched);
+  }
+
+  Tensor& tensor = tensors_[place];
+  tensor = {p.data, p.dtype, p.n, {}, a.group, clock_of(a, begins)};
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (states[s]) tensor.state[s] = views[s].data;
+  }
+  gradients_[place] = {g.data, g.dtype};
+}
+
+// The counts that the state's tensors show; more finely where they are still those that the last
+// step wrote, as float32 is exact to 2^24 only.
+Clock TensorTable::clock_of(const Active& a, bool begins) const {
+  Clock clock{0, {begins ? 0.0 : 1.0, 0}};
+  for (size_t s = 0; s < scalars_.size(); ++s) {
+    const Counted& last = counted_[a.i];
+    const auto [data, dtype] = a.numbers[s];
+    const double shown =
+        dtype == DType::f64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+    const double known = s ? last.clock.carry[s - 1] : static_cast<double>(last.clock.t);
+    const bool same = a.scalars[s].is(last.tensors[s]) && shown == rounded(known, dtype);
+    if (s) {
+      clock.carry[s - 1] = same ? known : shown;
+    } else if (shown >= 0 && shown < 9e18 && shown == std::floor(shown)) {
+      clock.t = same ? last.clock.t : static_cast<int64_t>(shown);
+    } else {
+      throw py::value_error(state_label(a, scalars_[s]) + " must be an integer >= 0, got " +
+                            std::to_string(shown));
+    }
+  }
+  return clock;
+}
+
+void TensorTable::write_clocks() {
+  if (scalars_.empty()) return;
+  const std::vector<Clock> clocks = table_.clocks();
+  for (size_t place = 0; place < active_.size(); ++place) {
+    const Active& a = active_[place];
+    Counted& counted = counted_[a.i];
+    counted.clock = clocks[place];
+    for (size_t s = 0; s < scalars_.size(); ++s) {
+      const double value = s ? clocks[place].carry[s - 1] : static_cast<double>(clocks[place].t);
+      const auto [data, dtype] = a.numbers[s];
+      counted.memory[s] = data;
+      if (dtype == DType::f64) {
+        *static_cast<double*>(data) = value;
+      } else {
+        *static_cast<float*>(data) = static_cast<float>(value);
+      }
+      if (!a.scalars[s].is(counted.tensors[s])) {
+        counted.tensors[s] = py::reinterpret_borrow<py::object>(a.scalars[s]);
+      }
+    }
+  }
+}
+
+std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::dict& state,
+                                            double factor, size_t first, const py::object& owner) {
+  const Turn turn(stepping_);
+  struct Release {  // of all that the step borrows, however it ends
+    std::vector<Active>& active;
+    ~Release() { active.clear(); }
+  } const release{active_};
+  owner_ = owner;
+  std::swap(tensors_, tensors_before_);
+  std::swap(gradients_, gradients_before_);
+  tensors_.clear();
+  gradients_.clear();
+
+  std::vector<Group> converted;
+  std::vector<unsigned> uses;
+  py::list updated, wanted;
+  std::vector<size_t> begins;
+  Ordered entries(state);
+  size_t i = first;
+  for (const py::handle item : groups) {
+    const auto group = py::reinterpret_borrow<py::tuple>(item);
+    const auto params = group[0].cast<py::list>();
+    converted.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
+    uses.push_back(used_states(rules()[rule_], converted.back().hypers.data()));
+    if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
+    for (const py::handle param : params) {
+      const size_t here = i++, place = active_.size();
+      py::object grad = reader_.grad(param);
+      if (grad.is_none()) continue;
+      Active& a = active_.emplace_back();
+      a.i = here;
+      a.group = static_cast<int>(converted.size()) - 1;
+      a.param = py::reinterpret_borrow<py::object>(param);
+      a.grad = std::move(grad);
+      tensors_.emplace_back();
+      gradients_.emplace_back();
+      const Entry entry = find(entries.at(param), uses.back());
+      read(place, entry, false);
+      updated.append(param);
+      if (entry.complete) continue;
+      begins.push_back(place);
+      wanted.append(py::make_tuple(param, group[2], names_missing(entry, uses.back())));
+    }
+  }
+  if (!begins.empty()) {
+    owner_.attr("_begin")(wanted);
+    for (const size_t place : begins) {
+      const Entry entry = find(lookup(state, active_[place].param), uses[active_[place].group]);
+      if (!entry.complete) throw std::logic_error("_begin must make all states");
+      read(place, entry, true);
+    }
+  }
+  table_.set_tensors(tensors_);
+  {
+    const py::gil_scoped_release unlocked;
+    table_.step(gradients_, converted, factor);
+  }
+  write_clocks();
+  const bool moved =
+      !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
+                  gradients_before_.end(),
+                  [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
+      !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(), tensors_before_.end(),
+                  [](const Tensor& x, const Tensor& y) { return x.param == y.param; });
+  return {updated, moved};
+}
+
+}  // namespace fusedstep

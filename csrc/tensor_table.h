@@ -1,0 +1,101 @@
+// A StepTable over torch's parameters, gradients and states, all of them looked at in each step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <atomic>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "step.h"
+#include "tensor_reader.h"
+
+namespace fusedstep {
+
+// Nothing is taken from an earlier step but what cannot be stale: the verdict that memory does not
+// overlap, while it is where it was, and counts finer than the float32 tensors that show them.
+class TensorTable {
+ public:
+  // `scalars` are the state's 0-d tensors by name: the step count, then what the clock carries. A
+  // rule without any keeps no count, and its clock carries whether the states have begun.
+  TensorTable(const std::string& rule, const std::vector<std::string>& scalars, bool exchange);
+
+  // Updates every parameter that has a gradient.
+  //   groups  (parameters, values as for as_group, torch's group) of each
+  //   state   a dict of names to tensors for each parameter, as torch.optim's
+  //   factor  multiplies the gradients
+  //   first   the number of the first parameter; the others follow, over all groups
+  //   owner   the optimizer, asked for what only torch can do:
+  //     _plain(i, kind, tensor) -> the same as a plain CPU tensor, or an error that says what is
+  //         wrong; kind is "params", "grads" or a state's name
+  //     _begin([(parameter, torch's group, names)]) makes the states that are missing
+  //     _match(i, [parameter, gradient, *states]) -> the same, dense and of equal strides
+  //     _name(i) -> what to call parameter i
+  // Returns the parameters updated and whether any memory is elsewhere than in the last step. An
+  // error leaves all memory as it was; states that were made stay.
+  std::pair<pybind11::list, bool> step(const pybind11::list& groups, const pybind11::dict& state,
+                                       double factor, size_t first, const pybind11::object& owner);
+
+ private:
+  static constexpr size_t kMaxCounts = 3;
+
+  // What the last step wrote to a parameter's scalars.
+  struct Counted {
+    std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
+    std::array<const void*, kMaxCounts> memory{};
+    Clock clock{};
+  };
+  struct Number {
+    void* data;
+    DType dtype;  // f32 or f64
+  };
+
+  // A parameter that has a gradient, in the step being taken.
+  struct Active {
+    size_t i;
+    int group;
+    pybind11::object param, grad;
+    std::array<pybind11::handle, kMaxCounts> scalars;  // opt.state keeps them
+    std::array<Number, kMaxCounts> numbers;            // their memory
+    pybind11::object stand_ins;                        // a list that must live through the step
+  };
+
+  // A state that is missing or no tensor, in an Entry, is null.
+  struct Entry {
+    std::array<pybind11::handle, kMaxCounts> scalars;
+    std::array<pybind11::handle, kMaxStates> states;
+    bool complete;
+  };
+
+  Entry find(pybind11::handle entry, unsigned uses) const;
+  pybind11::list names_missing(const Entry& entry, unsigned uses) const;
+  void read(size_t place, const Entry& entry, bool begins);
+  void look(Active& a, const pybind11::str& kind, const void* before, pybind11::handle& tensor,
+            TensorView& view) const;
+  void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
+  Clock clock_of(const Active& a, bool begins) const;
+  void write_clocks();
+  std::string name_of(size_t i) const;
+  std::string state_label(const Active& a, const pybind11::str& name) const;
+
+  int rule_;
+  TensorReader reader_;
+  std::vector<pybind11::str> states_, scalars_;  // names
+  pybind11::str params_{"params"}, grads_{"grads"};
+  std::vector<Counted> counted_;  // by parameter
+  std::atomic<pid_t> stepping_{0};
+  StepTable table_;
+
+  // Of the step being taken.
+  pybind11::handle owner_;
+  std::vector<Active> active_;
+
+  // Of that step and of the last one. Addresses of the last one are compared, never followed.
+  std::vector<Tensor> tensors_, tensors_before_;
+  std::vector<Grad> gradients_, gradients_before_;
+};
+
+}  // namespace fusedstep

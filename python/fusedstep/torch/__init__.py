@@ -1,0 +1,30 @@
+"""Drop-in `torch.optim` classes on fusedstep's kernels, flat parameters, steps inside backward.
+
+    from fusedstep.torch import AdamW        # instead of: from torch.optim import AdamW
+
+There is a class for each of `fusedstep`'s optimizers. Needs torch >= 2.4.
+"""
+
+import inspect as _inspect
+from typing import Any as _Any
+
+from fusedstep import optimizers as _neutral
+from fusedstep.torch.backward import step_in_backward
+from fusedstep.torch.flat import Flat, flatten_
+from fusedstep.torch.optimizers import Optimizer
+from fusedstep.torch.optimizers import drop_in as _drop_in
+
+_classes = {
+    name: _drop_in(found)
+    for name, found in vars(_neutral).items()
+    if _inspect.isclass(found)
+    and issubclass(found, _neutral.Optimizer)
+    and found is not _neutral.Optimizer
+}
+globals().update(_classes)
+
+__all__ = ["Flat", "Optimizer", "flatten_", "step_in_backward", *_classes]
+
+
+def __getattr__(name: str) -> _Any:  # for type checkers, which cannot see the classes above
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,135 @@
+"""`step_in_backward`: each parameter is updated as soon as its gradient is there."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fusedstep.torch import flat
+from fusedstep.torch.optimizers import Optimizer
+from fusedstep.torch.tensors import is_dtensor
+
+_stepped: Any = WeakTensorKeyDictionary()  # parameters that are stepped in backward
+_clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
+
+
+@functools.wraps(_clip_grad_norm_)
+def _refuse_to_clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if any(param in _stepped for param in given):
+        raise RuntimeError(
+            "clip_grad_norm_ needs all gradients at once, but step_in_backward has already stepped"
+            " and freed them"
+        )
+    return _clip_grad_norm_(given, *args, **kwargs)
+
+
+class StepInBackward:
+    """What `step_in_backward` returns: `remove()`, or leaving it as a context, ends it."""
+
+    def __init__(self, optimizer: Optimizer, params: list[torch.Tensor]) -> None:
+        self._optimizer = optimizer
+        self._params = params
+        self._handles = [self._register(param) for param in params]
+        optimizer._stepping_in_backward.add(self)
+        for param in params:
+            _stepped[param] = True
+        # A clip that found no gradients would return 0 and clip nothing.
+        torch.nn.utils.clip_grad_norm_ = _refuse_to_clip
+
+    def _register(self, param: torch.Tensor) -> Any:
+        table = self._optimizer._new_table()
+
+        def hook(param: torch.Tensor) -> None:
+            self._optimizer._step_one(param, table)
+            param.grad = None
+
+        return param.register_post_accumulate_grad_hook(hook)
+
+    def remove(self) -> None:
+        """Leaves gradients and steps to the caller again."""
+        for handle in self._handles:
+            handle.remove()
+        for param in self._params:
+            _stepped.pop(param, None)
+        self._handles, self._params = [], []
+        self._optimizer._stepping_in_backward.discard(self)
+        if not len(_stepped) and torch.nn.utils.clip_grad_norm_ is _refuse_to_clip:
+            torch.nn.utils.clip_grad_norm_ = _clip_grad_norm_
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def step_in_backward(
+    model: torch.nn.Module, optimizer: Optimizer, *, max_norm: float | None = None
+) -> StepInBackward:
+    """Updates each parameter in backward, once its gradient is complete, and frees the gradient.
+
+    The gradients never exist all at once, which for AdamW takes a quarter off the memory of
+    parameters, gradients and states. Each backward is a step: do not accumulate over several. The
+    optimizer's own `step` then finds no gradients and does nothing; call it for its hooks and for
+    learning-rate schedulers as ever.
+
+    What needs all gradients before the first update cannot be had: clipping by their global norm
+    (`torch.nn.utils.clip_grad_norm_` raises for these parameters), `torch.amp.GradScaler`, and
+    reductions after backward, as by DistributedDataParallel.
+
+    Args:
+        model: its parameters that `optimizer` holds are stepped; others keep their gradients.
+        optimizer: one of `fusedstep.torch`.
+        max_norm: must be None: there is no clipping by the global norm.
+
+    Returns:
+        A handle whose `remove()` ends it.
+
+    Raises:
+        TypeError: not a module, or not an optimizer of `fusedstep.torch`.
+        ValueError: `max_norm` is given; the model is wrapped for data-parallel training, is
+            flattened, is stepped in backward already, or shares no parameter with the optimizer.
+
+    Example:
+        >>> import torch
+        >>> from fusedstep.torch import SGD, step_in_backward
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> handle = step_in_backward(model, SGD(model.parameters(), lr=0.5))
+        >>> model(torch.ones(2)).sum().backward()
+        >>> model.weight.tolist(), model.weight.grad
+        ([[-0.5, -0.5]], None)
+        >>> handle.remove()
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be one of fusedstep.torch, got {type(optimizer).__module__}."
+            f"{type(optimizer).__name__}"
+        )
+    if max_norm is not None:
+        raise ValueError(
+            f"max_norm must be None, got {max_norm!r}: the global norm is known only after"
+            " backward, when the parameters have already been stepped"
+        )
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model must not be wrapped in DistributedDataParallel: it reduces gradients after they"
+            " would have been stepped"
+        )
+    held = {param for group in optimizer.param_groups for param in group["params"]}
+    params = [param for param in model.parameters() if param.requires_grad and param in held]
+    if not params:
+        raise ValueError("model must have a parameter that optimizer holds, got none")
+    if any(is_dtensor(param) for param in params):
+        raise ValueError("model must have ordinary parameters, got DTensors: they reduce later")
+    if any(flat.is_flat(param) for param in params):
+        raise ValueError("model must not be flattened: flatten_ keeps all gradients in memory")
+    if any(param in _stepped for param in params):
+        raise ValueError("model must not be stepped in backward twice: remove() the other first")
+    return StepInBackward(optimizer, params)

@@ -1,0 +1,452 @@
+"""`torch.optim.Optimizer` over the neutral optimizers' rules, hyperparameters and kernels."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.autograd.graph import increment_version
+from torch.optim import optimizer as torch_optimizer
+
+from fusedstep import _core
+from fusedstep import optimizers as neutral
+from fusedstep.torch import flat
+from fusedstep.torch.tensors import as_dense, as_plain, new_state
+
+# How torch computes, not what. Accepted; the first two have no effect here.
+_FLAGS: dict[str, Any] = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+}
+_UNSUPPORTED = ("capturable", "differentiable")
+
+_EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
+
+
+class Optimizer(torch.optim.Optimizer):
+    """What the drop-in classes share: `torch.optim.Optimizer` with a step in one sweep over memory.
+
+    Parameter groups, hooks, closures, schedulers, `state_dict`, deepcopy and pickle are torch's.
+    Parameters are CPU tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
+    number as two reals); gradients have the parameter's dtype or, under float32, may be bfloat16 or
+    float16. States are float32, float64 under float64. Gradients are read, never written.
+
+    A step reads parameters, gradients, states and groups anew, so all of them may be replaced or
+    edited between steps. Tensors that are not dense, or whose strides differ from their
+    parameter's, go through a dense copy that lives for the step.
+
+    A call that raises has changed nothing.
+    """
+
+    _spec: ClassVar[type[neutral.Optimizer]]
+    _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
+    _extra: ClassVar[dict[str, Any]]  # keys that a group has only where they are not the default
+    _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
+
+    # torch.amp.GradScaler then leaves loss scale and non-finite gradients to step().
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Any, **hypers: Any) -> None:
+        self._reset()
+        given = {
+            name: value
+            for name, value in hypers.items()
+            if name not in self._extra or value != self._extra[name]
+        }
+        super().__init__(params, {**self._spec._fixed, **given})
+
+    def _reset(self) -> None:
+        """Forgets what is derived from groups and states."""
+        self._table = self._new_table()
+        self._natives: list[tuple[tuple[Any, ...], list[float]]] = []
+        self._begun: list[tuple[Any, list[str], bool]] = []
+        self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._homes = flat.Homes()
+        self._stepping_in_backward: set[Any] = set()
+
+    def _new_table(self) -> _core.TensorTable:
+        scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
+        return _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
+
+    # -- hyperparameters ---------------------------------------------------------------------------
+
+    def _native(self, group: Mapping[str, Any]) -> list[float]:
+        """A group as the rule reads it; TypeError or ValueError for one that is wrong."""
+        for flag in _UNSUPPORTED:
+            if group.get(flag):
+                raise ValueError(f"{flag} must be False, got {group[flag]!r}: not supported")
+        known = {**self._extra, **self._spec._fixed, **self._given, **group}
+        hypers = {
+            n: self._spec._check(n, _scalars(known[n])) for n in self._read if n not in _FLAGS
+        }
+        return self._spec._native(hypers)
+
+    def _current(self) -> list[list[float]]:
+        """All groups as the rule reads them, checked again where they were edited."""
+        natives = []
+        for k, group in enumerate(self.param_groups):
+            values = tuple(map(group.get, self._read))
+            if k < len(self._natives) and _same(values, self._natives[k][0]):
+                natives.append(self._natives[k][1])
+                continue
+            natives.append(self._native(group))
+            self._natives[k:] = [(values, natives[k])]  # the groups after it are read anew
+        return natives
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as torch's; checks its hyperparameters first."""
+        if isinstance(param_group, dict):
+            self._native({**self.defaults, **param_group})
+        before = len(getattr(self, "param_groups", ()))
+        super().add_param_group(param_group)
+        try:
+            for i in self._indices(len(self.param_groups) - 1):
+                device = self._param(i).device.type
+                if device not in ("cpu", "meta"):  # meta: parameters that are yet to get memory
+                    raise ValueError(f"params[{self._name(i)}] must be on the CPU, got {device}")
+        except ValueError:
+            del self.param_groups[before:]
+            raise
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the parameters that have a gradient, in one sweep over memory.
+
+        Args:
+            closure: recomputes the loss and the gradients, before the update.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            TypeError, ValueError: a parameter, gradient or state of another kind, dtype, shape or
+                device than can be stepped, or memory that overlaps; hyperparameters out of range.
+            RuntimeError: the optimizer is stepping in another thread.
+        """
+        if (
+            torch.autograd._profiler_enabled()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        ):
+            return self._observed_step(*(() if closure is None else (closure,)))
+        return self._step(closure)
+
+    # torch wraps the step of every class that does not say so, which costs a small step its half.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        natives = self._current()
+        groups = self.param_groups
+        self._update([(g["params"], native, g) for g, native in zip(groups, natives, strict=True)])
+        return loss
+
+    _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+
+    def _update(
+        self,
+        groups: list[tuple[list[Any], list[float], dict[str, Any]]],
+        table: _core.TensorTable | None = None,
+        first: int = 0,
+    ) -> None:
+        """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
+        found_inf = self.__dict__.get("found_inf")
+        if found_inf is not None and float(found_inf):
+            return
+        scale = self.__dict__.get("grad_scale")
+        if scale is not None and self._stepping_in_backward:
+            raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
+                               " stepped before they were checked")  # fmt: skip
+        factor = 1.0 if scale is None else 1 / float(scale)
+        try:
+            updated, moved = (table or self._table).step(groups, self.state, factor, first, self)
+            if self._stand_ins:
+                with torch.no_grad():
+                    for tensor, stand_in in self._stand_ins:
+                        tensor.copy_(stand_in)
+        except BaseException:
+            for key, names, new in self._begun:
+                for name in names:
+                    self.state[key].pop(name, None)
+                if new:
+                    del self.state[key]
+            raise
+        finally:
+            self._begun, self._stand_ins = [], []
+        increment_version(updated)
+        if moved and table is None:
+            self._homes.check(self.param_groups)
+
+    def _step_one(self, param: torch.Tensor, table: _core.TensorTable) -> None:
+        """Steps one parameter, whose counts `table` keeps."""
+        natives = self._current()
+        for k, group in enumerate(self.param_groups):
+            for i, other in zip(self._indices(k), group["params"], strict=True):
+                if other is param:
+                    self._update([([param], natives[k], group)], table, i)
+                    return
+
+    # What the compiled table asks for, see csrc/tensor_table.h.
+
+    def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+        kinds = ("params", "grads")
+        label = f"{kind}[{self._name(i)}]" if kind in kinds else self._state_label(i, kind)
+        plain, copied = as_plain(tensor, label, self._param(i))
+        if copied and kind != "grads":
+            self._stand_ins.append((tensor, plain))
+        return plain
+
+    def _state_label(self, i: int, name: str) -> str:
+        return f"state[{self._name(i)}]['{name}']"
+
+    def _match(self, i: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        result = as_dense(tensors, f"params[{self._name(i)}]")
+        written = [0, *range(2, len(tensors))]  # all but the gradient
+        changed = [(tensors[k], result[k]) for k in written if result[k] is not tensors[k]]
+        self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
+        return result
+
+    @torch.no_grad()
+    def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
+        arrays = self._homes.states(wanted, self._is_array)
+        for param, group, names in wanted:
+            entry = self.state.get(param)
+            self._begun.append((param, names, entry is None))
+            if entry is None:
+                entry = self.state[param] = {}
+            hypers = {**self._given, **group}
+            for name in names:
+                initial = self._spec._initial(name, {**hypers, "lr": float(hypers["lr"])})
+                if not self._is_array(name):
+                    entry[name] = _scalar(entry.get(name), initial)
+                    continue
+                if name not in entry or entry[name] is None:
+                    state = arrays.get((param, name))
+                    entry[name] = new_state(param) if state is None else state
+                    if initial:
+                        entry[name].fill_(
+                            complex(initial, initial) if param.is_complex() else initial
+                        )
+                else:
+                    label = f"state[{self._name_of(param)}]['{name}']"
+                    raise TypeError(f"{label} must be a tensor, got {entry[name]!r}")
+
+    def _is_array(self, name: str) -> bool:
+        return name in neutral._RULES[self._spec._rule][1]
+
+    def _indices(self, k: int) -> range:
+        """The numbers of group k's parameters, counted over all groups as in `state_dict`."""
+        first = sum(len(group["params"]) for group in self.param_groups[:k])
+        return range(first, first + len(self.param_groups[k]["params"]))
+
+    def _param(self, i: int) -> torch.Tensor:
+        params: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
+        return params[i]
+
+    def _name(self, i: int) -> str:
+        """What errors call parameter i: its name if it has one, else its number."""
+        names: list[Any] = []
+        for group in self.param_groups:
+            named = group.get("param_names") or [None] * len(group["params"])
+            names += named
+        return str(i if i >= len(names) or names[i] is None else names[i])
+
+    # -- gradients and checkpoints -----------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, or zeroes them; those that `flatten_` placed are always zeroed."""
+        super().zero_grad(set_to_none)
+        flat.restore([p for group in self.param_groups for p in group["params"]])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over the state and groups of `state_dict`, ours or `torch.optim`'s.
+
+        The values are copied, to float32 under parameters of fewer bits. Hyperparameters that the
+        dict lacks stay as they are.
+
+        Raises:
+            TypeError, ValueError: groups, shapes or hyperparameters that do not fit.
+        """
+        # After the caller's own hooks: hides tensors from torch's cast to the parameter's dtype.
+        handle = self.register_load_state_dict_pre_hook(_hide)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        before = self.__dict__.get("param_groups", [])
+        for k, group in enumerate(state["param_groups"]):
+            known = before[k] if k < len(before) else {}
+            for name, default in {**self._spec._fixed, **self._given}.items():
+                group.setdefault(name, known.get(name, default))
+            for name in self._extra:
+                if name in known:
+                    group.setdefault(name, known[name])
+            self._native(group)
+        entries: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in state["state"].items():
+            if isinstance(entry, dict):
+                entry = {name: self._taken(key, name, value) for name, value in entry.items()}
+            entries[key] = entry
+        super().__setstate__({**state, "state": entries})
+        self._reset()
+
+    @torch.no_grad()
+    def _taken(self, param: Any, name: str, value: Any) -> Any:
+        """A value of a loaded state as the step wants it."""
+        if not isinstance(value, _Hidden):
+            return value
+        tensor = value.tensor
+        if name == "step" or name in self._spec._carried:
+            return _scalar(tensor, 0.0)
+        if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
+            return tensor
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"state_dict's {name!r} must have its parameter's shape {tuple(param.shape)},"
+                f" got {tuple(tensor.shape)}"
+            )
+        return new_state(param).copy_(tensor)
+
+
+class _Hidden:
+    """A tensor that torch's `load_state_dict` hands on as it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def hidden(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        return {n: _Hidden(v) if isinstance(v, torch.Tensor) else v for n, v in entry.items()}
+
+    return {**state_dict, "state": {k: hidden(e) for k, e in state_dict["state"].items()}}
+
+
+def _scalar(value: Any, default: float) -> torch.Tensor:
+    """A 0-d tensor of the kind that torch keeps counts in."""
+    double = torch.get_default_dtype() == torch.float64
+    number = default if value is None else float(value)
+    return torch.tensor(number, dtype=torch.float64 if double else torch.float32, device="cpu")
+
+
+def _scalars(value: Any) -> Any:
+    """Tensors of one element, which torch takes as hyperparameters, as 0-d ones."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()) if value.numel() == 1 else value
+    return tuple(map(_scalars, value)) if isinstance(value, tuple | list) else value
+
+
+def _same(values: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """Whether hyperparameters are those of the last step; tensors may have been written to."""
+    for value, old in zip(values, before, strict=True):
+        if value is not old and (type(value) is not type(old) or value != old):
+            return False
+        if type(value) not in _FIXED and not _is_pair_of_numbers(value):
+            return False
+    return True
+
+
+_FIXED = (float, bool, int, types.NoneType)
+
+
+def _is_pair_of_numbers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(v) in _FIXED for v in value)
+
+
+def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
+    """The torch class of a neutral one, with torch's signature where torch has such a class."""
+    name = spec.__name__
+    own = dict(inspect.signature(spec).parameters)
+    del own["groups"]
+    peer = getattr(torch.optim, name, None)
+    parameters = dict(own if peer is None else inspect.signature(peer).parameters)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    flags = {n: inspect.Parameter(n, keyword, default=value) for n, value in _FLAGS.items()}
+    extra = {n: p for n, p in {**own, **flags}.items() if n not in parameters}
+    parameters |= {n: p.replace(kind=keyword) for n, p in extra.items()}
+    signature = inspect.Signature(
+        [p.replace(annotation=inspect.Parameter.empty) for p in parameters.values()]
+    )
+
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        Optimizer.__init__(self, **bound.arguments)
+
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY),
+            *signature.parameters.values(),
+        ]
+    )
+    hypers = [n for n in signature.parameters if n in spec._hyper_table]
+    return type(
+        name,
+        (Optimizer,),
+        {
+            "__doc__": _doc(spec, signature, peer is not None),
+            "__init__": __init__,
+            "__module__": "fusedstep.torch",
+            "_spec": spec,
+            "_given": {
+                n: p.default
+                for n, p in signature.parameters.items()
+                if n != "params" and n not in extra
+            },
+            "_extra": {n: p.default for n, p in extra.items()},
+            "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_UNSUPPORTED])),
+        },
+    )
+
+
+def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: bool) -> str:
+    """The neutral class's docstring with torch's arguments, and an example."""
+    name = spec.__name__
+    head, rest = (spec.__doc__ or "").split("Args:", 1)
+    tail = rest[rest.index("State:") :]
+    before, _, after = tail.partition("Example:")
+    after = after[after.index("Reference:") :]
+    args = "\n        ".join(
+        [
+            "Args:",
+            "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
+            *(
+                line.replace(", or a callable of the step, from 0", "")
+                for line in spec._argument_docs(signature)
+            ),
+            "foreach, fused: accepted, without effect.",
+            "capturable, differentiable: must be False.",
+        ]
+    )
+    same = f"`torch.optim.{name}`" if has_peer else "an optimizer of `torch.optim`"
+    return f"""{head}A drop-in for {same}; see `Optimizer` for what it takes.
+
+    {args}
+
+    {before}Example:
+        >>> import torch
+        >>> from fusedstep.torch import {name}
+        >>> w = torch.nn.Parameter(torch.ones(3))
+        >>> opt = {name}([w], lr=0.125)
+        >>> w.square().sum().backward()
+        >>> opt.step()
+        >>> bool((w < 1).all())
+        True
+
+    {after}"""

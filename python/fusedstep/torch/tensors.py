@@ -1,0 +1,103 @@
+"""Tensors as plain memory that a kernel can sweep over: what cannot be read where it lies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fusedstep import _core, _runtime
+
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.complex64, torch.complex128),
+)
+
+
+def state_dtype(param: torch.Tensor) -> torch.dtype:
+    """float32; float64, complex64 and complex128 under parameters of those."""
+    wide = param.dtype in (torch.float64, torch.complex64, torch.complex128)
+    return param.dtype if wide else torch.float32
+
+
+def allocate(n: int, dtype: torch.dtype) -> torch.Tensor:
+    """n zeros, aligned to 64 bytes, on huge pages where they are many."""
+    memory = _core.allocate(n * dtype.itemsize, _runtime.huge_pages())
+    return torch.from_numpy(memory).view(dtype)
+
+
+def new_state(param: torch.Tensor) -> torch.Tensor:
+    """Zeros like `param`, in the dtype of its states."""
+    dtype = state_dtype(param)
+    if type(param) not in (torch.Tensor, torch.nn.Parameter) or param.is_meta:
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    if param.numel() * dtype.itemsize < _core.HUGE_FROM:
+        return torch.zeros_like(
+            param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+        )
+    return allocate(param.numel(), dtype).as_strided(param.shape, dense_strides(param))
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's strides if it is dense, else a dense tensor's with its order of dimensions."""
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, without an import of torch.distributed where there can be none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return isinstance(tensor, getattr(module, "DTensor", ()))
+
+
+def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """`tensor` as an ordinary CPU tensor, and whether that is a copy.
+
+    A DTensor's local shard, distributed as `param` is; the values of a lazy negation or conjugate.
+    """
+    if is_dtensor(tensor) != is_dtensor(param):
+        raise TypeError(
+            f"{label} must be a DTensor where its parameter is, and only there, got"
+            f" {type(tensor).__name__}"
+        )
+    if is_dtensor(tensor):
+        with torch.no_grad():
+            if tensor.placements != param.placements:
+                tensor = tensor.redistribute(placements=param.placements)
+            tensor = tensor.to_local()
+        if hasattr(tensor, "wait"):  # a collective that is still under way
+            tensor = tensor.wait()
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{label} must be dense, got layout {tensor.layout}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{label} must be on the CPU, got device {tensor.device}")
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{label} must be {known}, got {tensor.dtype}")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{label} must be an ordinary tensor, got {type(tensor).__name__}")
+    plain = tensor.detach()
+    if type(plain) is not torch.Tensor:
+        plain = plain.as_subclass(torch.Tensor)
+    resolved = plain.resolve_conj().resolve_neg()
+    return resolved, resolved is not plain
+
+
+def as_dense(tensors: Sequence[torch.Tensor], label: str) -> list[torch.Tensor]:
+    """The tensors, of one shape, where they are dense with the first one's strides, else copies."""
+    param = tensors[0]
+    dims = zip(param.shape, param.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in dims):
+        raise ValueError(
+            f"{label} must have memory of its own for each element, got shape"
+            f" {tuple(param.shape)} with strides {param.stride()}"
+        )
+    strides = dense_strides(param)
+    with torch.no_grad():
+        return [
+            tensor
+            if tensor.stride() == strides
+            else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            for tensor in tensors
+        ]
