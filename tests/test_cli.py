@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from math import prod
 
 import numpy as np
 import pytest
 
 import fusedstep as fs
-from fusedstep import bench, demo
+from fusedstep import bench, bench_models, demo
 from fusedstep.__main__ import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -100,6 +101,31 @@ def test_bench_rows_hold_together(tmp_path, capsys):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_bench_models_have_the_shapes_they_are_named_after():
+    counts = {name: make() for name, make in bench_models.MODELS.items()}
+    found = {name: (len(shapes), sum(map(prod, shapes))) for name, shapes in counts.items()}
+    assert found == {
+        "mlp": (4, 51_200),
+        "1000x1000": (1000, 1_000_000),
+        "resnet50": (161, 25_557_032),
+        "gpt2": (148, 124_439_808),
+    }
+
+
+def test_bench_models_rows_hold_together(tmp_path, capsys):
+    target = tmp_path / "rows.json"
+    arguments = ["--models", "mlp", "--optimizers", "adamw", "nadam", "lion", "--rounds", "2"]
+    assert main(["bench", *arguments, "--json", str(target)]) == 0
+    assert "51,200" in capsys.readouterr().out
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["optimizer"] for row in rows] == ["adamw", "nadam", "lion"]
+    peers = [{"for-loop", "foreach", "fused"}, {"for-loop", "foreach"}, set()]
+    for row, expected in zip(rows, peers, strict=True):
+        assert row["plain_ms"] > 0
+        assert row["flat_ms"] > 0
+        assert set(row["torch_ms"]) == set(row["plain_ratio"]) == set(row["flat_ratio"]) == expected
+
+
 # Bytes per float32 parameter: 12 for gradient and parameter, and 8 for each state.
 @pytest.mark.parametrize(
     ("moved", "names"),
@@ -134,11 +160,14 @@ def test_bench_leaves_threads_and_isa_as_they_were():
         (["--plot", "/no/such/folder/x.png"], "/no/such/folder"),
         (["--plot", "x.notaformat"], "x.notaformat"),
         (["--json", "."], "cannot write ."),
+        (["--models", "--n", "5"], "--n must not be given with --models"),
+        (["--models", "--dtype", "float64"], "--dtype must be float32"),
+        (["--models", "vgg"], "got 'vgg'"),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, message, capsys):
     try:
-        status = main(["bench", "--n", "10", "--rounds", "1", *arguments])
+        status = main(["bench", "--rounds", "1", *arguments])
     except SystemExit as stop:
         status = stop.code
     assert status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", type=str.lower,
                        choices=OPTIMIZERS, help="which ones (all)")  # fmt: skip
+    bench.add_argument("--models", nargs="*", metavar="MODEL",
+                       help="torch's optimizers and ours on the shapes of mlp, 1000x1000, resnet50,"
+                       " gpt2 (all)")  # fmt: skip
     bench.add_argument("--n", nargs="+", type=_count, help="elements (2^24; with --plot a sweep)")
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
     bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
@@ -120,18 +124,53 @@ def _demo(args: argparse.Namespace) -> None:
     out.print(demo.speed_table(_measure(err, bench.OPTIMIZERS, [args.n], rounds=3)))
 
 
-def _measure(console: Any, names: Any, sizes: Sequence[int], **settings: Any) -> list[Any]:
+def _measure(
+    console: Any, names: Any, sizes: Sequence[Any], measure: Any = None, **settings: Any
+) -> list[Any]:
+    """Rows of `measure`, by default bench.measure, for each name at each size, with a bar."""
     from fusedstep import bench
 
     with _progress(console) as progress:
         task = progress.add_task("", total=len(names) * len(sizes))
         done = iter(range(len(names) * len(sizes)))
-        return bench.measure(
+        rows: list[Any] = (measure or bench.measure)(
             list(names),
             sizes,
             progress=lambda label: progress.update(task, description=label, completed=next(done)),
             **settings,
         )
+    return rows
+
+
+def _bench_models(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
+    from fusedstep import bench_models
+
+    for name in ("n", "sweep", "plot", "compile", "no_torch"):
+        if getattr(args, name):
+            raise _Usage(f"--{name.replace('_', '-')} must not be given with --models")
+    if args.dtype != "float32":
+        raise _Usage(f"--dtype must be float32 with --models, got {args.dtype}")
+    for model in args.models:
+        if model not in bench_models.MODELS:
+            known = ", ".join(bench_models.MODELS)
+            raise _Usage(f"--models must be of {known}, got {model!r}")
+    rows = _measure(
+        Console(stderr=True),
+        args.optimizers or bench_models.OPTIMIZERS,
+        args.models or list(bench_models.MODELS),
+        bench_models.measure,
+        threads=args.threads,
+        isa=args.isa,
+        rounds=args.rounds,
+    )
+    _print(bench_models.table(rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(bench_models.as_json(rows), file, indent=1)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -141,6 +180,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     _check_output(args.json)
     _check_output(args.plot, picture=True)
+    if args.models is not None:
+        return _bench_models(args)
     sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
     rows = _measure(
         Console(stderr=True),
@@ -153,12 +194,23 @@ def _bench(args: argparse.Namespace) -> None:
         torch=False if args.no_torch else None,
         compiled=args.compile,
     )
-    Console(width=None if sys.stdout.isatty() else 150).print(bench.table(rows))
+    _print(bench.table(rows))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(bench.as_json(rows), file, indent=1)
     if args.plot:
         bench.plot(rows, args.plot)
+    return None
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+class _Usage(Exception):
+    """Arguments that do not go together."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if "pip install" in str(error) else f": pip install 'fusedstep[{args.command}]'"
         print(f"fusedstep {args.command}: {error}{hint}", file=sys.stderr)
         return 1
-    except OSError as error:
+    except (OSError, _Usage) as error:
         print(f"fusedstep {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

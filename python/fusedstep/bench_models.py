@@ -1,0 +1,234 @@
+"""Measures drop-in steps on the parameter shapes of real models, beside torch's.
+
+`measure` returns rows; `fusedstep bench --models` prints and stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from statistics import median
+from typing import Any
+
+import fusedstep.torch
+from fusedstep import _runtime, bench
+
+Shapes = list[tuple[int, ...]]
+
+OPTIMIZERS = ("adamw", "momentum", "rmsprop", "nadam", "adadelta", "lion")
+
+
+def mlp() -> Shapes:
+    """The weights of four layers: 64 to 128 to 128 to 128 to 80 units, 51,200 parameters."""
+    return [(128, 64), (128, 128), (128, 128), (80, 128)]
+
+
+def thousand() -> Shapes:
+    """1,000 tensors of 1,000 elements."""
+    return [(1000,)] * 1000
+
+
+def resnet50() -> Shapes:
+    """ResNet-50's 161 tensors (He et al. 2015, table 1), 25,557,032 parameters."""
+    shapes: Shapes = []
+
+    def convolution(outputs: int, inputs: int, size: int) -> None:
+        shapes.extend([(outputs, inputs, size, size), (outputs,), (outputs,)])  # and its batch norm
+
+    convolution(64, 3, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolution(width, inputs, 1)
+            convolution(width, width, 3)
+            convolution(4 * width, width, 1)
+            if block == 0:
+                convolution(4 * width, inputs, 1)  # the shortcut's
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2() -> Shapes:
+    """GPT-2 small's 148 tensors (Radford et al. 2019), 124,439,808 parameters."""
+    d = 768
+    norm: Shapes = [(d,), (d,)]
+    attention: Shapes = [(d, 3 * d), (3 * d,), (d, d), (d,)]
+    mlp: Shapes = [(d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(50257, d), (1024, d), *((norm + attention + norm + mlp) * 12), *norm]
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "mlp": mlp,
+    "1000x1000": thousand,
+    "resnet50": resnet50,
+    "gpt2": gpt2,
+}
+
+
+@dataclass
+class Row:
+    """One optimizer on one model. Times are medians, ratios medians of neighbours'."""
+
+    model: str
+    optimizer: str
+    tensors: int
+    n: int
+    threads: int
+    isa: str
+    plain_ms: float  # parameters as a list
+    flat_ms: float  # after flatten_
+    torch_ms: dict[str, float] = field(default_factory=dict)
+    plain_ratio: dict[str, float] = field(default_factory=dict)  # torch's time over ours
+    flat_ratio: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best_torch(self) -> str | None:
+        """torch's fastest implementation."""
+        return min(self.torch_ms, key=lambda how: self.torch_ms[how], default=None)
+
+
+def measure(
+    names: Sequence[str] = OPTIMIZERS,
+    models: Sequence[str] = tuple(MODELS),
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    rounds: int = 9,
+    progress: Callable[[str], None] = lambda label: None,
+) -> list[Row]:
+    """Measures drop-in optimizers on float32 models, plain and flattened, against torch's.
+
+    Args:
+        names: of `bench.OPTIMIZERS`.
+        models: of `MODELS`.
+        threads: for us and for torch; by default ours.
+        isa: the instruction set of ours.
+        rounds: timings of each contender.
+        progress: called with a label before each row.
+
+    Raises:
+        ValueError: an unknown name, or a count below 1.
+    """
+    for name in names:
+        if name not in bench.OPTIMIZERS:
+            raise ValueError(f"optimizers must be of {', '.join(bench.OPTIMIZERS)}, got {name!r}")
+    for model in models:
+        if model not in MODELS:
+            raise ValueError(f"models must be of {', '.join(MODELS)}, got {model!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
+    rows = []
+    with bench._settings(threads, isa, True):
+        for model in models:
+            for name in names:
+                progress(f"{model}, {name}")
+                rows.append(_row(model, name, rounds))
+    return rows
+
+
+def _row(model: str, name: str, rounds: int) -> Row:
+    shapes = MODELS[model]()
+    cls, kwargs = bench.OPTIMIZERS[name]
+    steps = {"plain": _ours(shapes, cls, kwargs, False), "flat": _ours(shapes, cls, kwargs, True)}
+    peers = _torch(shapes, cls, kwargs)
+    pairs = {
+        how: bench.interleave(step, peers or {"ours": step}, rounds) for how, step in steps.items()
+    }
+    return Row(
+        model=model,
+        optimizer=name,
+        tensors=len(shapes),
+        n=sum(map(prod, shapes)),
+        threads=_runtime.num_threads(),
+        isa=_runtime.isa(),
+        **{
+            f"{how}_ms": 1e3 * median(s for pair in found.values() for s in pair.ours)
+            for how, found in pairs.items()
+        },
+        torch_ms={
+            peer: 1e3 * median(s for found in pairs.values() for s in found[peer].other)
+            for peer in peers
+        },
+        plain_ratio={peer: pairs["plain"][peer].ratio for peer in peers},
+        flat_ratio={peer: pairs["flat"][peer].ratio for peer in peers},
+    )
+
+
+def _params(shapes: Shapes, gradients: bool) -> list[Any]:
+    import torch
+
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for param in params if gradients else []:
+        param.grad = torch.randn(param.shape)
+    return params
+
+
+def _ours(shapes: Shapes, cls: str, kwargs: dict[str, Any], flat: bool) -> Callable[[], Any]:
+    params = _params(shapes, True)
+    if flat:
+        fusedstep.torch.flatten_(params)
+    step: Callable[[], Any] = getattr(fusedstep.torch, cls)(params, **kwargs).step
+    return step
+
+
+def _torch(shapes: Shapes, cls: str, kwargs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The steps of torch's implementations; they may share gradients, which they only read."""
+    import inspect
+
+    import torch
+
+    make = getattr(torch.optim, cls, None)
+    if make is None:
+        return {}
+    implementations: dict[str, dict[str, bool]] = {"for-loop": {"foreach": False}}
+    implementations["foreach"] = {"foreach": True}
+    if "fused" in inspect.signature(make).parameters:
+        implementations["for-loop"]["fused"] = False
+        implementations["fused"] = {"fused": True}
+    gradients = [param.grad for param in _params(shapes, True)]
+    steps = {}
+    for how, flags in implementations.items():
+        params = _params(shapes, False)
+        for param, gradient in zip(params, gradients, strict=True):
+            param.grad = gradient
+        steps[how] = make(params, **kwargs, **flags).step
+    return steps
+
+
+def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows with the machine they were measured on, ready for `json.dump`."""
+    return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
+
+
+def table(rows: Sequence[Row]) -> Any:
+    """Rows as a rich table."""
+    from rich.table import Table
+
+    machine = _runtime.info()
+    result = Table(
+        title=f"float32, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']}, torch"
+        f" {machine['torch']}",
+        title_justify="left",
+        caption="x: the time of torch's fastest over ours, above 1 we are faster.",
+        caption_justify="left",
+    )
+    result.add_column("model")
+    result.add_column("optimizer")
+    for heading in ("tensors", "parameters", "plain ms", "flat ms", "torch ms", "plain", "flat"):
+        result.add_column(heading, justify="right")
+    for row in rows:
+        best = row.best_torch
+        result.add_row(
+            row.model,
+            row.optimizer,
+            f"{row.tensors:,}",
+            f"{row.n:,}",
+            f"{row.plain_ms:.3g}",
+            f"{row.flat_ms:.3g}",
+            "-" if best is None else f"{row.torch_ms[best]:.3g} ({best})",
+            "-" if best is None else f"{row.plain_ratio[best]:.2f}x",
+            "-" if best is None else f"{row.flat_ratio[best]:.2f}x",
+        )
+    return result
