@@ -99,6 +99,7 @@ class Pool {
 // Never destroyed: its workers sleep until the process ends. A forked child has none of them, so it
 // gets a new pool and leaves the old one's locks alone.
 Pool* pool = nullptr;
+int forks = 0;
 
 int affinity() {
 #if defined(__linux__)
@@ -145,9 +146,14 @@ std::atomic<int> threads{0};
 
 void start_pool() {
   pool = new Pool;
-  const int error = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  const int error = pthread_atfork(nullptr, nullptr, [] {
+    pool = new Pool;
+    ++forks;
+  });
   if (error) throw std::system_error(error, std::generic_category(), "pthread_atfork");
 }
+
+int generation() { return forks; }
 
 double cpu_quota(const std::string& membership, const std::string& root) {
   double quota = 0;

@@ -12,6 +12,10 @@ constexpr int kMaxThreads = 4096;
 // Once, when the library is loaded: no thread yet, but what makes the pool survive a fork.
 void start_pool();
 
+// How many forks this process is away from the one that loaded the library: a mark for what a
+// child must not believe. getpid() would be a system call.
+int generation();
+
 int num_threads();
 void set_num_threads(int n);  // 1 to kMaxThreads
 

@@ -1,8 +1,6 @@
 // A step: check, prepare the scalars, sweep, and only then count.
 #include "step.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <stdexcept>
 
@@ -80,9 +78,9 @@ Group as_group(const std::vector<double>& values, int rule) {
   return group;
 }
 
-Turn::Turn(std::atomic<pid_t>& stepping) : stepping_(stepping) {
-  pid_t before = stepping_.load();
-  if (before == getpid() || !stepping_.compare_exchange_strong(before, getpid())) {
+Turn::Turn(std::atomic<int>& stepping) : stepping_(stepping) {
+  int before = stepping_.load();
+  if (before == generation() || !stepping_.compare_exchange_strong(before, generation())) {
     throw std::runtime_error("this optimizer is already stepping in another thread");
   }
 }

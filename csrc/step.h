@@ -1,8 +1,6 @@
 // One optimizer's tensors as a table, and the step that sweeps them all in one parallel region.
 #pragma once
 
-#include <sys/types.h>
-
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -54,14 +52,16 @@ struct Tensor {
 // step is not in one.
 class Turn {
  public:
+  static constexpr int kNobody = -1;  // else the generation() whose thread is in a step
+
   // Throws std::runtime_error while another thread of this process has its turn.
-  explicit Turn(std::atomic<pid_t>& stepping);
-  ~Turn() { stepping_ = 0; }
+  explicit Turn(std::atomic<int>& stepping);
+  ~Turn() { stepping_ = kNobody; }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
  private:
-  std::atomic<pid_t>& stepping_;
+  std::atomic<int>& stepping_;
 };
 
 // Every public call throws std::runtime_error, and does nothing, while another thread's step runs.
@@ -76,6 +76,9 @@ class StepTable {
   void set_tensors(const std::vector<Tensor>& tensors);
 
   std::vector<Clock> clocks() const;
+
+  // Of one tensor; not while a step runs.
+  const Clock& clock(size_t tensor) const { return tensors_[tensor].clock; }
 
   // Updates every tensor that has a gradient, and returns the number of elements updated. There is
   // one gradient per tensor, of a type that goes with the parameter's; all are multiplied by
@@ -96,9 +99,9 @@ class StepTable {
   int rule_;
   std::function<std::string(size_t)> name_of_;
   std::vector<Tensor> tensors_;
-  std::vector<Range> written_;              // by address
-  std::vector<Grad> clear_;                 // gradients known to lie outside written_
-  mutable std::atomic<pid_t> stepping_{0};  // the process that is in a step, or in a call like it
+  std::vector<Range> written_;  // by address
+  std::vector<Grad> clear_;     // gradients known to lie outside written_
+  mutable std::atomic<int> stepping_{Turn::kNobody};
 
   // Of the step being taken; members so that their memory is there for the next one.
   std::vector<Segment> segments_;

@@ -237,13 +237,12 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
 
 void TensorTable::write_clocks() {
   if (scalars_.empty()) return;
-  const std::vector<Clock> clocks = table_.clocks();
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
     Counted& counted = counted_[a.i];
-    counted.clock = clocks[place];
+    counted.clock = table_.clock(place);
     for (size_t s = 0; s < scalars_.size(); ++s) {
-      const double value = s ? clocks[place].carry[s - 1] : static_cast<double>(clocks[place].t);
+      const double value = s ? counted.clock.carry[s - 1] : static_cast<double>(counted.clock.t);
       const auto [data, dtype] = a.numbers[s];
       counted.memory[s] = data;
       if (dtype == DType::f64) {
@@ -279,7 +278,7 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
   size_t i = first;
   for (const py::handle item : groups) {
     const auto group = py::reinterpret_borrow<py::tuple>(item);
-    const auto params = group[0].cast<py::list>();
+    const py::list params(group[0]);
     converted.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
     uses.push_back(used_states(rules()[rule_], converted.back().hypers.data()));
     if (counted_.size() < i + params.size()) counted_.resize(i + params.size());

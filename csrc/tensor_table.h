@@ -86,7 +86,7 @@ class TensorTable {
   std::vector<pybind11::str> states_, scalars_;  // names
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
-  std::atomic<pid_t> stepping_{0};
+  std::atomic<int> stepping_{Turn::kNobody};
   StepTable table_;
 
   // Of the step being taken.

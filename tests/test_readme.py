@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import fusedstep as fs
 from fusedstep import bench
@@ -12,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_readme_example_prints_what_it_says(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S))
+def test_readme_examples_print_what_they_say(code, capsys):
     exec(compile(code, "README.md", "exec"), {})
     promised = code.rsplit("# ", 1)[1].strip()
     assert capsys.readouterr().out.strip() == promised

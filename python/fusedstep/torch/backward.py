@@ -42,10 +42,14 @@ class StepInBackward:
 
     def _register(self, param: torch.Tensor) -> Any:
         table = self._optimizer._new_table()
+        place = self._optimizer._place(param, None)
 
         def hook(param: torch.Tensor) -> None:
-            self._optimizer._step_one(param, table)
-            param.grad = None
+            nonlocal place
+            place = self._optimizer._place(param, place)
+            if place is not None:  # else its group was removed: the gradient is the caller's
+                self._optimizer._step_one(param, place, table)
+                param.grad = None
 
         return param.register_post_accumulate_grad_hook(hook)
 

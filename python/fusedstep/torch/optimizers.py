@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.autograd.graph import increment_version
 from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
 from fusedstep.torch import flat
-from fusedstep.torch.tensors import as_dense, as_plain, new_state
+from fusedstep.torch.tensors import announce, as_dense, as_plain, new_state
 
 # How torch computes, not what. Accepted; the first two have no effect here.
 _FLAGS: dict[str, Any] = {
@@ -25,6 +24,9 @@ _FLAGS: dict[str, Any] = {
     "differentiable": False,
 }
 _UNSUPPORTED = ("capturable", "differentiable")
+
+# A group as the table takes it: parameters, hyperparameters in the rule's order, the group.
+_Row = tuple[list[Any], list[float], dict[str, Any]]
 
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
@@ -64,8 +66,8 @@ class Optimizer(torch.optim.Optimizer):
     def _reset(self) -> None:
         """Forgets what is derived from groups and states."""
         self._table = self._new_table()
-        self._natives: list[tuple[tuple[Any, ...], list[float]]] = []
-        self._begun: list[tuple[Any, list[str], bool]] = []
+        self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
+        self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._homes = flat.Homes()
         self._stepping_in_backward: set[Any] = set()
@@ -87,17 +89,21 @@ class Optimizer(torch.optim.Optimizer):
         }
         return self._spec._native(hypers)
 
-    def _current(self) -> list[list[float]]:
-        """All groups as the rule reads them, checked again where they were edited."""
-        natives = []
+    def _current(self) -> list[_Row]:
+        """All groups as the table takes them; those that were edited are checked again."""
+        rows = []
         for k, group in enumerate(self.param_groups):
             values = tuple(map(group.get, self._read))
-            if k < len(self._natives) and _same(values, self._natives[k][0]):
-                natives.append(self._natives[k][1])
-                continue
-            natives.append(self._native(group))
-            self._natives[k:] = [(values, natives[k])]  # the groups after it are read anew
-        return natives
+            if k < len(self._seen):
+                before, row = self._seen[k]
+                if _same(values, before) and row[0] is group["params"] and row[2] is group:
+                    rows.append(row)
+                    continue
+            row = (group["params"], self._native(group), group)
+            rows.append(row)
+            # Tensors may be written to: a group with one is read again each time.
+            self._seen[k:] = [(values if all(map(_is_fixed, values)) else None, row)]
+        return rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch's; checks its hyperparameters first."""
@@ -107,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             for i in self._indices(len(self.param_groups) - 1):
-                device = self._param(i).device.type
+                device = self._params()[i].device.type
                 if device not in ("cpu", "meta"):  # meta: parameters that are yet to get memory
                     raise ValueError(f"params[{self._name(i)}] must be on the CPU, got {device}")
         except ValueError:
@@ -148,18 +154,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        natives = self._current()
-        groups = self.param_groups
-        self._update([(g["params"], native, g) for g, native in zip(groups, natives, strict=True)])
+        self._update(self._current())
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _update(
-        self,
-        groups: list[tuple[list[Any], list[float], dict[str, Any]]],
-        table: _core.TensorTable | None = None,
-        first: int = 0,
+        self, groups: list[_Row], table: _core.TensorTable | None = None, first: int = 0
     ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
         found_inf = self.__dict__.get("found_inf")
@@ -177,33 +178,37 @@ class Optimizer(torch.optim.Optimizer):
                     for tensor, stand_in in self._stand_ins:
                         tensor.copy_(stand_in)
         except BaseException:
-            for key, names, new in self._begun:
-                for name in names:
-                    self.state[key].pop(name, None)
-                if new:
-                    del self.state[key]
+            for param, entry in self._begun:
+                if entry is None:
+                    del self.state[param]
+                else:
+                    self.state[param] = entry
             raise
         finally:
             self._begun, self._stand_ins = [], []
-        increment_version(updated)
+        announce(updated)
         if moved and table is None:
             self._homes.check(self.param_groups)
 
-    def _step_one(self, param: torch.Tensor, table: _core.TensorTable) -> None:
-        """Steps one parameter, whose counts `table` keeps."""
-        natives = self._current()
-        for k, group in enumerate(self.param_groups):
-            for i, other in zip(self._indices(k), group["params"], strict=True):
-                if other is param:
-                    self._update([([param], natives[k], group)], table, i)
-                    return
+    def _place(self, param: torch.Tensor, guess: int | None) -> int | None:
+        """The parameter's number, which `guess` mostly is; None for one of another optimizer."""
+        params = self._params()
+        if guess is not None and guess < len(params) and params[guess] is param:
+            return guess
+        return next((i for i, other in enumerate(params) if other is param), None)
+
+    def _step_one(self, param: torch.Tensor, i: int, table: _core.TensorTable) -> None:
+        """Steps parameter i, whose counts `table` keeps."""
+        rows = self._current()
+        k = next(k for k in range(len(rows)) if i in self._indices(k))
+        self._update([([param], *rows[k][1:])], table, i)
 
     # What the compiled table asks for, see csrc/tensor_table.h.
 
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
         kinds = ("params", "grads")
         label = f"{kind}[{self._name(i)}]" if kind in kinds else self._state_label(i, kind)
-        plain, copied = as_plain(tensor, label, self._param(i))
+        plain, copied = as_plain(tensor, label, self._params()[i])
         if copied and kind != "grads":
             self._stand_ins.append((tensor, plain))
         return plain
@@ -218,30 +223,28 @@ class Optimizer(torch.optim.Optimizer):
         self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
         return result
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
-        arrays = self._homes.states(wanted, self._is_array)
+        packed = self._homes.states(wanted, self._is_array)
         for param, group, names in wanted:
-            entry = self.state.get(param)
-            self._begun.append((param, names, entry is None))
-            if entry is None:
-                entry = self.state[param] = {}
-            hypers = {**self._given, **group}
+            before = self.state.get(param)
+            self._begun.append((param, before))
+            entry = self.state[param] = dict(before or {})
+            hypers = {**self._given, **group, "lr": float(_scalars(group["lr"]))}
             for name in names:
-                initial = self._spec._initial(name, {**hypers, "lr": float(hypers["lr"])})
+                initial = self._spec._initial(name, hypers)
                 if not self._is_array(name):
                     entry[name] = _scalar(entry.get(name), initial)
-                    continue
-                if name not in entry or entry[name] is None:
-                    state = arrays.get((param, name))
+                elif entry.get(name) is not None:
+                    label = self._state_label(self._place(param, None) or 0, name)
+                    raise TypeError(f"{label} must be a tensor, got {entry[name]!r}")
+                else:
+                    state = packed.get((param, name))
                     entry[name] = new_state(param) if state is None else state
                     if initial:
-                        entry[name].fill_(
-                            complex(initial, initial) if param.is_complex() else initial
-                        )
-                else:
-                    label = f"state[{self._name_of(param)}]['{name}']"
-                    raise TypeError(f"{label} must be a tensor, got {entry[name]!r}")
+                        both = complex(initial, initial)  # two reals
+                        entry[name].fill_(both if param.is_complex() else initial)
 
     def _is_array(self, name: str) -> bool:
         return name in neutral._RULES[self._spec._rule][1]
@@ -251,24 +254,22 @@ class Optimizer(torch.optim.Optimizer):
         first = sum(len(group["params"]) for group in self.param_groups[:k])
         return range(first, first + len(self.param_groups[k]["params"]))
 
-    def _param(self, i: int) -> torch.Tensor:
-        params: list[torch.Tensor] = [p for group in self.param_groups for p in group["params"]]
-        return params[i]
+    def _params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
 
     def _name(self, i: int) -> str:
         """What errors call parameter i: its name if it has one, else its number."""
-        names: list[Any] = []
-        for group in self.param_groups:
-            named = group.get("param_names") or [None] * len(group["params"])
-            names += named
-        return str(i if i >= len(names) or names[i] is None else names[i])
+        for k, group in enumerate(self.param_groups):
+            if i in self._indices(k) and "param_names" in group:
+                return str(group["param_names"][i - self._indices(k).start])
+        return str(i)
 
     # -- gradients and checkpoints -----------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or zeroes them; those that `flatten_` placed are always zeroed."""
         super().zero_grad(set_to_none)
-        flat.restore([p for group in self.param_groups for p in group["params"]])
+        flat.restore(self._params())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and groups of `state_dict`, ours or `torch.optim`'s.
@@ -352,21 +353,19 @@ def _scalars(value: Any) -> Any:
     return tuple(map(_scalars, value)) if isinstance(value, tuple | list) else value
 
 
-def _same(values: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Whether hyperparameters are those of the last step; tensors may have been written to."""
-    for value, old in zip(values, before, strict=True):
-        if value is not old and (type(value) is not type(old) or value != old):
-            return False
-        if type(value) not in _FIXED and not _is_pair_of_numbers(value):
-            return False
-    return True
+def _same(values: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
+    """Whether hyperparameters are those of the last step."""
+    try:
+        return before is not None and bool(values == before)
+    except RuntimeError:  # a tensor of several elements, which compares to as many truth values
+        return False
 
 
-_FIXED = (float, bool, int, types.NoneType)
-
-
-def _is_pair_of_numbers(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(v) in _FIXED for v in value)
+def _is_fixed(value: Any) -> bool:
+    """Whether a hyperparameter can change only by being replaced."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    return isinstance(value, float | int | types.NoneType)
 
 
 def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from fusedstep import _core, _runtime
 
@@ -14,6 +15,15 @@ DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(torch.complex64, torch.complex128),
 )
+
+
+def announce(tensors: list[torch.Tensor]) -> None:
+    """Tells autograd that tensors were written to, so that a backward through old values raises."""
+    try:
+        increment_version(tensors)
+    except TypeError:  # torch before 2.6 takes one at a time
+        for tensor in tensors:
+            increment_version(tensor)
 
 
 def state_dtype(param: torch.Tensor) -> torch.dtype:
@@ -98,6 +108,8 @@ def as_dense(tensors: Sequence[torch.Tensor], label: str) -> list[torch.Tensor]:
         return [
             tensor
             if tensor.stride() == strides
-            else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu").copy_(
+                tensor
+            )
             for tensor in tensors
         ]
