@@ -116,11 +116,16 @@ void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   }
   std::sort(written.begin(), written.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < written.size(); ++i) {
-    const Range &a = written[i - 1], &b = written[i];
-    if (a.end <= b.begin) continue;
-    throw std::invalid_argument(describe(a.tensor, a.stream) + " and " +
-                                describe(b.tensor, b.stream) +
+  const Range* shared = nullptr;  // with the one after it; a pair of parameters says the most
+  for (size_t i = 0; i + 1 < written.size(); ++i) {
+    if (written[i].end <= written[i + 1].begin) continue;
+    if (!shared || written[i].stream < shared->stream) shared = &written[i];
+  }
+  if (shared) {
+    const bool in_order = shared[0].tensor <= shared[1].tensor;
+    const Range &first = shared[in_order ? 0 : 1], &second = shared[in_order ? 1 : 0];
+    throw std::invalid_argument(describe(first.tensor, first.stream) + " and " +
+                                describe(second.tensor, second.stream) +
                                 " must not share memory, got overlapping buffers");
   }
   tensors_ = tensors;

@@ -1,6 +1,8 @@
 // Through the C functions of DLPack's exchange table, or torch's attributes where there is none.
 #include "tensor_reader.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -30,10 +32,12 @@ bool real_dtype(const DLTensor& t, TensorView& view) {
   return t.dtype.bits == 64 || t.dtype.bits == 128;
 }
 
-void finish(TensorView& view) {
+// False for a tensor whose storage was taken away.
+bool finish(TensorView& view) {
   view.n = view.reals;
   for (int i = 0; i < view.ndim; ++i) view.n *= view.shape[i];
   if (view.n == 0) view.data = &nothing;
+  return view.data;
 }
 
 }  // namespace
@@ -113,8 +117,7 @@ bool TensorReader::read(py::handle tensor, TensorView& view) const {
   view.ndim = t.ndim;
   view.shape = t.shape;
   view.strides = t.strides;
-  finish(view);
-  return true;
+  return finish(view);
 }
 
 bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
@@ -134,8 +137,7 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
   view.ndim = static_cast<int>(shape.size());
   view.shape = view.held.data();
   view.strides = view.held.data() + view.ndim;
-  finish(view);
-  return true;
+  return finish(view);
 }
 
 bool TensorReader::lazy(py::handle tensor, const TensorView& view) const {

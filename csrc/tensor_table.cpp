@@ -117,8 +117,12 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
   check_grad_dtype(label, param.dtype, grad.dtype);
 }
 
-TensorTable::Entry TensorTable::find(py::handle entry, unsigned uses) const {
+TensorTable::Entry TensorTable::find(const Active& a, py::handle entry, unsigned uses) const {
   Entry found{{}, {}, true};
+  if (entry && !PyDict_Check(entry.ptr())) {
+    throw py::type_error("state[" + name_of(a.i) + "] must be a dict, got " +
+                         py::repr(entry).cast<std::string>());
+  }
   Ordered values(entry);
   const auto take = [&](const py::str& name, py::handle& tensor) {
     if (entry) tensor = values.at(name);
@@ -161,7 +165,8 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   };
   for (size_t s = 0; s < scalars_.size(); ++s) {
     TensorView view;
-    py::handle scalar = a.scalars[s] = entry.scalars[s];
+    py::handle scalar = entry.scalars[s];
+    a.scalars[s] = py::reinterpret_borrow<py::object>(scalar);
     look(a, scalars_[s], counted_[a.i].memory[s], scalar, view);
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
@@ -174,6 +179,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   std::array<py::handle, kMaxStates> states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
     if (!states[s]) continue;
+    a.states[s] = py::reinterpret_borrow<py::object>(states[s]);
     look(a, states_[s], before ? before->state[s] : nullptr, states[s], views[s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
@@ -250,9 +256,7 @@ void TensorTable::write_clocks() {
       } else {
         *static_cast<float*>(data) = static_cast<float>(value);
       }
-      if (!a.scalars[s].is(counted.tensors[s])) {
-        counted.tensors[s] = py::reinterpret_borrow<py::object>(a.scalars[s]);
-      }
+      if (!a.scalars[s].is(counted.tensors[s])) counted.tensors[s] = a.scalars[s];
     }
   }
 }
@@ -293,7 +297,7 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
       a.grad = std::move(grad);
       tensors_.emplace_back();
       gradients_.emplace_back();
-      const Entry entry = find(entries.at(param), uses.back());
+      const Entry entry = find(a, entries.at(param), uses.back());
       read(place, entry, false);
       updated.append(param);
       if (entry.complete) continue;
@@ -304,7 +308,8 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
   if (!begins.empty()) {
     owner_.attr("_begin")(wanted);
     for (const size_t place : begins) {
-      const Entry entry = find(lookup(state, active_[place].param), uses[active_[place].group]);
+      const Active& a = active_[place];
+      const Entry entry = find(a, lookup(state, a.param), uses[a.group]);
       if (!entry.complete) throw std::logic_error("_begin must make all states");
       read(place, entry, true);
     }

@@ -28,7 +28,7 @@ class TensorTable {
   //   state   a dict of names to tensors for each parameter, as torch.optim's
   //   factor  multiplies the gradients
   //   first   the number of the first parameter; the others follow, over all groups
-  //   owner   the optimizer, asked for what only torch can do:
+  //   owner   asked for what only torch can do:
   //     _plain(i, kind, tensor) -> the same as a plain CPU tensor, or an error that says what is
   //         wrong; kind is "params", "grads" or a state's name
   //     _begin([(parameter, torch's group, names)]) makes the states that are missing
@@ -58,9 +58,10 @@ class TensorTable {
     size_t i;
     int group;
     pybind11::object param, grad;
-    std::array<pybind11::handle, kMaxCounts> scalars;  // opt.state keeps them
-    std::array<Number, kMaxCounts> numbers;            // their memory
-    pybind11::object stand_ins;                        // a list that must live through the step
+    std::array<pybind11::object, kMaxCounts> scalars;
+    std::array<pybind11::object, kMaxStates> states;
+    std::array<Number, kMaxCounts> numbers;  // the scalars' memory
+    pybind11::object stand_ins;              // a list that must live through the step
   };
 
   // A state that is missing or no tensor, in an Entry, is null.
@@ -70,7 +71,7 @@ class TensorTable {
     bool complete;
   };
 
-  Entry find(pybind11::handle entry, unsigned uses) const;
+  Entry find(const Active& a, pybind11::handle entry, unsigned uses) const;
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
   void look(Active& a, const pybind11::str& kind, const void* before, pybind11::handle& tensor,

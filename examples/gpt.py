@@ -22,7 +22,7 @@ from fusedstep.torch import AdamW, flatten_, step_in_backward
 
 CONTEXT, BATCH, WIDTH, HEADS, LAYERS = 64, 16, 128, 4, 3
 # The two AdamW round differently, by 6e-8 each time, and training magnifies it from step to step.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 class Block(nn.Module):
@@ -62,7 +62,7 @@ class Run:
         self.model = GPT()
         if flatten:
             flatten_(self.model)
-        self.opt = optimizer(self.model.parameters(), lr=1e-3, weight_decay=0.1, **options)
+        self.opt = optimizer(self.model.parameters(), lr=3e-3, weight_decay=0.1, **options)
         if in_backward:
             step_in_backward(self.model, self.opt)
         self.warmup = torch.optim.lr_scheduler.LinearLR(self.opt, 0.1, total_iters=10)
@@ -119,9 +119,8 @@ def main():
     pairs = zip(theirs.losses, ours.losses, strict=True)
     worst = max(abs(a - b) / a for a, b in pairs)
     agree = worst <= TOLERANCE
-    print(
-        f"the losses {'agree' if agree else 'DO NOT AGREE'}: largest relative difference {worst:.1e}"
-    )
+    verdict = "agree to float32 rounding" if agree else "DO NOT AGREE"
+    print(f"the losses {verdict}: largest relative difference {worst:.0e}")
     raise SystemExit(not agree)
 
 

@@ -4,6 +4,7 @@ Each rank sees a batch of its own. Ranks average their gradients, and so does `t
 sees both batches: halving is exact, so that the results are the same bits.
 """
 
+import sys
 import tempfile
 
 import torch
@@ -15,7 +16,8 @@ from fusedstep.torch import AdamW
 RANKS = 2
 
 
-def new_model():
+def new_model(seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
 
 
@@ -38,7 +40,6 @@ def train(model, opt, steps, rank):
 
 def train_alone(steps):
     """The model that one process makes of the batches of all ranks."""
-    torch.manual_seed(0)
     model = new_model()
     opt = new_optimizer(model)
     for step in steps:
@@ -50,14 +51,20 @@ def train_alone(steps):
 
 
 def report(what, params, steps):
-    """Prints whether full parameters are those of one process; ends the process if not."""
-    expected = train_alone(steps).parameters()
+    """Says whether `params`, after so many steps, are those of one process; an error if not."""
+    expected = train_alone(range(steps)).parameters()
     equal = all(torch.equal(p, e) for p, e in zip(params, expected, strict=True))
     text = f"{what}: {'equal to' if equal else 'DIFFERENT from'} one process, bit for bit"
     if not equal:
         raise SystemExit(text)
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        say(text)
+
+
+def say(text):
+    """Prints a line in one piece, so that the ranks' lines do not mix."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def start(worker, *args):
@@ -68,7 +75,6 @@ def start(worker, *args):
 
 def _join(rank, folder, worker, args):
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
     )

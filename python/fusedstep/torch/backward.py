@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.utils import clip_grad
 
 from fusedstep.torch import flat
+from fusedstep.torch.flat import stepped_in_backward
 from fusedstep.torch.optimizers import Optimizer
 from fusedstep.torch.tensors import is_dtensor
 
-_stepped: Any = WeakTensorKeyDictionary()  # parameters that are stepped in backward
-_clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
+# A clip that finds no gradients would return 0 and clip nothing. What clip_grad_norm_ calls is
+# replaced while it would be so: callers may have imported clip_grad_norm_ itself by name.
+_CLIP = (
+    "_clip_grads_with_norm_" if hasattr(clip_grad, "_clip_grads_with_norm_") else "clip_grad_norm_"
+)
+_clip = getattr(clip_grad, _CLIP)
 
 
-@functools.wraps(_clip_grad_norm_)
+@functools.wraps(_clip)
 def _refuse_to_clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if any(param in _stepped for param in given):
+    if any(param in stepped_in_backward for param in given):
         raise RuntimeError(
             "clip_grad_norm_ needs all gradients at once, but step_in_backward has already stepped"
             " and freed them"
         )
-    return _clip_grad_norm_(given, *args, **kwargs)
+    return _clip(given, *args, **kwargs)
 
 
 class StepInBackward:
@@ -36,19 +42,22 @@ class StepInBackward:
         self._handles = [self._register(param) for param in params]
         optimizer._stepping_in_backward.add(self)
         for param in params:
-            _stepped[param] = True
-        # A clip that found no gradients would return 0 and clip nothing.
-        torch.nn.utils.clip_grad_norm_ = _refuse_to_clip
+            stepped_in_backward[param] = True
+        setattr(clip_grad, _CLIP, _refuse_to_clip)
 
     def _register(self, param: torch.Tensor) -> Any:
         table = self._optimizer._new_table()
         place = self._optimizer._place(param, None)
+        # Weak, as torch's hooks are no part of the cycles that Python can collect.
+        running = weakref.ref(self)
 
         def hook(param: torch.Tensor) -> None:
             nonlocal place
-            place = self._optimizer._place(param, place)
+            if (this := running()) is None:
+                return
+            place = this._optimizer._place(param, place)
             if place is not None:  # else its group was removed: the gradient is the caller's
-                self._optimizer._step_one(param, place, table)
+                this._optimizer._step_one(param, place, table)
                 param.grad = None
 
         return param.register_post_accumulate_grad_hook(hook)
@@ -58,17 +67,23 @@ class StepInBackward:
         for handle in self._handles:
             handle.remove()
         for param in self._params:
-            _stepped.pop(param, None)
+            stepped_in_backward.pop(param, None)
         self._handles, self._params = [], []
         self._optimizer._stepping_in_backward.discard(self)
-        if not len(_stepped) and torch.nn.utils.clip_grad_norm_ is _refuse_to_clip:
-            torch.nn.utils.clip_grad_norm_ = _clip_grad_norm_
+        if not len(stepped_in_backward):
+            setattr(clip_grad, _CLIP, _clip)
 
     def __enter__(self) -> StepInBackward:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+# They live as long as their models, whether or not the caller keeps them.
+_running: weakref.WeakKeyDictionary[torch.nn.Module, list[StepInBackward]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def step_in_backward(
@@ -83,7 +98,8 @@ def step_in_backward(
 
     What needs all gradients before the first update cannot be had: clipping by their global norm
     (`torch.nn.utils.clip_grad_norm_` raises for these parameters), `torch.amp.GradScaler`, and
-    reductions after backward, as by DistributedDataParallel.
+    reductions after backward: a model that DistributedDataParallel wraps, now or later, would step
+    each process's own gradients.
 
     Args:
         model: its parameters that `optimizer` holds are stepped; others keep their gradients.
@@ -134,6 +150,8 @@ def step_in_backward(
         raise ValueError("model must have ordinary parameters, got DTensors: they reduce later")
     if any(flat.is_flat(param) for param in params):
         raise ValueError("model must not be flattened: flatten_ keeps all gradients in memory")
-    if any(param in _stepped for param in params):
+    if any(param in stepped_in_backward for param in params):
         raise ValueError("model must not be stepped in backward twice: remove() the other first")
-    return StepInBackward(optimizer, params)
+    running = StepInBackward(optimizer, params)
+    _running.setdefault(model, []).append(running)
+    return running

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,14 @@ import torch
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fusedstep.buffers import _Layout
-from fusedstep.torch.tensors import DTYPES, allocate, dense_strides, is_dtensor, state_dtype
+from fusedstep.torch.tensors import (
+    DTYPES,
+    allocate,
+    dense_strides,
+    is_dtensor,
+    overlap,
+    state_dtype,
+)
 
 
 def _packed(
@@ -66,6 +73,7 @@ def _same_place(tensor: torch.Tensor, view: torch.Tensor) -> bool:
     )
 
 
+stepped_in_backward: Any = WeakTensorKeyDictionary()  # parameters, see backward.py
 _parts: Any = WeakTensorKeyDictionary()  # parameter -> (its part, its place there)
 _made = 0  # how many parts there have been, so that a list of them can be known to be old
 
@@ -120,7 +128,8 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     weights, `state_dict` and optimizers that hold them are as before. Autograd adds into the flat
     gradients, which exist from now on and are zero where backward has not been: a parameter without
     a part in the loss takes a step with a zero gradient instead of none. `zero_grad` of a fusedstep
-    optimizer or of `module` zeroes the views and keeps them, whatever `set_to_none` says.
+    optimizer or of `module` zeroes the views and keeps them, whatever `set_to_none` says; of a
+    parameter that was frozen meanwhile it drops the gradient.
 
     If something later moves a parameter or a gradient out of its view (`.to`, `p.data = ...`,
     another object's `zero_grad`), steps stay correct and `step` warns once.
@@ -152,14 +161,14 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     """
     global _made
     module = module_or_params if isinstance(module_or_params, torch.nn.Module) else None
-    if isinstance(module_or_params, torch.Tensor) or not (
-        module or isinstance(module_or_params, Iterable)
+    if isinstance(module_or_params, torch.Tensor) or not isinstance(
+        module_or_params, torch.nn.Module | Iterable
     ):
         raise TypeError(
             "module_or_params must be a module or an iterable of parameters, got"
             f" {type(module_or_params).__name__}"
         )
-    if module:
+    if module is not None:
         params = {n: p for n, p in module.named_parameters() if p.requires_grad}
     else:
         params = {str(i): p for i, p in enumerate(module_or_params)}
@@ -178,10 +187,10 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
                 if param.grad is not None:
                     grad.copy_(param.grad)
                 param.data = view
-                param.grad = grad
+                param.grad = grad.detach()  # an alias: `param.grad.data = ...` must not move ours
                 _parts[param] = part, k
     _made += len(parts)
-    if module:
+    if module is not None:
         module.zero_grad = types.MethodType(zero_grad, module)
     return Flat(parts)
 
@@ -208,6 +217,8 @@ def _check(params: dict[str, Any]) -> None:
             raise TypeError(f"{label} must be {known}, got {param.dtype}")
         if param.grad is not None and param.grad.layout != torch.strided:
             raise ValueError(f"{label} must have a dense gradient, got {param.grad.layout}")
+        if param in stepped_in_backward:
+            raise ValueError(f"{label} must keep its gradient, but step_in_backward frees it")
         if id(param) in seen:
             raise ValueError(f"{label} must be given once, got it as {seen[id(param)]} too")
         seen[id(param)] = name
@@ -218,11 +229,14 @@ def _check(params: dict[str, Any]) -> None:
             begin = param.data_ptr()
             ranges.append((begin, begin + (last + 1) * param.itemsize, name))
     ranges.sort()
-    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
-        if begin < end:
-            raise ValueError(
-                f"module_or_params must not share memory, got {name} and {other} overlapping"
-            )
+    for i, (_, end, name) in enumerate(ranges):
+        for begin, _, other in ranges[i + 1 :]:
+            if begin >= end:
+                break
+            if overlap(params[name], params[other]):
+                raise ValueError(
+                    f"module_or_params must not share memory, got {name} and {other} overlapping"
+                )
 
 
 def is_flat(param: torch.Tensor) -> bool:
@@ -240,7 +254,7 @@ def restore(params: Iterable[torch.Tensor]) -> None:
             if is_flat(param):
                 part, k = _parts[param]
                 wanted.setdefault(id(part), (part, set()))[1].add(k)
-                param.grad = part.grads[k]
+                param.grad = part.grads[k].detach() if param.requires_grad else None
         for part, places in wanted.values():
             if len(places) == len(part.params):
                 part.flat_grad.zero_()
@@ -253,6 +267,14 @@ def zero_grad(self: torch.nn.Module, set_to_none: bool = True) -> None:
     """Zeroes the flat gradients, which stay; `Module.zero_grad` for the others."""
     type(self).zero_grad(self, set_to_none)
     restore(self.parameters())
+
+
+def _levels_to_caller() -> int:
+    """How far up from our caller the first frame is that is neither ours nor torch's."""
+    levels, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("fusedstep.", "torch.")):
+        levels, frame = levels + 1, frame.f_back
+    return levels
 
 
 class Homes:
@@ -282,7 +304,7 @@ class Homes:
                     f"{what} left the flat buffer that flatten_ put it in; steps stay correct, but"
                     " no longer sweep one buffer: call flatten_ again, and zero gradients by the"
                     " optimizer's zero_grad",
-                    stacklevel=4,
+                    stacklevel=_levels_to_caller(),
                 )
 
     @staticmethod

@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from fusedstep import _core
 from fusedstep import optimizers as neutral
 from fusedstep.torch import flat
-from fusedstep.torch.tensors import announce, as_dense, as_plain, new_state
+from fusedstep.torch.tensors import announce, as_dense, as_plain, new_state, overlap
 
 # How torch computes, not what. Accepted; the first two have no effect here.
 _FLAGS: dict[str, Any] = {
@@ -37,7 +37,8 @@ class Optimizer(torch.optim.Optimizer):
     Parameter groups, hooks, closures, schedulers, `state_dict`, deepcopy and pickle are torch's.
     Parameters are CPU tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
     number as two reals); gradients have the parameter's dtype or, under float32, may be bfloat16 or
-    float16. States are float32, float64 under float64. Gradients are read, never written.
+    float16. States are float32, float64 under float64. Gradients are read, never written: after a
+    step under `torch.amp.GradScaler` they are as backward left them, scaled.
 
     A step reads parameters, gradients, states and groups anew, so all of them may be replaced or
     edited between steps. Tensors that are not dense, or whose strides differ from their
@@ -50,6 +51,7 @@ class Optimizer(torch.optim.Optimizer):
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where they are not the default
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
+    _stepping_in_backward: set[Any]
 
     # torch.amp.GradScaler then leaves loss scale and non-finite gradients to step().
     _step_supports_amp_scaling = True
@@ -67,10 +69,8 @@ class Optimizer(torch.optim.Optimizer):
         """Forgets what is derived from groups and states."""
         self._table = self._new_table()
         self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
-        self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
-        self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._homes = flat.Homes()
-        self._stepping_in_backward: set[Any] = set()
+        self.__dict__.setdefault("_stepping_in_backward", set())
 
     def _new_table(self) -> _core.TensorTable:
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
@@ -122,11 +122,11 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Updates the parameters that have a gradient, in one sweep over memory.
 
         Args:
-            closure: recomputes the loss and the gradients, before the update.
+            closure: recomputes the loss and the gradients, before the update (default None).
 
         Returns:
             What the closure returned.
@@ -143,8 +143,8 @@ class Optimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         ):
-            return self._observed_step(*(() if closure is None else (closure,)))
-        return self._step(closure)
+            return self._observed_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
 
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
@@ -158,34 +158,28 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
     def _update(
         self, groups: list[_Row], table: _core.TensorTable | None = None, first: int = 0
     ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
         found_inf = self.__dict__.get("found_inf")
+        if found_inf is not None and self._stepping_in_backward:
+            raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
+                               " stepped before they were checked")  # fmt: skip
         if found_inf is not None and float(found_inf):
             return
         scale = self.__dict__.get("grad_scale")
-        if scale is not None and self._stepping_in_backward:
-            raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
-                               " stepped before they were checked")  # fmt: skip
         factor = 1.0 if scale is None else 1 / float(scale)
+        helper = _Helper(self)
         try:
-            updated, moved = (table or self._table).step(groups, self.state, factor, first, self)
-            if self._stand_ins:
-                with torch.no_grad():
-                    for tensor, stand_in in self._stand_ins:
-                        tensor.copy_(stand_in)
+            result = (table or self._table).step(groups, self.state, factor, first, helper)
+            helper.copy_back()
         except BaseException:
-            for param, entry in self._begun:
-                if entry is None:
-                    del self.state[param]
-                else:
-                    self.state[param] = entry
+            helper.undo()
             raise
-        finally:
-            self._begun, self._stand_ins = [], []
+        updated, moved = result
         announce(updated)
         if moved and table is None:
             self._homes.check(self.param_groups)
@@ -202,49 +196,6 @@ class Optimizer(torch.optim.Optimizer):
         rows = self._current()
         k = next(k for k in range(len(rows)) if i in self._indices(k))
         self._update([([param], *rows[k][1:])], table, i)
-
-    # What the compiled table asks for, see csrc/tensor_table.h.
-
-    def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        kinds = ("params", "grads")
-        label = f"{kind}[{self._name(i)}]" if kind in kinds else self._state_label(i, kind)
-        plain, copied = as_plain(tensor, label, self._params()[i])
-        if copied and kind != "grads":
-            self._stand_ins.append((tensor, plain))
-        return plain
-
-    def _state_label(self, i: int, name: str) -> str:
-        return f"state[{self._name(i)}]['{name}']"
-
-    def _match(self, i: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        result = as_dense(tensors, f"params[{self._name(i)}]")
-        written = [0, *range(2, len(tensors))]  # all but the gradient
-        changed = [(tensors[k], result[k]) for k in written if result[k] is not tensors[k]]
-        self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
-        return result
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
-        packed = self._homes.states(wanted, self._is_array)
-        for param, group, names in wanted:
-            before = self.state.get(param)
-            self._begun.append((param, before))
-            entry = self.state[param] = dict(before or {})
-            hypers = {**self._given, **group, "lr": float(_scalars(group["lr"]))}
-            for name in names:
-                initial = self._spec._initial(name, hypers)
-                if not self._is_array(name):
-                    entry[name] = _scalar(entry.get(name), initial)
-                elif entry.get(name) is not None:
-                    label = self._state_label(self._place(param, None) or 0, name)
-                    raise TypeError(f"{label} must be a tensor, got {entry[name]!r}")
-                else:
-                    state = packed.get((param, name))
-                    entry[name] = new_state(param) if state is None else state
-                    if initial:
-                        both = complex(initial, initial)  # two reals
-                        entry[name].fill_(both if param.is_complex() else initial)
 
     def _is_array(self, name: str) -> bool:
         return name in neutral._RULES[self._spec._rule][1]
@@ -275,7 +226,7 @@ class Optimizer(torch.optim.Optimizer):
         """Takes over the state and groups of `state_dict`, ours or `torch.optim`'s.
 
         The values are copied, to float32 under parameters of fewer bits. Hyperparameters that the
-        dict lacks stay as they are.
+        dict lacks stay as they are, and so do `capturable` and `differentiable`.
 
         Raises:
             TypeError, ValueError: groups, shapes or hyperparameters that do not fit.
@@ -296,6 +247,9 @@ class Optimizer(torch.optim.Optimizer):
             for name in self._extra:
                 if name in known:
                     group.setdefault(name, known[name])
+            for flag in _UNSUPPORTED:  # how to compute, which is not the checkpoint's to say
+                if flag in group:
+                    group[flag] = known.get(flag, False)
             self._native(group)
         entries: defaultdict[Any, Any] = defaultdict(dict)
         for key, entry in state["state"].items():
@@ -321,6 +275,90 @@ class Optimizer(torch.optim.Optimizer):
                 f" got {tuple(tensor.shape)}"
             )
         return new_state(param).copy_(tensor)
+
+
+class _Helper:
+    """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
+        self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy_back(self) -> None:
+        """After the step: what was written to copies."""
+        if self._stand_ins:
+            with torch.no_grad():
+                for tensor, stand_in in self._stand_ins:
+                    tensor.copy_(stand_in)
+
+    def undo(self) -> None:
+        """After a step that raised: takes away the states that were made for it."""
+        for param, entry in reversed(self._begun):
+            if entry is None:
+                del self._optimizer.state[param]
+            else:
+                self._optimizer.state[param] = entry
+
+    def _name(self, i: int) -> str:
+        return self._optimizer._name(i)
+
+    def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+        label = self._label(i, kind)
+        plain, copied = as_plain(tensor, label, self._optimizer._params()[i])
+        if copied and kind != "grads":
+            self._stand_ins.append((tensor, plain))
+        return plain
+
+    def _match(self, i: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        label = self._label(i, "params")
+        result = as_dense(tensors, label)
+        written = [0, *range(2, len(tensors))]  # all but the gradient
+        changed = [(tensors[k], result[k]) for k in written if result[k] is not tensors[k]]
+        self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
+        if result[0] is not tensors[0]:  # the table sees the copy, not the memory it stands in for
+            for j, other in enumerate(self._optimizer._params()):
+                if j != i and other.grad is not None and overlap(tensors[0], other):
+                    raise ValueError(
+                        f"{label} and {self._label(j, 'params')} must not share memory, got"
+                        " overlapping buffers"
+                    )
+        return result
+
+    def _label(self, i: int, kind: str) -> str:
+        name = self._name(i)
+        return f"{kind}[{name}]" if kind in ("params", "grads") else f"state[{name}]['{kind}']"
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
+        opt = self._optimizer
+        packed = opt._homes.states(wanted, opt._is_array)
+        for param, group, names in wanted:
+            before = opt.state.get(param)
+            self._begun.append((param, before))
+            entry = opt.state[param] = dict(before or {})
+            hypers = {**opt._given, **group, "lr": float(_scalars(group["lr"]))}
+            for name in names:
+                given = entry.get(name)
+                if isinstance(given, torch.Tensor):  # a parameter that its group has twice
+                    continue
+                initial = 0.0 if name == "step" else opt._spec._initial(name, hypers)
+                if given is not None and (opt._is_array(name) or not _is_number(given)):
+                    i = next(i for i, other in enumerate(opt._params()) if other is param)
+                    raise TypeError(f"{self._label(i, name)} must be a tensor, got {given!r}")
+                if not opt._is_array(name):
+                    entry[name] = _scalar(given, initial)
+                    continue
+                state = packed.get((param, name))
+                entry[name] = new_state(param) if state is None else state
+                if initial:
+                    both = complex(initial, initial)  # two reals
+                    entry[name].fill_(both if param.is_complex() else initial)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 class _Hidden:

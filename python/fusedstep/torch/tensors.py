@@ -82,6 +82,8 @@ def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor
         raise ValueError(f"{label} must be dense, got layout {tensor.layout}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{label} must be on the CPU, got device {tensor.device}")
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise ValueError(f"{label} must have memory, got a storage of 0 bytes")
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{label} must be {known}, got {tensor.dtype}")
@@ -94,11 +96,34 @@ def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor
     return resolved, resolved is not plain
 
 
+def _places(tensor: torch.Tensor) -> torch.Tensor:
+    """The byte addresses of a tensor's elements, without repetition, in order."""
+    n = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    offsets = torch.arange(n, device="cpu").as_strided(tensor.shape, tensor.stride())
+    return torch.unique(offsets) * tensor.itemsize + tensor.data_ptr()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two CPU tensors share an element; interleaved ones of one size do not."""
+    spans = []
+    for tensor in (a, b):
+        dims = zip(tensor.shape, tensor.stride(), strict=True)
+        last = sum((size - 1) * stride for size, stride in dims)
+        begin = tensor.data_ptr()
+        spans.append((begin, begin + (last + 1) * tensor.itemsize if tensor.numel() else begin))
+    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
+        return False
+    if a.itemsize != b.itemsize:
+        return True
+    return bool(torch.isin(_places(a), _places(b)).any())
+
+
 def as_dense(tensors: Sequence[torch.Tensor], label: str) -> list[torch.Tensor]:
     """The tensors, of one shape, where they are dense with the first one's strides, else copies."""
     param = tensors[0]
-    dims = zip(param.shape, param.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in dims):
+    if len(_places(param)) < param.numel():
         raise ValueError(
             f"{label} must have memory of its own for each element, got shape"
             f" {tuple(param.shape)} with strides {param.stride()}"
