@@ -91,6 +91,7 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
 void TensorTable::look(Active& a, const py::str& kind, const void* before, py::handle& tensor,
                        TensorView& view) const {
   if (reader_.read(tensor, view)) {
+    trail_.pass_tensor(tensor, view);
     if (view.reals == 1 && view.data == before) return;
     if (!reader_.lazy(tensor, view)) return;
   }
@@ -271,6 +272,7 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
   owner_ = owner;
   std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
+  trail_.begin();
   tensors_.clear();
   gradients_.clear();
 
@@ -297,7 +299,9 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
       a.grad = std::move(grad);
       tensors_.emplace_back();
       gradients_.emplace_back();
-      const Entry entry = find(a, entries.at(param), uses.back());
+      const py::handle known = entries.at(param);
+      if (known) trail_.pass(known.ptr());
+      const Entry entry = find(a, known, uses.back());
       read(place, entry, false);
       updated.append(param);
       if (entry.complete) continue;

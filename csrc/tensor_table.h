@@ -15,6 +15,31 @@
 
 namespace fusedstep {
 
+// Asks the cache for what the last step looked at, in its order: after a forward and a backward pass
+// none of it is there any more. Its addresses are hints; nothing is read through them.
+class Trail {
+ public:
+  void begin() {
+    std::swap(now_, before_);
+    now_.clear();
+    for (size_t i = 0; i < kAhead && i < before_.size(); ++i) __builtin_prefetch(before_[i]);
+  }
+  void pass(const void* address) {
+    now_.push_back(static_cast<const char*>(address));
+    const size_t ahead = now_.size() + kAhead;
+    if (ahead < before_.size()) __builtin_prefetch(before_[ahead]);
+  }
+  void pass_tensor(pybind11::handle tensor, const TensorView& view) {
+    pass(tensor.ptr());
+    const auto* shape = reinterpret_cast<const char*>(view.shape);  // in torch's own object
+    for (const int line : {-64, 0, 64}) pass(shape + line);
+  }
+
+ private:
+  static constexpr size_t kAhead = 64;  // addresses, some three parameters'
+  std::vector<const char*> now_, before_;
+};
+
 // Nothing is taken from an earlier step but what cannot be stale: the verdict that memory does not
 // overlap, while it is where it was, and counts finer than the float32 tensors that show them.
 class TensorTable {
@@ -93,6 +118,8 @@ class TensorTable {
   // Of the step being taken.
   pybind11::handle owner_;
   std::vector<Active> active_;
+
+  mutable Trail trail_;
 
   // Of that step and of the last one. Addresses of the last one are compared, never followed.
   std::vector<Tensor> tensors_, tensors_before_;
