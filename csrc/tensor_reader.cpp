@@ -93,10 +93,9 @@ TensorReader::TensorReader(bool exchange) {
   }
   if (!exchange) return;
   const py::object capsule = py::getattr(tensor_, "__dlpack_c_exchange_api__", py::none());
-  if (capsule.is_none()) return;
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
   const auto* api = static_cast<const DLPackExchangeAPI*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
   if (api->version.major == 1 && api->view) api_ = api;
 }
 

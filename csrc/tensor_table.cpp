@@ -86,20 +86,20 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
   return "state[" + name_of(a.i) + "]['" + name.cast<std::string>() + "']";
 }
 
-// Reads a tensor, or what torch makes of one that cannot be read where it lies. A real tensor that
-// is where it was in the last step, at `before`, is not asked again whether it is lazy.
-void TensorTable::look(Active& a, const py::str& kind, const void* before, py::handle& tensor,
-                       TensorView& view) const {
+// Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies.
+void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view) {
   if (reader_.read(tensor, view)) {
     trail_.pass_tensor(tensor, view);
-    if (view.reals == 1 && view.data == before) return;
     if (!reader_.lazy(tensor, view)) return;
   }
-  const py::object made = owner_.attr("_plain")(a.i, kind, tensor);
-  if (!reader_.read(made, view)) throw std::logic_error("_plain must return plain tensors");
-  if (!a.stand_ins) a.stand_ins = py::list();
-  py::list(a.stand_ins).append(made);
-  tensor = made;
+  py::object made = owner_.attr("_plain")(a.i, kind, tensor);
+  if (!reader_.read(made, view)) {
+    throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
+                          " must have memory of its own, got " +
+                          py::str(py::type::of(tensor).attr("__name__")).cast<std::string>());
+  }
+  a.stand_ins.push_back(tensor);
+  tensor = std::move(made);
 }
 
 void TensorTable::check_grad(const Active& a, const TensorView& param,
@@ -119,17 +119,19 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
 }
 
 TensorTable::Entry TensorTable::find(const Active& a, py::handle entry, unsigned uses) const {
-  Entry found{{}, {}, true};
+  Entry found;
   if (entry && !PyDict_Check(entry.ptr())) {
     throw py::type_error("state[" + name_of(a.i) + "] must be a dict, got " +
                          py::repr(entry).cast<std::string>());
   }
   Ordered values(entry);
-  const auto take = [&](const py::str& name, py::handle& tensor) {
-    if (entry) tensor = values.at(name);
-    if (reader_.is_tensor(tensor)) return;
-    tensor = py::handle();
-    found.complete = false;
+  const auto take = [&](const py::str& name, py::object& tensor) {
+    const py::handle value = entry ? values.at(name) : py::handle();
+    if (reader_.is_tensor(value)) {
+      tensor = py::reinterpret_borrow<py::object>(value);
+    } else {
+      found.complete = false;
+    }
   };
   for (size_t s = 0; s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
   for (size_t s = 0; s < states_.size(); ++s) {
@@ -153,11 +155,10 @@ py::list TensorTable::names_missing(const Entry& entry, unsigned uses) const {
 // gradients_ at `place`. `begins`: the entry was completed for this step.
 void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   Active& a = active_[place];
-  const Tensor* before = place < tensors_before_.size() ? &tensors_before_[place] : nullptr;
   TensorView p, g, views[kMaxStates];
-  py::handle param = a.param, grad = a.grad;
-  look(a, params_, before ? before->param : nullptr, param, p);
-  look(a, grads_, nullptr, grad, g);
+  py::object param = a.param;
+  look(a, params_, param, p);
+  look(a, grads_, a.grad, g);
   check_grad(a, p, g);
   if (!entry.complete) return;
 
@@ -166,9 +167,9 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   };
   for (size_t s = 0; s < scalars_.size(); ++s) {
     TensorView view;
-    py::handle scalar = entry.scalars[s];
-    a.scalars[s] = py::reinterpret_borrow<py::object>(scalar);
-    look(a, scalars_[s], counted_[a.i].memory[s], scalar, view);
+    a.scalars[s] = entry.scalars[s];
+    py::object scalar = entry.scalars[s];
+    look(a, scalars_[s], scalar, view);
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
@@ -177,11 +178,10 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   }
 
   bool direct = dense(p) && same_strides(p, g);
-  std::array<py::handle, kMaxStates> states = entry.states;
+  a.states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (!states[s]) continue;
-    a.states[s] = py::reinterpret_borrow<py::object>(states[s]);
-    look(a, states_[s], before ? before->state[s] : nullptr, states[s], views[s]);
+    if (!a.states[s]) continue;
+    look(a, states_[s], a.states[s], views[s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }
@@ -193,8 +193,8 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   if (!direct) {
     py::list all;
     all.append(param);
-    all.append(grad);
-    for (const py::handle& state : states) {
+    all.append(a.grad);
+    for (const py::object& state : a.states) {
       if (state) all.append(state);
     }
     const py::list matched = owner_.attr("_match")(a.i, all);
@@ -205,16 +205,15 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     take(p);
     take(g);
     for (size_t s = 0; s < states_.size(); ++s) {
-      if (states[s]) take(views[s]);
+      if (a.states[s]) take(views[s]);
     }
-    if (!a.stand_ins) a.stand_ins = py::list();
-    py::list(a.stand_ins).append(matched);
+    a.stand_ins.push_back(matched);
   }
 
   Tensor& tensor = tensors_[place];
   tensor = {p.data, p.dtype, p.n, {}, a.group, clock_of(a, begins)};
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (states[s]) tensor.state[s] = views[s].data;
+    if (a.states[s]) tensor.state[s] = views[s].data;
   }
   gradients_[place] = {g.data, g.dtype};
 }
@@ -251,7 +250,6 @@ void TensorTable::write_clocks() {
     for (size_t s = 0; s < scalars_.size(); ++s) {
       const double value = s ? counted.clock.carry[s - 1] : static_cast<double>(counted.clock.t);
       const auto [data, dtype] = a.numbers[s];
-      counted.memory[s] = data;
       if (dtype == DType::f64) {
         *static_cast<double*>(data) = value;
       } else {
@@ -262,13 +260,14 @@ void TensorTable::write_clocks() {
   }
 }
 
-std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::dict& state,
-                                            double factor, size_t first, const py::object& owner) {
+py::list TensorTable::step(const py::list& groups, const py::dict& state, double factor,
+                           size_t first, const py::object& owner) {
   const Turn turn(stepping_);
   struct Release {  // of all that the step borrows, however it ends
     std::vector<Active>& active;
     ~Release() { active.clear(); }
   } const release{active_};
+  active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
   std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
@@ -284,7 +283,7 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
   size_t i = first;
   for (const py::handle item : groups) {
     const auto group = py::reinterpret_borrow<py::tuple>(item);
-    const py::list params(group[0]);
+    const py::tuple params(group[0]);  // the list may change while torch is asked
     converted.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
     uses.push_back(used_states(rules()[rule_], converted.back().hypers.data()));
     if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
@@ -299,7 +298,7 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
       a.grad = std::move(grad);
       tensors_.emplace_back();
       gradients_.emplace_back();
-      const py::handle known = entries.at(param);
+      const auto known = py::reinterpret_borrow<py::object>(entries.at(param));
       if (known) trail_.pass(known.ptr());
       const Entry entry = find(a, known, uses.back());
       read(place, entry, false);
@@ -318,19 +317,20 @@ std::pair<py::list, bool> TensorTable::step(const py::list& groups, const py::di
       read(place, entry, true);
     }
   }
-  table_.set_tensors(tensors_);
-  {
-    const py::gil_scoped_release unlocked;
-    table_.step(gradients_, converted, factor);
-  }
-  write_clocks();
   const bool moved =
       !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
                   gradients_before_.end(),
                   [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
       !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(), tensors_before_.end(),
                   [](const Tensor& x, const Tensor& y) { return x.param == y.param; });
-  return {updated, moved};
+  if (moved) owner_.attr("_moved")();
+  table_.set_tensors(tensors_);
+  {
+    const py::gil_scoped_release unlocked;
+    table_.step(gradients_, converted, factor);
+  }
+  write_clocks();
+  return updated;
 }
 
 }  // namespace fusedstep

@@ -22,22 +22,30 @@ class Trail {
   void begin() {
     std::swap(now_, before_);
     now_.clear();
-    for (size_t i = 0; i < kAhead && i < before_.size(); ++i) __builtin_prefetch(before_[i]);
+    for (size_t i = 0; i < kAhead && i < before_.size(); ++i) prefetch(before_[i]);
   }
-  void pass(const void* address) {
-    now_.push_back(static_cast<const char*>(address));
-    const size_t ahead = now_.size() + kAhead;
-    if (ahead < before_.size()) __builtin_prefetch(before_[ahead]);
-  }
+  void pass(const void* address) { pass(reinterpret_cast<uintptr_t>(address)); }
   void pass_tensor(pybind11::handle tensor, const TensorView& view) {
     pass(tensor.ptr());
-    const auto* shape = reinterpret_cast<const char*>(view.shape);  // in torch's own object
-    for (const int line : {-64, 0, 64}) pass(shape + line);
+    const auto shape = reinterpret_cast<uintptr_t>(view.shape);  // in the middle of torch's object
+    pass(shape - 64);
+    pass(shape);
+    pass(shape + 64);
   }
 
  private:
   static constexpr size_t kAhead = 64;  // addresses, some three parameters'
-  std::vector<const char*> now_, before_;
+
+  static void prefetch(uintptr_t address) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
+  void pass(uintptr_t address) {
+    now_.push_back(address);
+    const size_t ahead = now_.size() + kAhead;
+    if (ahead < before_.size()) prefetch(before_[ahead]);
+  }
+
+  std::vector<uintptr_t> now_, before_;
 };
 
 // Nothing is taken from an earlier step but what cannot be stale: the verdict that memory does not
@@ -58,19 +66,18 @@ class TensorTable {
   //         wrong; kind is "params", "grads" or a state's name
   //     _begin([(parameter, torch's group, names)]) makes the states that are missing
   //     _match(i, [parameter, gradient, *states]) -> the same, dense and of equal strides
-  //     _name(i) -> what to call parameter i
-  // Returns the parameters updated and whether any memory is elsewhere than in the last step. An
-  // error leaves all memory as it was; states that were made stay.
-  std::pair<pybind11::list, bool> step(const pybind11::list& groups, const pybind11::dict& state,
-                                       double factor, size_t first, const pybind11::object& owner);
+  //     _moved() is told, before anything is written, that memory is elsewhere than in the last step
+  //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
+  // Returns the parameters updated. An error leaves all memory as it was; states that were made stay.
+  pybind11::list step(const pybind11::list& groups, const pybind11::dict& state, double factor,
+                      size_t first, const pybind11::object& owner);
 
  private:
-  static constexpr size_t kMaxCounts = 3;
+  static constexpr size_t kMaxCounts = 1 + sizeof(Clock::carry) / sizeof(double);
 
   // What the last step wrote to a parameter's scalars.
   struct Counted {
     std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
-    std::array<const void*, kMaxCounts> memory{};
     Clock clock{};
   };
   struct Number {
@@ -85,22 +92,21 @@ class TensorTable {
     pybind11::object param, grad;
     std::array<pybind11::object, kMaxCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
-    std::array<Number, kMaxCounts> numbers;  // the scalars' memory
-    pybind11::object stand_ins;              // a list that must live through the step
+    std::array<Number, kMaxCounts> numbers;   // the scalars' memory
+    std::vector<pybind11::object> stand_ins;  // what else must live through the step
   };
 
   // A state that is missing or no tensor, in an Entry, is null.
   struct Entry {
-    std::array<pybind11::handle, kMaxCounts> scalars;
-    std::array<pybind11::handle, kMaxStates> states;
-    bool complete;
+    std::array<pybind11::object, kMaxCounts> scalars;
+    std::array<pybind11::object, kMaxStates> states;
+    bool complete = true;
   };
 
   Entry find(const Active& a, pybind11::handle entry, unsigned uses) const;
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
-  void look(Active& a, const pybind11::str& kind, const void* before, pybind11::handle& tensor,
-            TensorView& view) const;
+  void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view);
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;
   void write_clocks();
@@ -119,7 +125,7 @@ class TensorTable {
   pybind11::handle owner_;
   std::vector<Active> active_;
 
-  mutable Trail trail_;
+  Trail trail_;
 
   // Of that step and of the last one. Addresses of the last one are compared, never followed.
   std::vector<Tensor> tensors_, tensors_before_;

@@ -614,7 +614,7 @@ def with_first(*others):
         (lambda: net().named_parameters(), TypeError, r"params\[0\] must .* got tuple"),
         (lambda: with_first(nn.Parameter(torch.ones(2)) * 2), TypeError, r"params\[1\] must be a"),
         (twice, ValueError, r"params\[2\] must be given once, got it as 0 too"),
-        (shared_memory, ValueError, "must not share memory, got 0 and 1 overlapping"),
+        (shared_memory, ValueError, r"\[0\] and module_or_params\[1\] must not share"),
         (
             lambda: with_first(nn.Parameter(torch.ones(2, device="meta"))),
             ValueError,
@@ -918,15 +918,64 @@ def test_clip_grad_norm_imported_by_name_is_refused_too():
             clip_grad_norm_(model.parameters(), 1.0)
 
 
-def test_clip_grad_norm_is_torchs_own_when_nothing_is_stepped():
-    own = torch.nn.utils.clip_grad_norm_
+def test_clip_grad_norm_works_again_when_nothing_is_stepped():
     first, second = net(), net()
     handles = [ft.step_in_backward(m, ft.SGD(m.parameters(), lr=0.1)) for m in (first, second)]
     handles[0].remove()
     with pytest.raises(RuntimeError, match="clip_grad_norm_ needs"):
         torch.nn.utils.clip_grad_norm_(second.parameters(), 1.0)
     handles[1].remove()
-    assert torch.nn.utils.clip_grad_norm_ is own
+    loss_of(second, 0).backward()
+    torch.nn.utils.clip_grad_norm_(second.parameters(), 1e-3)
+    grads = [p.grad for p in second.parameters() if p.grad is not None]
+    assert sum(grad.square().sum() for grad in grads) < 1.01e-6
+
+
+def test_an_ended_step_in_backward_keeps_nothing_alive():
+    model = net()
+    opt = ft.AdamW(model.parameters())
+    with ft.step_in_backward(model, opt):
+        loss_of(model, 0).backward()
+    gone = weakref.ref(opt)
+    del opt
+    gc.collect()
+    assert gone() is None
+
+
+def test_step_in_backward_refuses_parameters_that_share_memory():
+    model = nn.Linear(4, 1)
+    model.bias.data = model.weight.data[0, :1]
+    with pytest.raises(ValueError, match="must not share memory"):
+        ft.step_in_backward(model, ft.SGD(model.parameters()))
+
+
+def test_flatten_refuses_frozen_parameters_given_one_by_one():
+    model = torch.nn.Linear(3, 2)
+    model.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"module_or_params\[0\] must require a gradient"):
+        ft.flatten_(model.parameters())
+    assert model.bias.grad is None
+
+
+def test_flatten_refuses_gradients_of_another_dtype():
+    model = torch.nn.Linear(3, 2)
+    model.bias.grad_dtype = torch.bfloat16
+    before = model.weight.data_ptr()
+    with pytest.raises(TypeError, match=r"\[bias\] must have a gradient of torch.float32"):
+        ft.flatten_(model)
+    assert (model.weight.data_ptr(), model.weight.grad) == (before, None)
+
+
+def test_a_warning_that_is_an_error_comes_before_the_step():
+    model = torch.nn.Linear(3, 2)
+    ft.flatten_(model)
+    opt = ft.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(3)).sum().backward()
+    model.weight.data = model.weight.data.clone()
+    before = model.weight.detach().clone()
+    with pytest.raises(UserWarning, match="left the flat buffer"):
+        opt.step()
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -2,9 +2,12 @@
 
 import contextlib
 import gc
+import os
 import re
 import sys
 import threading
+import time
+import warnings
 import weakref
 
 import numpy as np
@@ -121,7 +124,7 @@ def test_replaced_states_of_any_layout_are_updated_in_place(name, layout):
         mine.grad = plain.grad = torch.full(SHAPE, 0.5) / (step - 1.5)
         held = dict(opt.state.get(mine, {}))
         for key, value in held.items():
-            if value.shape == SHAPE:
+            if made and value.shape == SHAPE:
                 held[key] = opt.state[mine][key] = made(value.resolve_neg())
         opt.step()
         reference.step()
@@ -995,3 +998,158 @@ def test_messages_name_no_address():
     with pytest.raises(ValueError, match="grads") as caught:
         ft.SGD([param]).step()
     assert not re.search("0x", str(caught.value))
+
+
+def test_lazy_negation_in_the_same_place_is_seen():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = ft.SGD([p], lr=1.0, momentum=0.5)
+    p.grad = torch.ones(3)
+    opt.step()  # p 0, buffer 1
+    p.data = torch._neg_view(p.data)
+    opt.state[p]["momentum_buffer"] = torch._neg_view(opt.state[p]["momentum_buffer"])  # reads -1
+    opt.step()
+    assert p.tolist() == [-0.5] * 3
+    assert opt.state[p]["momentum_buffer"].tolist() == [0.5] * 3
+
+
+def test_tensor_that_nearly_equals_the_last_lr_is_read():
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    opt = ft.SGD([p], lr=0.1)
+    p.grad = -torch.ones(2, dtype=torch.float64)
+    opt.step()
+    rate = torch.tensor(0.1, dtype=torch.bfloat16)
+    opt.param_groups[0]["lr"] = rate
+    opt.step()
+    assert p[0].item() == 0.1 + rate.item()
+
+
+def test_step_takes_entries_that_callers_hold():
+    p = torch.nn.Parameter(torch.ones(2))
+    opt = ft.Adam([p])
+    entry = opt.state[p]  # made by the defaultdict
+    p.grad = torch.ones(2)
+    opt.step()
+    assert opt.state[p] is entry
+    assert entry["step"] == 1
+
+
+class Meddling(torch.Tensor):
+    """A gradient that changes the optimizer while it is being read."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if cls.act:
+            act, cls.act = cls.act, None
+            act()
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    act = None
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda opt, params: opt.state[params[0]].clear(),
+        lambda opt, params: opt.param_groups[0]["params"].extend(params[1:2] * 100),
+        lambda opt, params: opt.state.clear(),
+        lambda opt, params: opt.step(),
+    ],
+)
+def test_changes_while_tensors_are_read_do_no_harm(act):
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(3)]
+    opt = ft.Adam(params)
+    for p in params:
+        p.grad = torch.ones(4)
+    opt.step()
+    params[0].grad = torch.ones(4).as_subclass(Meddling)
+    Meddling.act = lambda: act(opt, params)
+    with contextlib.suppress(RuntimeError, ValueError):
+        opt.step()
+    assert Meddling.act is None
+    gc.collect()
+
+
+def test_expanded_state_is_refused_before_anything_is_written():
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = ft.SGD(params, lr=1.0, momentum=0.9)
+    for p in params:
+        p.grad = torch.ones(4)
+    opt.step()
+    opt.state[params[1]]["momentum_buffer"] = torch.ones(1).expand(4)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(
+        ValueError, match=r"state\[1\]\['momentum_buffer'\] must have memory of its"
+    ):
+        opt.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_state_inside_a_strided_parameter_is_refused():
+    base = torch.ones(4, 3)
+    p, q = torch.nn.Parameter(base[:, :2]), torch.nn.Parameter(torch.ones(4))
+    p.grad, q.grad = torch.ones(4, 2), torch.ones(4)
+    opt = ft.SGD([p, q], lr=1.0, momentum=0.9)
+    opt.step()
+    opt.state[q]["momentum_buffer"] = base[:, 0]
+    with pytest.raises(ValueError, match="must not share memory"):
+        opt.step()
+
+
+def test_dropped_group_is_let_go_by_the_next_step():
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = ft.SGD([{"params": [a]}, {"params": [b]}], momentum=0.9)
+    for p in (a, b):
+        p.grad = torch.ones(2)
+    opt.step()
+    gone = weakref.ref(b)
+    del opt.param_groups[1], opt.state[b], b, p
+    opt.step()
+    gc.collect()
+    assert gone() is None
+
+
+def test_subclass_with_its_own_step_runs_hooks_once():
+    class Mine(ft.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    ft.SGD([p])  # torch wraps the class of each instance
+    opt, seen = Mine([p], lr=1.0), []
+    opt.register_step_post_hook(lambda *_: seen.append(p.tolist()))
+    opt.step()
+    assert seen == [[0.0, 0.0]]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is POSIX's")
+def test_child_forked_during_a_step_can_step():
+    small = [torch.nn.Parameter(torch.ones(2)) for _ in range(300)]
+    large = [torch.nn.Parameter(torch.ones(1 << 22)) for _ in range(2)]
+    opt = ft.SGD(small + large, lr=1.0)
+    for p in small + large:
+        p.grad = torch.ones_like(p)
+    stop = threading.Event()
+
+    def steps():
+        while not stop.is_set():
+            opt.step()
+
+    thread = threading.Thread(target=steps)
+    thread.start()
+    statuses = []
+    try:
+        for _ in range(6):
+            time.sleep(0.01)
+            with warnings.catch_warnings():  # forking with threads is what this is about
+                warnings.simplefilter("ignore")
+                child = os.fork()
+            if child == 0:
+                before = small[0][0].item()
+                opt.step()
+                os._exit(int(small[0][0].item() != before - 1))
+            statuses.append(os.waitpid(child, 0)[1])
+    finally:
+        stop.set()
+        thread.join()
+    assert statuses == [0] * 6

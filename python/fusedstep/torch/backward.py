@@ -12,25 +12,33 @@ from torch.nn.utils import clip_grad
 from fusedstep.torch import flat
 from fusedstep.torch.flat import stepped_in_backward
 from fusedstep.torch.optimizers import Optimizer
-from fusedstep.torch.tensors import is_dtensor
-
-# A clip that finds no gradients would return 0 and clip nothing. What clip_grad_norm_ calls is
-# replaced while it would be so: callers may have imported clip_grad_norm_ itself by name.
-_CLIP = (
-    "_clip_grads_with_norm_" if hasattr(clip_grad, "_clip_grads_with_norm_") else "clip_grad_norm_"
-)
-_clip = getattr(clip_grad, _CLIP)
+from fusedstep.torch.tensors import check_apart, is_dtensor
 
 
-@functools.wraps(_clip)
-def _refuse_to_clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    if any(param in stepped_in_backward for param in given):
-        raise RuntimeError(
-            "clip_grad_norm_ needs all gradients at once, but step_in_backward has already stepped"
-            " and freed them"
-        )
-    return _clip(given, *args, **kwargs)
+def _guard_clipping() -> None:
+    """Makes `clip_grad_norm_`, which would find no gradients and clip nothing, say so instead.
+
+    By replacing, once, what it calls: callers may have imported `clip_grad_norm_` itself by name.
+    """
+    name = "_clip_grads_with_norm_"
+    if not hasattr(clip_grad, name):  # torch before 2.6
+        name = "clip_grad_norm_"
+    clip = getattr(clip_grad, name)
+    if hasattr(clip, "_guarded_by_fusedstep"):
+        return
+
+    @functools.wraps(clip)
+    def guarded(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if any(param in stepped_in_backward for param in given):
+            raise RuntimeError(
+                "clip_grad_norm_ needs all gradients at once, but step_in_backward has already"
+                " stepped and freed them"
+            )
+        return clip(given, *args, **kwargs)
+
+    guarded._guarded_by_fusedstep = True  # type: ignore[attr-defined]
+    setattr(clip_grad, name, guarded)
 
 
 class StepInBackward:
@@ -43,10 +51,9 @@ class StepInBackward:
         optimizer._stepping_in_backward.add(self)
         for param in params:
             stepped_in_backward[param] = True
-        setattr(clip_grad, _CLIP, _refuse_to_clip)
+        _guard_clipping()
 
     def _register(self, param: torch.Tensor) -> Any:
-        table = self._optimizer._new_table()
         place = self._optimizer._place(param, None)
         # Weak, as torch's hooks are no part of the cycles that Python can collect.
         running = weakref.ref(self)
@@ -57,7 +64,7 @@ class StepInBackward:
                 return
             place = this._optimizer._place(param, place)
             if place is not None:  # else its group was removed: the gradient is the caller's
-                this._optimizer._step_one(param, place, table)
+                this._optimizer._step_one(param, place)
                 param.grad = None
 
         return param.register_post_accumulate_grad_hook(hook)
@@ -70,8 +77,9 @@ class StepInBackward:
             stepped_in_backward.pop(param, None)
         self._handles, self._params = [], []
         self._optimizer._stepping_in_backward.discard(self)
-        if not len(stepped_in_backward):
-            setattr(clip_grad, _CLIP, _clip)
+        for handles in _running.values():
+            if self in handles:
+                handles.remove(self)
 
     def __enter__(self) -> StepInBackward:
         return self
@@ -150,6 +158,7 @@ def step_in_backward(
         raise ValueError("model must have ordinary parameters, got DTensors: they reduce later")
     if any(flat.is_flat(param) for param in params):
         raise ValueError("model must not be flattened: flatten_ keeps all gradients in memory")
+    check_apart({f"params[{k}]": param for k, param in enumerate(params)})
     if any(param in stepped_in_backward for param in params):
         raise ValueError("model must not be stepped in backward twice: remove() the other first")
     running = StepInBackward(optimizer, params)

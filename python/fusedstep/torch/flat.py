@@ -15,9 +15,9 @@ from fusedstep.buffers import _Layout
 from fusedstep.torch.tensors import (
     DTYPES,
     allocate,
+    check_apart,
     dense_strides,
     is_dtensor,
-    overlap,
     state_dtype,
 )
 
@@ -75,7 +75,6 @@ def _same_place(tensor: torch.Tensor, view: torch.Tensor) -> bool:
 
 stepped_in_backward: Any = WeakTensorKeyDictionary()  # parameters, see backward.py
 _parts: Any = WeakTensorKeyDictionary()  # parameter -> (its part, its place there)
-_made = 0  # how many parts there have been, so that a list of them can be known to be old
 
 
 class Flat:
@@ -159,7 +158,6 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
         >>> model.weight.grad.data_ptr() == buffers.flat_grad.data_ptr()
         True
     """
-    global _made
     module = module_or_params if isinstance(module_or_params, torch.nn.Module) else None
     if isinstance(module_or_params, torch.Tensor) or not isinstance(
         module_or_params, torch.nn.Module | Iterable
@@ -189,7 +187,6 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
                 param.data = view
                 param.grad = grad.detach()  # an alias: `param.grad.data = ...` must not move ours
                 _parts[param] = part, k
-    _made += len(parts)
     if module is not None:
         module.zero_grad = types.MethodType(zero_grad, module)
     return Flat(parts)
@@ -200,7 +197,6 @@ def _check(params: dict[str, Any]) -> None:
         raise ValueError(
             "module_or_params must have a parameter that requires a gradient, got none"
         )
-    ranges = []
     seen: dict[int, str] = {}
     for name, param in params.items():
         label = f"module_or_params[{name}]"
@@ -215,28 +211,19 @@ def _check(params: dict[str, Any]) -> None:
         if param.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{label} must be {known}, got {param.dtype}")
+        if not param.requires_grad:
+            raise ValueError(f"{label} must require a gradient, got a frozen parameter")
         if param.grad is not None and param.grad.layout != torch.strided:
             raise ValueError(f"{label} must have a dense gradient, got {param.grad.layout}")
+        for dtype in (getattr(param, "grad_dtype", None), getattr(param.grad, "dtype", None)):
+            if dtype not in (None, param.dtype):
+                raise TypeError(f"{label} must have a gradient of {param.dtype}, got {dtype}")
         if param in stepped_in_backward:
             raise ValueError(f"{label} must keep its gradient, but step_in_backward frees it")
         if id(param) in seen:
             raise ValueError(f"{label} must be given once, got it as {seen[id(param)]} too")
         seen[id(param)] = name
-        if param.numel():
-            last = sum(
-                (size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True)
-            )
-            begin = param.data_ptr()
-            ranges.append((begin, begin + (last + 1) * param.itemsize, name))
-    ranges.sort()
-    for i, (_, end, name) in enumerate(ranges):
-        for begin, _, other in ranges[i + 1 :]:
-            if begin >= end:
-                break
-            if overlap(params[name], params[other]):
-                raise ValueError(
-                    f"module_or_params must not share memory, got {name} and {other} overlapping"
-                )
+    check_apart({f"module_or_params[{name}]": param for name, param in params.items()})
 
 
 def is_flat(param: torch.Tensor) -> bool:
@@ -277,49 +264,33 @@ def _levels_to_caller() -> int:
     return levels
 
 
-class Homes:
-    """The flat buffers that an optimizer's parameters live in."""
+def warn_of_broken(params: Iterable[torch.Tensor]) -> None:
+    """Warns, once for each buffer, if a parameter or gradient of it has left its view."""
+    if not len(_parts):
+        return
+    for part in {id(_parts[p][0]): _parts[p][0] for p in params if p in _parts}.values():
+        if not part.warned and (what := part.broken()):
+            part.warned = True
+            warnings.warn(
+                f"{what} left the flat buffer that flatten_ put it in; steps stay correct, but no"
+                " longer sweep one buffer: call flatten_ again, and zero gradients by the"
+                " optimizer's zero_grad",
+                stacklevel=_levels_to_caller(),
+            )
 
-    def __init__(self) -> None:
-        self._known: tuple[Any, ...] = ()
-        self._found: list[_Part] = []
 
-    def _current(self, groups: Iterable[dict[str, Any]]) -> list[_Part]:
-        params = [group["params"] for group in groups]
-        known = (_made, *map(len, params))
-        if known != self._known:
-            found = [_parts[p][0] for group in params for p in group if p in _parts]
-            self._found = list({id(part): part for part in found}.values())
-            self._known = known
-        return self._found
-
-    def check(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Warns, once for each buffer, if a parameter or gradient has left its view."""
-        if not len(_parts):
-            return
-        for part in self._current(groups):
-            if not part.warned and (what := part.broken()):
-                part.warned = True
-                warnings.warn(
-                    f"{what} left the flat buffer that flatten_ put it in; steps stay correct, but"
-                    " no longer sweep one buffer: call flatten_ again, and zero gradients by the"
-                    " optimizer's zero_grad",
-                    stacklevel=_levels_to_caller(),
-                )
-
-    @staticmethod
-    def states(
-        wanted: Iterable[tuple[torch.Tensor, Any, list[str]]], is_array: Callable[[str], bool]
-    ) -> dict[tuple[torch.Tensor, str], torch.Tensor]:
-        """New states for flat parameters, packed as they are, by parameter and name."""
-        together: dict[tuple[int, str], list[torch.Tensor]] = {}
-        if len(_parts):
-            for param, _, names in wanted:
-                if param in _parts:
-                    for name in filter(is_array, names):
-                        together.setdefault((id(_parts[param][0]), name), []).append(param)
-        result = {}
-        for (_, name), params in together.items():
-            for param, view in zip(params, _packed(params, state_dtype(params[0]))[1], strict=True):
-                result[param, name] = view
-        return result
+def packed_states(
+    wanted: Iterable[tuple[torch.Tensor, Any, list[str]]], is_array: Callable[[str], bool]
+) -> dict[tuple[torch.Tensor, str], torch.Tensor]:
+    """New states for flat parameters, packed as they are, by parameter and name."""
+    together: dict[tuple[int, str], list[torch.Tensor]] = {}
+    if len(_parts):
+        for param, _, names in wanted:
+            if param in _parts:
+                for name in filter(is_array, names):
+                    together.setdefault((id(_parts[param][0]), name), []).append(param)
+    result = {}
+    for (_, name), params in together.items():
+        for param, view in zip(params, _packed(params, state_dtype(params[0]))[1], strict=True):
+            result[param, name] = view
+    return result

@@ -14,7 +14,14 @@ from torch.optim import optimizer as torch_optimizer
 from fusedstep import _core
 from fusedstep import optimizers as neutral
 from fusedstep.torch import flat
-from fusedstep.torch.tensors import announce, as_dense, as_plain, new_state, overlap
+from fusedstep.torch.tensors import (
+    announce,
+    as_dense,
+    as_plain,
+    check_apart,
+    local,
+    new_state,
+)
 
 # How torch computes, not what. Accepted; the first two have no effect here.
 _FLAGS: dict[str, Any] = {
@@ -51,6 +58,7 @@ class Optimizer(torch.optim.Optimizer):
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where they are not the default
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
+    _begins_at_once: ClassVar[bool]  # states exist before the first step
     _stepping_in_backward: set[Any]
 
     # torch.amp.GradScaler then leaves loss scale and non-finite gradients to step().
@@ -64,17 +72,18 @@ class Optimizer(torch.optim.Optimizer):
             if name not in self._extra or value != self._extra[name]
         }
         super().__init__(params, {**self._spec._fixed, **given})
+        if self._begins_at_once:
+            helper = _Helper(self)
+            for params, native, group in self._current():
+                names = ["step", *self._spec._uses(native)]
+                helper._begin([(param, group, names) for param in params])
 
     def _reset(self) -> None:
         """Forgets what is derived from groups and states."""
-        self._table = self._new_table()
-        self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
-        self._homes = flat.Homes()
-        self.__dict__.setdefault("_stepping_in_backward", set())
-
-    def _new_table(self) -> _core.TensorTable:
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
-        return _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
+        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
+        self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
+        self.__dict__.setdefault("_stepping_in_backward", set())
 
     # -- hyperparameters ---------------------------------------------------------------------------
 
@@ -93,16 +102,18 @@ class Optimizer(torch.optim.Optimizer):
         """All groups as the table takes them; those that were edited are checked again."""
         rows = []
         for k, group in enumerate(self.param_groups):
+            # Tensors may be written to, and equal a number that they are not: read each time.
             values = tuple(map(group.get, self._read))
-            if k < len(self._seen):
+            fixed = all(map(_is_fixed, values))
+            if fixed and k < len(self._seen):
                 before, row = self._seen[k]
-                if _same(values, before) and row[0] is group["params"] and row[2] is group:
+                if values == before and row[0] is group["params"] and row[2] is group:
                     rows.append(row)
                     continue
             row = (group["params"], self._native(group), group)
             rows.append(row)
-            # Tensors may be written to: a group with one is read again each time.
-            self._seen[k:] = [(values if all(map(_is_fixed, values)) else None, row)]
+            self._seen[k:] = [(values if fixed else None, row)]
+        del self._seen[len(rows) :]
         return rows
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,13 +147,15 @@ class Optimizer(torch.optim.Optimizer):
                 device than can be stepped, or memory that overlaps; hyperparameters out of range.
             RuntimeError: the optimizer is stepping in another thread.
         """
-        if (
+        observed = (
             torch.autograd._profiler_enabled()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
-        ):
+        )
+        # A subclass's own step is wrapped by torch, and runs the hooks there.
+        if observed and type(self).step is Optimizer.step:
             return self._observed_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -160,9 +173,7 @@ class Optimizer(torch.optim.Optimizer):
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
-    def _update(
-        self, groups: list[_Row], table: _core.TensorTable | None = None, first: int = 0
-    ) -> None:
+    def _update(self, groups: list[_Row], first: int = 0) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
         found_inf = self.__dict__.get("found_inf")
         if found_inf is not None and self._stepping_in_backward:
@@ -174,28 +185,30 @@ class Optimizer(torch.optim.Optimizer):
         factor = 1.0 if scale is None else 1 / float(scale)
         helper = _Helper(self)
         try:
-            result = (table or self._table).step(groups, self.state, factor, first, helper)
-            helper.copy_back()
+            updated = self._table.step(groups, self.state, factor, first, helper)
         except BaseException:
             helper.undo()
             raise
-        updated, moved = result
+        helper.copy_back()
         announce(updated)
-        if moved and table is None:
-            self._homes.check(self.param_groups)
 
     def _place(self, param: torch.Tensor, guess: int | None) -> int | None:
         """The parameter's number, which `guess` mostly is; None for one of another optimizer."""
-        params = self._params()
-        if guess is not None and guess < len(params) and params[guess] is param:
-            return guess
-        return next((i for i, other in enumerate(params) if other is param), None)
+        first = 0
+        for group in self.param_groups:
+            params = group["params"]
+            if guess is not None and first <= guess < first + len(params):
+                if params[guess - first] is param:
+                    return guess
+                break
+            first += len(params)
+        return next((i for i, other in enumerate(self._params()) if other is param), None)
 
-    def _step_one(self, param: torch.Tensor, i: int, table: _core.TensorTable) -> None:
-        """Steps parameter i, whose counts `table` keeps."""
+    def _step_one(self, param: torch.Tensor, i: int) -> None:
+        """Steps parameter i."""
         rows = self._current()
         k = next(k for k in range(len(rows)) if i in self._indices(k))
-        self._update([([param], *rows[k][1:])], table, i)
+        self._update([([param], *rows[k][1:])], i)
 
     def _is_array(self, name: str) -> bool:
         return name in neutral._RULES[self._spec._rule][1]
@@ -284,6 +297,7 @@ class _Helper:
         self._optimizer = optimizer
         self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._apart = False
 
     def copy_back(self) -> None:
         """After the step: what was written to copies."""
@@ -294,11 +308,16 @@ class _Helper:
 
     def undo(self) -> None:
         """After a step that raised: takes away the states that were made for it."""
-        for param, entry in reversed(self._begun):
-            if entry is None:
+        for param, before in reversed(self._begun):
+            if before is None:
                 del self._optimizer.state[param]
             else:
-                self._optimizer.state[param] = entry
+                entry = self._optimizer.state[param]
+                entry.clear()
+                entry.update(before)
+
+    def _moved(self) -> None:
+        flat.warn_of_broken(self._optimizer._params())
 
     def _name(self, i: int) -> str:
         return self._optimizer._name(i)
@@ -311,19 +330,26 @@ class _Helper:
         return plain
 
     def _match(self, i: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        label = self._label(i, "params")
-        result = as_dense(tensors, label)
+        if not self._apart:  # the table sees the copies, not the memory that they stand in for
+            check_apart(self._written())
+            self._apart = True
+        result = as_dense(tensors)
         written = [0, *range(2, len(tensors))]  # all but the gradient
         changed = [(tensors[k], result[k]) for k in written if result[k] is not tensors[k]]
         self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
-        if result[0] is not tensors[0]:  # the table sees the copy, not the memory it stands in for
-            for j, other in enumerate(self._optimizer._params()):
-                if j != i and other.grad is not None and overlap(tensors[0], other):
-                    raise ValueError(
-                        f"{label} and {self._label(j, 'params')} must not share memory, got"
-                        " overlapping buffers"
-                    )
         return result
+
+    def _written(self) -> dict[str, torch.Tensor]:
+        """What the step may write to, by what errors call it."""
+        found = {}
+        for i, param in enumerate(self._optimizer._params()):
+            if param.grad is None:
+                continue
+            found[self._label(i, "params")] = param
+            for name, value in self._optimizer.state.get(param, {}).items():
+                if self._optimizer._is_array(name) and isinstance(value, torch.Tensor):
+                    found[self._label(i, name)] = value
+        return {label: local(tensor) for label, tensor in found.items()}
 
     def _label(self, i: int, kind: str) -> str:
         name = self._name(i)
@@ -333,11 +359,12 @@ class _Helper:
     @torch.no_grad()
     def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
         opt = self._optimizer
-        packed = opt._homes.states(wanted, opt._is_array)
+        packed = flat.packed_states(wanted, opt._is_array)
         for param, group, names in wanted:
-            before = opt.state.get(param)
-            self._begun.append((param, before))
-            entry = opt.state[param] = dict(before or {})
+            entry = opt.state.get(param)
+            self._begun.append((param, None if entry is None else dict(entry)))
+            if entry is None:
+                entry = opt.state[param] = {}
             hypers = {**opt._given, **group, "lr": float(_scalars(group["lr"]))}
             for name in names:
                 given = entry.get(name)
@@ -391,19 +418,14 @@ def _scalars(value: Any) -> Any:
     return tuple(map(_scalars, value)) if isinstance(value, tuple | list) else value
 
 
-def _same(values: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
-    """Whether hyperparameters are those of the last step."""
-    try:
-        return before is not None and bool(values == before)
-    except RuntimeError:  # a tensor of several elements, which compares to as many truth values
-        return False
+_FIXED = (float, int, bool, types.NoneType)
 
 
 def _is_fixed(value: Any) -> bool:
     """Whether a hyperparameter can change only by being replaced."""
-    if isinstance(value, tuple):
-        return all(map(_is_fixed, value))
-    return isinstance(value, float | int | types.NoneType)
+    if type(value) is tuple:
+        return all(type(half) in _FIXED for half in value)
+    return type(value) in _FIXED
 
 
 def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
@@ -447,6 +469,8 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
                 if n != "params" and n not in extra
             },
             "_extra": {n: p.default for n, p in extra.items()},
+            # torch.optim.Adagrad's, which cannot load a checkpoint without them.
+            "_begins_at_once": name == "Adagrad",
             "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_UNSUPPORTED])),
         },
     )
@@ -469,12 +493,22 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
             ),
             "foreach, fused: accepted, without effect.",
             "capturable, differentiable: must be False.",
+            "",
+        ]
+    )
+    raises = "\n        ".join(
+        [
+            "Raises:",
+            "TypeError: params is no iterable of tensors, or a hyperparameter not of its kind.",
+            "ValueError: a hyperparameter is outside its range, a parameter is given to two groups",
+            "    or is not a leaf or not on the CPU, or there is none.",
         ]
     )
     same = f"`torch.optim.{name}`" if has_peer else "an optimizer of `torch.optim`"
     return f"""{head}A drop-in for {same}; see `Optimizer` for what it takes.
 
     {args}
+    {raises}
 
     {before}Example:
         >>> import torch

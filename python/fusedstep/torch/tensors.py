@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,15 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, getattr(module, "DTensor", ()))
 
 
+def local(tensor: Any) -> torch.Tensor:
+    """A DTensor's shard on this rank; any other tensor as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        shard = tensor.to_local()
+    return shard.wait() if hasattr(shard, "wait") else shard  # for a collective under way
+
+
 def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """`tensor` as an ordinary CPU tensor, and whether that is a copy.
 
@@ -72,12 +81,15 @@ def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor
             f" {type(tensor).__name__}"
         )
     if is_dtensor(tensor):
-        with torch.no_grad():
-            if tensor.placements != param.placements:
+        placed = (tensor.device_mesh, tensor.placements), (param.device_mesh, param.placements)
+        if placed[0] != placed[1]:
+            if placed[0][0] != placed[1][0] or not label.startswith("grads"):
+                raise ValueError(
+                    f"{label} must be placed as its parameter, {placed[1]}, got {placed[0]}"
+                )
+            with torch.no_grad():
                 tensor = tensor.redistribute(placements=param.placements)
-            tensor = tensor.to_local()
-        if hasattr(tensor, "wait"):  # a collective that is still under way
-            tensor = tensor.wait()
+        tensor = local(tensor)
     if tensor.layout != torch.strided:
         raise ValueError(f"{label} must be dense, got layout {tensor.layout}")
     if tensor.device.type != "cpu":
@@ -96,39 +108,63 @@ def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor
     return resolved, resolved is not plain
 
 
+def _extent(tensor: torch.Tensor) -> int:
+    """How many elements of memory a tensor spans, from its first to its last."""
+    if tensor.numel() == 0:
+        return 0
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in dims)
+
+
 def _places(tensor: torch.Tensor) -> torch.Tensor:
     """The byte addresses of a tensor's elements, without repetition, in order."""
-    n = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() == 0:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    offsets = torch.arange(n, device="cpu").as_strided(tensor.shape, tensor.stride())
+    n = _extent(tensor)
+    shape, strides = (tensor.shape, tensor.stride()) if n else ((0,), (1,))
+    offsets = torch.arange(n, device="cpu").as_strided(shape, strides)
     return torch.unique(offsets) * tensor.itemsize + tensor.data_ptr()
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two CPU tensors share an element; interleaved ones of one size do not."""
-    spans = []
-    for tensor in (a, b):
-        dims = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((size - 1) * stride for size, stride in dims)
-        begin = tensor.data_ptr()
-        spans.append((begin, begin + (last + 1) * tensor.itemsize if tensor.numel() else begin))
-    if spans[0][1] <= spans[1][0] or spans[1][1] <= spans[0][0]:
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    if tensor.numel() < 2:
         return False
-    if a.itemsize != b.itemsize:
-        return True
-    return bool(torch.isin(_places(a), _places(b)).any())
+    reach = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] > 1):
+        if stride < reach:  # each dimension steps over all that the smaller ones span, or may not
+            return len(_places(tensor)) < tensor.numel()
+        reach += (size - 1) * stride
+    return False
 
 
-def as_dense(tensors: Sequence[torch.Tensor], label: str) -> list[torch.Tensor]:
+def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError if CPU tensors share an element with each other or within themselves."""
+    spans = []
+    for label, tensor in tensors.items():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+            continue  # said elsewhere
+        if _overlaps_itself(tensor):
+            raise ValueError(
+                f"{label} must have memory of its own for each element, got shape"
+                f" {tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+        begin = tensor.data_ptr()
+        spans.append((begin, begin + _extent(tensor) * tensor.itemsize, label))
+    spans.sort()
+    for i, (_, end, label) in enumerate(spans):
+        for begin, _, other in spans[i + 1 :]:
+            if begin >= end:
+                break
+            a, b = tensors[label], tensors[other]
+            if a.itemsize != b.itemsize or torch.isin(_places(a), _places(b)).any():
+                first, second = (name for name in tensors if name in (label, other))
+                raise ValueError(
+                    f"{first} and {second} must not share memory, got overlapping buffers"
+                )
+
+
+def as_dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, of one shape, where they are dense with the first one's strides, else copies."""
-    param = tensors[0]
-    if len(_places(param)) < param.numel():
-        raise ValueError(
-            f"{label} must have memory of its own for each element, got shape"
-            f" {tuple(param.shape)} with strides {param.stride()}"
-        )
-    strides = dense_strides(param)
+    strides = dense_strides(tensors[0])
     with torch.no_grad():
         return [
             tensor
