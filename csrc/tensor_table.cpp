@@ -86,11 +86,18 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
   return "state[" + name_of(a.i) + "]['" + name.cast<std::string>() + "']";
 }
 
-// Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies.
-void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view) {
+// Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies. A
+// real state that is the object it was, where it was, is not asked again whether it is lazy.
+void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
+                       Known* known) {
   if (reader_.read(tensor, view)) {
     trail_.pass_tensor(tensor, view);
-    if (!reader_.lazy(tensor, view)) return;
+    const bool same = known && known->object == view.shape && known->data == view.data;
+    if (same && view.reals == 1) return;
+    if (!reader_.lazy(tensor, view)) {
+      if (known) *known = {view.shape, view.data};
+      return;
+    }
   }
   py::object made = owner_.attr("_plain")(a.i, kind, tensor);
   if (!reader_.read(made, view)) {
@@ -169,7 +176,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     TensorView view;
     a.scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
-    look(a, scalars_[s], scalar, view);
+    look(a, scalars_[s], scalar, view, &counted_[a.i].known[s]);
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
@@ -181,7 +188,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   a.states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
     if (!a.states[s]) continue;
-    look(a, states_[s], a.states[s], views[s]);
+    look(a, states_[s], a.states[s], views[s], &counted_[a.i].known[kMaxCounts + s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }

@@ -75,10 +75,16 @@ class TensorTable {
  private:
   static constexpr size_t kMaxCounts = 1 + sizeof(Clock::carry) / sizeof(double);
 
+  // Where a state was that had no negation or conjugation pending: torch's object, and the memory.
+  struct Known {
+    const void *object = nullptr, *data = nullptr;
+  };
+
   // What the last step wrote to a parameter's scalars.
   struct Counted {
     std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
     Clock clock{};
+    std::array<Known, kMaxCounts + kMaxStates> known;  // the scalars, the states
   };
   struct Number {
     void* data;
@@ -106,7 +112,8 @@ class TensorTable {
   Entry find(const Active& a, pybind11::handle entry, unsigned uses) const;
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
-  void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view);
+  void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
+            Known* known = nullptr);
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;
   void write_clocks();
