@@ -957,6 +957,13 @@ def test_flatten_refuses_frozen_parameters_given_one_by_one():
     assert model.bias.grad is None
 
 
+def test_flatten_refuses_parameters_that_other_processes_see():
+    model = torch.nn.Linear(3, 2).share_memory()
+    with pytest.raises(ValueError, match=r"\[weight\] must not be in shared memory"):
+        ft.flatten_(model)
+    assert model.weight.is_shared()
+
+
 def test_flatten_refuses_gradients_of_another_dtype():
     model = torch.nn.Linear(3, 2)
     model.bias.grad_dtype = torch.bfloat16

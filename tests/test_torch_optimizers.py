@@ -1345,3 +1345,109 @@ def test_neutral_checkpoint_resumes_in_the_torch_class():
         opt.step()
         neutral.step([p.grad for p in params])
     assert_same_bits(params, arrays)
+
+
+def test_adamw_stays_adamw_with_the_checkpoint_of_adam():
+    params = parameters()
+    saved = ft.Adam(params, weight_decay=0.3).state_dict()
+    for opt in (ft.AdamW(params), torch.optim.AdamW(params)):
+        opt.load_state_dict(saved)
+        group = opt.param_groups[0]
+        assert (group["decoupled_weight_decay"], group["weight_decay"]) == (True, 0.3)
+
+
+def test_scaler_unscales_itself_where_fused_is_refused():
+    params = parameters()
+    assert ft.AdamW(params)._step_supports_amp_scaling
+    opt = ft.AdamW(params, fused=False)
+    assert not opt._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(sum(p.abs().sum() for p in params)).backward()
+    scaler.step(opt)
+    assert params[0].grad.abs().max() == 1
+    assert opt.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "hypers"),
+    [
+        ("SGD", {"nesterov": 1, "momentum": 0.9}),
+        ("Adam", {"amsgrad": 1}),
+        ("RMSprop", {"centered": 1}),
+    ],
+)
+def test_flags_may_be_0_and_1(name, hypers):
+    mine, theirs = parameters(), parameters()
+    opt = getattr(ft, name)(mine, lr=0.1, maximize=0, **hypers)
+    oracle = getattr(torch.optim, name)(theirs, lr=0.1, maximize=0, **hypers)
+    for step in range(3):
+        set_grads(step, mine, theirs)
+        opt.step()
+        oracle.step()
+    assert_close(mine, theirs)
+
+
+def test_nesterov_lives_through_a_momentum_cycled_to_zero():
+    mine, theirs = parameters(), parameters()
+    for params, module in ((mine, ft), (theirs, torch.optim)):
+        opt = module.SGD(params, lr=0.1, momentum=0.5, nesterov=True)
+        cycle = torch.optim.lr_scheduler.CyclicLR(
+            opt, 0.01, 0.1, step_size_up=2, base_momentum=0.0, max_momentum=0.5
+        )
+        for step in range(6):
+            set_grads(step, params)
+            opt.step()
+            cycle.step()
+    assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_integer_tensor_counts_steps(dtype):
+    params = parameters()
+    opt = ft.Adam(params)
+    train(opt, params, range(1))
+    opt.state[params[0]]["step"] = torch.tensor(5, dtype=dtype)
+    train(opt, params, range(2))
+    assert opt.state[params[0]]["step"] == 7
+    assert opt.state[params[1]]["step"] == 3
+
+
+def test_adagrad_has_its_states_from_the_start_and_can_share_them():
+    params = parameters()
+    opt = ft.Adagrad(params, initial_accumulator_value=0.5)
+    oracle = torch.optim.Adagrad(parameters(), initial_accumulator_value=0.5)
+    both = opt.state_dict()["state"].values(), oracle.state_dict()["state"].values()
+    for mine, theirs in zip(*both, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    opt.share_memory()
+    assert all(opt.state[p]["sum"].is_shared() for p in params)
+    train(opt, params, range(1))
+
+
+def test_shallow_copy_shares_the_state():
+    params = parameters()
+    opt = ft.Adam(params)
+    other = copy.copy(opt)
+    train(opt, params, range(1))
+    assert other.state is opt.state
+    assert other.state[params[0]]["step"] == 1
+
+
+def test_constructor_errors_name_the_class():
+    with pytest.raises(TypeError, match=r"AdamW\(\) got an unexpected keyword argument 'foo'"):
+        ft.AdamW(parameters(), foo=1)
+    with pytest.raises(TypeError, match=r"SGD\(\) missing a required argument: 'params'"):
+        ft.SGD()
+
+
+def test_load_names_the_state_that_does_not_fit():
+    params = parameters()
+    opt = ft.Adam(params)
+    train(opt, params, range(1))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1]["exp_avg"] = torch.ones(7)
+    with pytest.raises(
+        ValueError, match=r"\['state'\]\[1\]\['exp_avg'\] must have shape"
+    ):
+        opt.load_state_dict(saved)

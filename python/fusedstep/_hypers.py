@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_FLAG = "True or False"
+
 
 class Hyper(NamedTuple):
     """A hyperparameter's rule in words, its test, and its line in the docstrings."""
@@ -18,6 +20,11 @@ class Hyper(NamedTuple):
     rule: str
     accepts: Callable[[Any], bool]
     doc: str
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is True or False, not a number."""
+        return self.rule == _FLAG
 
 
 def _at_least_0(x: float) -> bool:
@@ -29,7 +36,7 @@ def _in_unit(x: float) -> bool:
 
 
 def _flag(doc: str) -> Hyper:
-    return Hyper("True or False", lambda x: isinstance(x, bool), doc)
+    return Hyper(_FLAG, lambda x: isinstance(x, bool), doc)
 
 
 def _any(doc: str) -> Hyper:
@@ -99,7 +106,7 @@ def check(name: str, value: Any, hyper: Hyper) -> Any:
         if name == "etas" and not 0 < pair[0] < 1 < pair[1]:
             raise ValueError(f"etas must be {hyper.rule[3:]}, got {value!r}")
         return pair
-    if hyper.rule == "True or False":
+    if hyper.is_flag:
         if isinstance(value, np.bool_):
             return bool(value)
         if not hyper.accepts(value):

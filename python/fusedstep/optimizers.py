@@ -203,7 +203,6 @@ class Optimizer:
     @classmethod
     def _native(cls, hypers: Mapping[str, Any]) -> list[float]:
         """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
-        cls._check_together(hypers)
         values = flatten({**cls._fixed, **hypers})
         if callable(values["lr"]):
             values["lr"] = 0.0  # each step puts the rate in its place
@@ -286,6 +285,8 @@ class Optimizer:
         edited = [group for group in self._groups if group._native is None]
         if not edited:
             return
+        for group in edited:
+            self._check_together(group)
         natives = [self._native(group._hypers) for group in edited]
         wanted = [
             (state, i)
@@ -488,6 +489,8 @@ class Optimizer:
         for saved in state_dict["state"]:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
+        for values in hypers:
+            self._check_together(values)
         natives = [self._native(values) for values in hypers]
         uses = [self._uses(native) for native in natives]
         staged = {

@@ -131,7 +131,8 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     parameter that was frozen meanwhile it drops the gradient.
 
     If something later moves a parameter or a gradient out of its view (`.to`, `p.data = ...`,
-    another object's `zero_grad`), steps stay correct and `step` warns once.
+    another object's `zero_grad`, DistributedDataParallel with `gradient_as_bucket_view`), steps
+    stay correct and `step` warns once. `flat_grad` is then not all that is to be reduced.
 
     Args:
         module_or_params: a module, whose parameters that require a gradient are taken, or an
@@ -208,6 +209,8 @@ def _check(params: dict[str, Any]) -> None:
             raise ValueError(
                 f"{label} must be dense and on the CPU, got {param.layout} on {param.device}"
             )
+        if param.is_shared():
+            raise ValueError(f"{label} must not be in shared memory, which it would leave")
         if param.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{label} must be {known}, got {param.dtype}")

@@ -13,6 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
+from fusedstep._hypers import HYPERS
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
@@ -61,9 +62,6 @@ class Optimizer(torch.optim.Optimizer):
     _begins_at_once: ClassVar[bool]  # states exist before the first step
     _stepping_in_backward: set[Any]
 
-    # torch.amp.GradScaler then leaves loss scale and non-finite gradients to step().
-    _step_supports_amp_scaling = True
-
     def __init__(self, params: Any, **hypers: Any) -> None:
         self._reset()
         given = {
@@ -85,18 +83,23 @@ class Optimizer(torch.optim.Optimizer):
         self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
         self.__dict__.setdefault("_stepping_in_backward", set())
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler, which then leaves scale and non-finite gradients to step.
+
+        As in torch not with `fused=False`: a trainer that clips needs gradients unscaled before.
+        """
+        return all(group.get("fused") is not False for group in self.param_groups)
+
     # -- hyperparameters ---------------------------------------------------------------------------
 
-    def _native(self, group: Mapping[str, Any]) -> list[float]:
-        """A group as the rule reads it; TypeError or ValueError for one that is wrong."""
+    def _checked(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group's hyperparameters; TypeError or ValueError for one that is wrong."""
         for flag in _UNSUPPORTED:
             if group.get(flag):
                 raise ValueError(f"{flag} must be False, got {group[flag]!r}: not supported")
         known = {**self._extra, **self._spec._fixed, **self._given, **group}
-        hypers = {
-            n: self._spec._check(n, _scalars(known[n])) for n in self._read if n not in _FLAGS
-        }
-        return self._spec._native(hypers)
+        return {n: self._spec._check(n, _plain(known[n], n)) for n in self._read if n not in _FLAGS}
 
     def _current(self) -> list[_Row]:
         """All groups as the table takes them; those that were edited are checked again."""
@@ -110,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
                 if values == before and row[0] is group["params"] and row[2] is group:
                     rows.append(row)
                     continue
-            row = (group["params"], self._native(group), group)
+            row = (group["params"], self._spec._native(self._checked(group)), group)
             rows.append(row)
             self._seen[k:] = [(values if fixed else None, row)]
         del self._seen[len(rows) :]
@@ -119,7 +122,8 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch's; checks its hyperparameters first."""
         if isinstance(param_group, dict):
-            self._native({**self.defaults, **param_group})
+            # As in torch only here: a scheduler may cycle a momentum down to 0.
+            self._spec._check_together(self._checked({**self.defaults, **param_group}))
         before = len(getattr(self, "param_groups", ()))
         super().add_param_group(param_group)
         try:
@@ -228,6 +232,13 @@ class Optimizer(torch.optim.Optimizer):
                 return str(group["param_names"][i - self._indices(k).start])
         return str(i)
 
+    def share_memory(self) -> None:
+        """Moves the states to shared memory, as `torch.optim.Adagrad` can, for other processes."""
+        for entry in self.state.values():
+            for value in entry.values():
+                if isinstance(value, torch.Tensor):
+                    value.share_memory_()
+
     # -- gradients and checkpoints -----------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -255,7 +266,8 @@ class Optimizer(torch.optim.Optimizer):
         before = self.__dict__.get("param_groups", [])
         for k, group in enumerate(state["param_groups"]):
             known = before[k] if k < len(before) else {}
-            for name, default in {**self._spec._fixed, **self._given}.items():
+            group.update(self._spec._fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
+            for name, default in self._given.items():
                 group.setdefault(name, known.get(name, default))
             for name in self._extra:
                 if name in known:
@@ -263,13 +275,15 @@ class Optimizer(torch.optim.Optimizer):
             for flag in _UNSUPPORTED:  # how to compute, which is not the checkpoint's to say
                 if flag in group:
                     group[flag] = known.get(flag, False)
-            self._native(group)
-        entries: defaultdict[Any, Any] = defaultdict(dict)
-        for key, entry in state["state"].items():
-            if isinstance(entry, dict):
-                entry = {name: self._taken(key, name, value) for name, value in entry.items()}
-            entries[key] = entry
-        super().__setstate__({**state, "state": entries})
+            self._checked(group)
+        if "defaults" not in state:  # from load_state_dict, not from a copy or a pickle
+            entries: defaultdict[Any, Any] = defaultdict(dict)
+            for key, entry in state["state"].items():
+                if isinstance(entry, dict):
+                    entry = {name: self._taken(key, name, value) for name, value in entry.items()}
+                entries[key] = entry
+            state = {**state, "state": entries}
+        super().__setstate__(state)
         self._reset()
 
     @torch.no_grad()
@@ -283,9 +297,9 @@ class Optimizer(torch.optim.Optimizer):
         if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
             return tensor
         if tensor.shape != param.shape:
+            label = f"state_dict['state'][{self._place(param, None)}]['{name}']"
             raise ValueError(
-                f"state_dict's {name!r} must have its parameter's shape {tuple(param.shape)},"
-                f" got {tuple(tensor.shape)}"
+                f"{label} must have shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
             )
         return new_state(param).copy_(tensor)
 
@@ -323,8 +337,12 @@ class _Helper:
         return self._optimizer._name(i)
 
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        label = self._label(i, kind)
-        plain, copied = as_plain(tensor, label, self._optimizer._params()[i])
+        label, param = self._label(i, kind), self._optimizer._params()[i]
+        if kind == "step" and tensor.numel() == 1 and not tensor.is_floating_point():
+            entry = self._optimizer.state[param]  # an integer count, as torch takes it too
+            entry[kind] = _scalar(tensor, 0.0)
+            return entry[kind]
+        plain, copied = as_plain(tensor, label, param)
         if copied and kind != "grads":
             self._stand_ins.append((tensor, plain))
         return plain
@@ -365,7 +383,7 @@ class _Helper:
             self._begun.append((param, None if entry is None else dict(entry)))
             if entry is None:
                 entry = opt.state[param] = {}
-            hypers = {**opt._given, **group, "lr": float(_scalars(group["lr"]))}
+            hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
             for name in names:
                 given = entry.get(name)
                 if isinstance(given, torch.Tensor):  # a parameter that its group has twice
@@ -411,11 +429,13 @@ def _scalar(value: Any, default: float) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.float64 if double else torch.float32, device="cpu")
 
 
-def _scalars(value: Any) -> Any:
-    """Tensors of one element, which torch takes as hyperparameters, as 0-d ones."""
+def _plain(value: Any, name: str) -> Any:
+    """What torch takes beside numbers: tensors of one element, and 0 and 1 for a flag."""
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(()) if value.numel() == 1 else value
-    return tuple(map(_scalars, value)) if isinstance(value, tuple | list) else value
+    if isinstance(value, tuple | list):
+        return tuple(_plain(half, name) for half in value)
+    return bool(value) if type(value) is int and HYPERS[name].is_flag else value
 
 
 _FIXED = (float, int, bool, types.NoneType)
@@ -444,7 +464,10 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     )
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
         bound.apply_defaults()
         Optimizer.__init__(self, **bound.arguments)
 
