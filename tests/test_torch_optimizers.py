@@ -1447,7 +1447,5 @@ def test_load_names_the_state_that_does_not_fit():
     train(opt, params, range(1))
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][1]["exp_avg"] = torch.ones(7)
-    with pytest.raises(
-        ValueError, match=r"\['state'\]\[1\]\['exp_avg'\] must have shape"
-    ):
+    with pytest.raises(ValueError, match=r"\['state'\]\[1\]\['exp_avg'\] must have shape"):
         opt.load_state_dict(saved)
