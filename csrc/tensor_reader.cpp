@@ -133,6 +133,7 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
   view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
   view.held = shape;
   view.held.insert(view.held.end(), strides.begin(), strides.end());
+  view.held.push_back(0);  // never empty: a copy's address says nothing of the tensor
   view.ndim = static_cast<int>(shape.size());
   view.shape = view.held.data();
   view.strides = view.held.data() + view.ndim;

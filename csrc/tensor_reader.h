@@ -18,7 +18,7 @@ struct TensorView {
   int ndim;
   const int64_t *shape, *strides;  // the tensor's own, alive while nobody changes it
   int64_t n;                       // real numbers
-  std::vector<int64_t> held;       // where shape and strides had to be copied
+  std::vector<int64_t> held;       // what they are where they had to be copied, else empty
 };
 
 bool same_shape(const TensorView& a, const TensorView& b);

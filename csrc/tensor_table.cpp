@@ -92,7 +92,9 @@ void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
                        Known* known) {
   if (reader_.read(tensor, view)) {
     trail_.pass_tensor(tensor, view);
-    const bool same = known && known->object == view.shape && known->data == view.data;
+    const bool own =
+        view.held.empty();  // the shape lies in torch's object, and tells it from others
+    const bool same = known && own && known->object == view.shape && known->data == view.data;
     if (same && view.reals == 1) return;
     if (!reader_.lazy(tensor, view)) {
       if (known) *known = {view.shape, view.data};

@@ -99,6 +99,8 @@ def measure(
 ) -> list[Row]:
     """Measures drop-in optimizers on float32 models, plain and flattened, against torch's.
 
+    Gradients are there before the step and stay where they are, for all contenders.
+
     Args:
         names: of `bench.OPTIMIZERS`.
         models: of `MODELS`.
@@ -106,6 +108,9 @@ def measure(
         isa: the instruction set of ours.
         rounds: timings of each contender.
         progress: called with a label before each row.
+
+    Returns:
+        A row for each optimizer on each model.
 
     Raises:
         ValueError: an unknown name, or a count below 1.
