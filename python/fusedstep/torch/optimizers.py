@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -105,17 +106,17 @@ class Optimizer(torch.optim.Optimizer):
         """All groups as the table takes them; those that were edited are checked again."""
         rows = []
         for k, group in enumerate(self.param_groups):
-            # Tensors may be written to, and equal a number that they are not: read each time.
             values = tuple(map(group.get, self._read))
-            fixed = all(map(_is_fixed, values))
-            if fixed and k < len(self._seen):
+            if k < len(self._seen):
                 before, row = self._seen[k]
-                if values == before and row[0] is group["params"] and row[2] is group:
+                same = row[0] is group["params"] and row[2] is group
+                if same and before and all(map(operator.is_, values, before)):
                     rows.append(row)
                     continue
             row = (group["params"], self._spec._native(self._checked(group)), group)
             rows.append(row)
-            self._seen[k:] = [(values if fixed else None, row)]
+            # Tensors and lists may be written to: a group with one is read each time.
+            self._seen[k:] = [(values if all(map(_is_fixed, values)) else None, row)]
         del self._seen[len(rows) :]
         return rows
 
