@@ -81,6 +81,7 @@ class Optimizer(torch.optim.Optimizer):
         """Forgets what is derived from groups and states."""
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
         self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
+        self._accepted: dict[str, tuple[Any, Any]] = {}
         self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
         self.__dict__.setdefault("_stepping_in_backward", set())
 
@@ -100,7 +101,16 @@ class Optimizer(torch.optim.Optimizer):
             if group.get(flag):
                 raise ValueError(f"{flag} must be False, got {group[flag]!r}: not supported")
         known = {**self._extra, **self._spec._fixed, **self._given, **group}
-        return {n: self._spec._check(n, _plain(known[n], n)) for n in self._read if n not in _FLAGS}
+        return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
+
+    def _check(self, name: str, value: Any) -> Any:
+        """One hyperparameter, checked unless it is the object that was accepted last."""
+        last, checked = self._accepted.get(name, (None, None))
+        if value is not last or value is None:
+            checked = self._spec._check(name, _plain(value, name))
+            if _is_fixed(value):
+                self._accepted[name] = value, checked
+        return checked
 
     def _current(self) -> list[_Row]:
         """All groups as the table takes them; those that were edited are checked again."""
