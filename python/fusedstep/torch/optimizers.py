@@ -81,7 +81,6 @@ class Optimizer(torch.optim.Optimizer):
         """Forgets what is derived from groups and states."""
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
         self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
-        self._accepted: dict[str, tuple[Any, Any]] = {}
         self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
         self.__dict__.setdefault("_stepping_in_backward", set())
 
@@ -105,11 +104,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, name: str, value: Any) -> Any:
         """One hyperparameter, checked unless it is the object that was accepted last."""
-        last, checked = self._accepted.get(name, (None, None))
+        accepted = self.__dict__.setdefault("_accepted", {})
+        last, checked = accepted.get(name, (None, None))
         if value is not last or value is None:
             checked = self._spec._check(name, _plain(value, name))
             if _is_fixed(value):
-                self._accepted[name] = value, checked
+                accepted[name] = value, checked
         return checked
 
     def _current(self) -> list[_Row]:
