@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusedstep.buffers import _Layout
 from fusedstep.torch.tensors import (
@@ -39,28 +40,53 @@ class _Part:
     """The parameters of one dtype, their buffers, and the view that each was given."""
 
     def __init__(self, params: list[torch.Tensor]) -> None:
-        self.params = [TensorWeakRef(param) for param in params]
+        self.params = [weakref.ref(param) for param in params]
+        self.places = {id(param): k for k, param in enumerate(params)}
         self.flat, self.views = _packed(params, params[0].dtype)
         self.flat_grad, self.grads = _packed(params, params[0].dtype)
+        # What parameters get as their gradients: `param.grad.data = ...` must not move our own.
+        self.given = [grad.detach() for grad in self.grads]
+        self.addresses = [grad.data_ptr() for grad in self.grads]
         self.warned = False
 
-    def live(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Parameters that still exist, with their views and gradients' views."""
-        return [
-            (param, view, grad)
-            for ref, view, grad in zip(self.params, self.views, self.grads, strict=True)
-            if (param := ref()) is not None
-        ]
+    def place(self, param: torch.Tensor) -> int | None:
+        """The parameter's place here, if it has one."""
+        k = self.places.get(id(param))
+        return k if k is not None and self.params[k]() is param else None
 
     def broken(self) -> str | None:
         """What has left its view, if anything."""
-        for k, (param, view, grad) in enumerate(self.live()):
+        for k, ref in enumerate(self.params):
+            if (param := ref()) is None or self.place(param) is None:
+                continue
             shape = tuple(param.shape)
-            if not _same_place(param, view):
+            if not _same_place(param, self.views[k]):
                 return f"parameter {k}, of shape {shape}, has"
-            if param.grad is not None and not _same_place(param.grad, grad):
+            if param.grad is not None and not _same_place(param.grad, self.grads[k]):
                 return f"the gradient of parameter {k}, of shape {shape}, has"
         return None
+
+    def restore(self, params: Iterable[torch.Tensor]) -> int:
+        """Zeroes their gradients here, put back if need be; returns how many there are."""
+        places = []
+        for param in params:
+            k = self.place(param)
+            if k is None:
+                continue
+            given = self.given[k]
+            if param.grad is not given or given.data_ptr() != self.addresses[k]:
+                if not _same_place(param, self.views[k]):
+                    continue
+                self.given[k] = param.grad = self.grads[k].detach()
+            if not param.requires_grad:
+                param.grad = None
+            places.append(k)
+        if len(places) == len(self.places):
+            self.flat_grad.zero_()
+        else:
+            for k in places:
+                self.grads[k].zero_()
+        return len(places)
 
 
 def _same_place(tensor: torch.Tensor, view: torch.Tensor) -> bool:
@@ -74,7 +100,8 @@ def _same_place(tensor: torch.Tensor, view: torch.Tensor) -> bool:
 
 
 stepped_in_backward: Any = WeakTensorKeyDictionary()  # parameters, see backward.py
-_parts: Any = WeakTensorKeyDictionary()  # parameter -> (its part, its place there)
+_parts: Any = WeakTensorKeyDictionary()  # the part of each parameter, which lives as long
+_all: weakref.WeakSet[_Part] = weakref.WeakSet()
 
 
 class Flat:
@@ -176,18 +203,22 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     for param in params.values():
         by_dtype.setdefault(param.dtype, []).append(param)
 
-    parts = {
-        dtype: _Part(found) for dtype, found in by_dtype.items()
-    }  # all memory there is need of
+    # All the memory that there is need of, before anything changes.
+    parts = {dtype: _Part(found) for dtype, found in by_dtype.items()}
     with torch.no_grad():
         for part in parts.values():
-            for k, (param, view, grad) in enumerate(part.live()):
+            _all.add(part)
+            for param, view, grad in zip(
+                by_dtype[part.flat.dtype], part.views, part.given, strict=True
+            ):
                 view.copy_(param)
                 if param.grad is not None:
                     grad.copy_(param.grad)
                 param.data = view
-                param.grad = grad.detach()  # an alias: `param.grad.data = ...` must not move ours
-                _parts[param] = part, k
+                param.grad = grad
+                if param in _parts:  # a part that it leaves
+                    _parts[param].places.pop(id(param), None)
+                _parts[param] = part
     if module is not None:
         module.zero_grad = types.MethodType(zero_grad, module)
     return Flat(parts)
@@ -230,33 +261,23 @@ def _check(params: dict[str, Any]) -> None:
 
 
 def is_flat(param: torch.Tensor) -> bool:
-    """Whether flatten_ placed the parameter's gradient and it is still there."""
-    return param in _parts and _same_place(param, _parts[param][0].views[_parts[param][1]])
+    """Whether flatten_ placed the parameter and it is still there."""
+    part = _parts.get(param)
+    return part is not None and _same_place(param, part.views[part.places[id(param)]])
 
 
-def restore(params: Iterable[torch.Tensor]) -> None:
-    """Zeroes the flat gradients of the parameters that still are views, and puts them back."""
-    if not len(_parts):
-        return
+def restore(params: Sequence[torch.Tensor]) -> int:
+    """Zeroes the flat gradients of parameters that still are views; returns how many there are."""
     with torch.no_grad():
-        wanted: dict[int, tuple[_Part, set[int]]] = {}
-        for param in params:
-            if is_flat(param):
-                part, k = _parts[param]
-                wanted.setdefault(id(part), (part, set()))[1].add(k)
-                param.grad = part.grads[k].detach() if param.requires_grad else None
-        for part, places in wanted.values():
-            if len(places) == len(part.params):
-                part.flat_grad.zero_()
-            else:
-                for k in places:
-                    part.grads[k].zero_()
+        return sum(part.restore(params) for part in _all)
 
 
 def zero_grad(self: torch.nn.Module, set_to_none: bool = True) -> None:
     """Zeroes the flat gradients, which stay; `Module.zero_grad` for the others."""
-    type(self).zero_grad(self, set_to_none)
-    restore(self.parameters())
+    params = list(self.parameters())
+    if restore(params) < len(params):
+        type(self).zero_grad(self, set_to_none)
+        restore(params)
 
 
 def _levels_to_caller() -> int:
@@ -267,12 +288,10 @@ def _levels_to_caller() -> int:
     return levels
 
 
-def warn_of_broken(params: Iterable[torch.Tensor]) -> None:
+def warn_of_broken(params: Sequence[torch.Tensor]) -> None:
     """Warns, once for each buffer, if a parameter or gradient of it has left its view."""
-    if not len(_parts):
-        return
-    for part in {id(_parts[p][0]): _parts[p][0] for p in params if p in _parts}.values():
-        if not part.warned and (what := part.broken()):
+    for part in [part for part in _all if not part.warned]:
+        if any(part.place(param) is not None for param in params) and (what := part.broken()):
             part.warned = True
             warnings.warn(
                 f"{what} left the flat buffer that flatten_ put it in; steps stay correct, but no"
@@ -291,7 +310,7 @@ def packed_states(
         for param, _, names in wanted:
             if param in _parts:
                 for name in filter(is_array, names):
-                    together.setdefault((id(_parts[param][0]), name), []).append(param)
+                    together.setdefault((id(_parts[param]), name), []).append(param)
     result = {}
     for (_, name), params in together.items():
         for param, view in zip(params, _packed(params, state_dtype(params[0]))[1], strict=True):

@@ -254,8 +254,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or zeroes them; those that `flatten_` placed are always zeroed."""
-        super().zero_grad(set_to_none)
-        flat.restore(self._params())
+        params = self._params()
+        if flat.restore(params) < len(params):
+            super().zero_grad(set_to_none)
+            flat.restore(params)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and groups of `state_dict`, ours or `torch.optim`'s.
