@@ -64,6 +64,12 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("power", py::overload_cast<double, int64_t>(power), py::arg("base"), py::arg("n"));
   m.def("power", py::overload_cast<double, double>(power), py::arg("base"), py::arg("y"));
+  m.def("power", py::vectorize(py::overload_cast<double, double>(power)), py::arg("base"),
+        py::arg("y"));
+  m.def("power", py::vectorize(py::overload_cast<double, int64_t>(power)), py::arg("base"),
+        py::arg("n"));
+  m.def("cospi", cospi, py::arg("x"));
+  m.def("cospi", py::vectorize(cospi), py::arg("x"));
 
   m.def("rules", [] {
     py::dict all;

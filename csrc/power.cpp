@@ -1,5 +1,5 @@
-// base^n and base^y in twice double's precision, rounded once. The C library's pow differs in the
-// last bit between versions and instruction sets, and 1 - beta^t magnifies that bit.
+// base^n, base^y and cos(pi*x) in twice double's precision, rounded once. The C library's pow and cos
+// differ in the last bit between versions and instruction sets, and 1 - beta^t magnifies that bit.
 #include "rules/power.h"
 
 #include <cmath>
@@ -40,6 +40,7 @@ Pair operator/(Pair a, Pair b) {
   return fast_two_sum(q, (rest.hi + rest.lo) / b.hi);
 }
 
+constexpr Pair kPi = {0x1.921fb54442d18p+1, 0x1.1a62633145c07p-53};
 constexpr Pair kLog2 = {0x1.62e42fefa39efp-1, 0x1.abc9e3b39803fp-56};
 
 // log(x) for finite x > 0, by the series of atanh((m-1)/(m+1)) with m in [sqrt(1/2), sqrt(2)).
@@ -83,6 +84,21 @@ double power(double base, double y) {
   if (!(base > 0) || !std::isfinite(base) || !std::isfinite(y)) return std::pow(base, y);
   const Pair product = log(base) * Pair{y, 0};
   return exp(product);
+}
+
+double cospi(double x) {
+  if (!std::isfinite(x)) return std::numeric_limits<double>::quiet_NaN();
+  double r = std::fmod(std::fabs(x), 2);  // in [0, 2); each of the folds below is exact
+  if (r > 1) r = 2 - r;
+  const bool negative = r > 0.5;
+  if (negative) r = 1 - r;
+  if (r == 0.5) return 0;
+  const Pair angle = Pair{r, 0} * kPi, square = angle * angle;
+  Pair sum = {1, 0};  // the Taylor series, whose last term is below 2^-106
+  for (int k = 36; k >= 2; k -= 2) {
+    sum = sum * square / Pair{-static_cast<double>(k * (k - 1)), 0} + Pair{1, 0};
+  }
+  return negative ? -sum.hi : sum.hi;
 }
 
 }  // namespace fusedstep
