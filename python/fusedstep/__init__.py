@@ -1,5 +1,6 @@
 """Optimizer updates for large flat parameter buffers: one SIMD sweep over memory per step."""
 
+from fusedstep import schedules
 from fusedstep._runtime import (
     huge_pages,
     info,
@@ -54,6 +55,7 @@ __all__ = [
     "info",
     "isa",
     "num_threads",
+    "schedules",
     "set_huge_pages",
     "set_isa",
     "set_num_threads",
