@@ -20,6 +20,7 @@ class Hyper(NamedTuple):
     rule: str
     accepts: Callable[[Any], bool]
     doc: str
+    scheduled: bool = False  # whether a callable of the step may stand for the number
 
     @property
     def is_flag(self) -> bool:
@@ -45,13 +46,13 @@ def _any(doc: str) -> Hyper:
 
 # The ranges are torch.optim's; what torch leaves open must still be a finite number.
 HYPERS: dict[str, Hyper] = {
-    "lr": Hyper(">= 0", _at_least_0, "learning rate, or a callable of the step, from 0"),
-    "betas": Hyper("in [0, 1)", _in_unit, "decay rates of the two moving averages"),
+    "lr": Hyper(">= 0", _at_least_0, "learning rate", scheduled=True),
+    "betas": Hyper("in [0, 1)", _in_unit, "decay rates of the two moving averages", scheduled=True),
     "eps": Hyper(">= 0", _at_least_0, "added to the denominator"),
     "weight_decay": Hyper(
-        ">= 0", _at_least_0, "weight decay, `g + weight_decay*p` unless decoupled"
+        ">= 0", _at_least_0, "weight decay, `g + weight_decay*p` unless decoupled", scheduled=True
     ),
-    "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu"),
+    "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu", scheduled=True),
     "dampening": _any("share tau of each new gradient kept out of the momentum buffer"),
     "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),
     "lr_decay": Hyper(">= 0", _at_least_0, "lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
@@ -95,14 +96,24 @@ def _number(name: str, value: Any, hyper: Hyper) -> float:
     return number
 
 
-def check(name: str, value: Any, hyper: Hyper) -> Any:
-    """`value` as a float, a pair of floats or a bool; TypeError or ValueError if it is neither."""
+def _half(name: str, value: Any, hyper: Hyper, schedules: bool) -> Any:
+    return value if schedules and callable(value) else _number(name, value, hyper)
+
+
+def check(name: str, value: Any, hyper: Hyper, schedules: bool = False) -> Any:
+    """`value` as a float, a pair of floats or a bool; TypeError or ValueError if it is neither.
+
+    With `schedules` a callable may stand for a number where the hyperparameter takes one.
+    """
+    schedules = schedules and hyper.scheduled
     if name in PAIRS:
         try:
             first, second = value
         except (TypeError, ValueError):
             raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
-        pair = _number(f"{name}[0]", first, hyper), _number(f"{name}[1]", second, hyper)
+        pair = tuple(
+            _half(f"{name}[{i}]", half, hyper, schedules) for i, half in enumerate((first, second))
+        )
         if name == "etas" and not 0 < pair[0] < 1 < pair[1]:
             raise ValueError(f"etas must be {hyper.rule[3:]}, got {value!r}")
         return pair
@@ -112,7 +123,26 @@ def check(name: str, value: Any, hyper: Hyper) -> Any:
         if not hyper.accepts(value):
             raise TypeError(f"{name} must be {hyper.rule}, got {value!r}")
         return value
-    return _number(name, value, hyper)
+    return _half(name, value, hyper, schedules)
+
+
+def is_scheduled(value: Any) -> bool:
+    """Whether a hyperparameter, or half of it, is a callable of the step."""
+    return callable(value) or (isinstance(value, tuple) and any(map(callable, value)))
+
+
+def at_step(value: Any, t: int) -> Any:
+    """A hyperparameter with what its schedules return for step `t` in their place."""
+    if isinstance(value, tuple):
+        return tuple(at_step(half, t) for half in value)
+    return value(t) if callable(value) else value
+
+
+def kept_schedules(current: Any, loaded: Any) -> Any:
+    """`loaded`, except where `current` is a schedule."""
+    if isinstance(current, tuple) and isinstance(loaded, tuple | list) and len(loaded) == 2:
+        return tuple(map(kept_schedules, current, loaded))
+    return current if callable(current) else loaded
 
 
 def flatten(hypers: Mapping[str, Any]) -> dict[str, Any]:

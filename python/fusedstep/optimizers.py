@@ -9,16 +9,27 @@ import fnmatch
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
 from fusedstep import _core
-from fusedstep._hypers import HYPERS, Hyper, check, flatten
+from fusedstep._hypers import (
+    HYPERS,
+    PAIRS,
+    Hyper,
+    at_step,
+    check,
+    flatten,
+    is_scheduled,
+    kept_schedules,
+)
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
 
-# A number, 0-d arrays and tensors included, or a schedule.
+# A number, 0-d arrays and tensors included, or a schedule: a callable of the step, from 0.
 Rate = SupportsFloat | Callable[[int], SupportsFloat]
+Betas = tuple[Rate, Rate]
 Pair = tuple[float, float]
 Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
 Grads = Any  # as Params, with None for a tensor that sits the step out
@@ -91,12 +102,15 @@ class ParamGroup(MutableMapping[str, Any]):
         self._owner = owner
         self._params = params
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
-        self._native: list[float] | None = None
+        self._edited()
 
     def _check(self, name: str, value: Any) -> Any:
-        if name == "lr" and callable(value):
-            return value
-        return self._owner._check(name, value)
+        return self._owner._check(name, value, schedules=True)
+
+    def _edited(self) -> None:
+        self._native: list[float] | None = None
+        # A rate of its own in each step is cheap; any other schedule may call for other states.
+        self._follows = any(is_scheduled(v) for n, v in self._hypers.items() if n != "lr")
 
     def __getitem__(self, name: str) -> Any:
         return list(self._params) if name == "params" else self._hypers[name]
@@ -106,7 +120,7 @@ class ParamGroup(MutableMapping[str, Any]):
             known = ", ".join(self._hypers)
             raise ValueError(f"hyperparameter must be one of {known}, got {name!r}")
         self._hypers[name] = self._check(name, value)
-        self._native = None
+        self._edited()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{name} must stay: a group keeps all its hyperparameters")
@@ -164,7 +178,7 @@ class Optimizer:
         """Completes the class's docstring from the one table of hyperparameters."""
         args = [
             "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
-            *cls._argument_docs(inspect.signature(cls.__init__)),
+            *cls._argument_docs(inspect.signature(cls.__init__), schedules=True),
             "groups: `Group`s of parameters with hyperparameters of their own.",
         ]
         raises = [
@@ -180,21 +194,23 @@ class Optimizer:
     # -- a class's rule and hyperparameters, which fusedstep.torch's classes share ----------------
 
     @classmethod
-    def _argument_docs(cls, signature: inspect.Signature) -> list[str]:
+    def _argument_docs(cls, signature: inspect.Signature, schedules: bool) -> list[str]:
         """A docstring line for each hyperparameter of a constructor."""
         lines = []
         for name, parameter in signature.parameters.items():
             if name in cls._hyper_table:
-                rule, _, doc = cls._hyper_table[name]
+                hyper = cls._hyper_table[name]
+                doc = hyper.doc
                 if name == "weight_decay" and cls._fixed.get("decoupled_weight_decay"):
                     doc = "weight decay, decoupled: shrinks p by `1 - lr*weight_decay`"
+                rule = hyper.rule + (", or a schedule" if schedules and hyper.scheduled else "")
                 lines.append(f"{name}: {doc}; {rule} (default {parameter.default!r}).")
         return lines
 
     @classmethod
-    def _check(cls, name: str, value: Any) -> Any:
+    def _check(cls, name: str, value: Any, schedules: bool = False) -> Any:
         """A hyperparameter as a float, a pair of floats or a bool, or an error."""
-        return check(name, value, cls._hyper_table[name])
+        return check(name, value, cls._hyper_table[name], schedules)
 
     @classmethod
     def _check_together(cls, group: Mapping[str, Any]) -> None:
@@ -202,12 +218,15 @@ class Optimizer:
 
     @classmethod
     def _native(cls, hypers: Mapping[str, Any]) -> list[float]:
-        """A group as the rule reads it: maximize, decoupled, weight_decay, then its kHypers."""
+        """A group as the rule reads it: `_native_names`, one number each."""
         values = flatten({**cls._fixed, **hypers})
         if callable(values["lr"]):
             values["lr"] = 0.0  # each step puts the rate in its place
-        names = [*_COMMON, *_RULES[cls._rule][0]]
-        return [float(values.get(name, False)) for name in names]
+        return [float(values.get(name, False)) for name in cls._native_names()]
+
+    @classmethod
+    def _native_names(cls) -> list[str]:
+        return [*_COMMON, *_RULES[cls._rule][0]]
 
     @classmethod
     def _uses(cls, native: list[float]) -> list[str]:
@@ -219,6 +238,11 @@ class Optimizer:
     def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
         """What a new state is filled with, or what the clock carries before the first update."""
         return 0.0
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        """What update t divided each element's step by; TypeError where a rule does not divide."""
+        raise TypeError(f"optimizer must be one that divides its steps, got {cls.__name__}")
 
     # -- parameters and groups --------------------------------------------------------------------
 
@@ -274,20 +298,16 @@ class Optimizer:
             ParamGroup(hypers | extra, type(self), found)
             for extra, found in zip(own, members, strict=True)
         ]
-        for one in made:
-            self._check_together(one)
         return made, group_of
 
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
     def _refresh(self) -> None:
-        """Reads the groups that are new or were edited, and makes the states they call for."""
-        edited = [group for group in self._groups if group._native is None]
+        """Reads the groups that change or were edited, and makes the states they call for."""
+        edited = [group for group in self._groups if group._native is None or group._follows]
         if not edited:
             return
-        for group in edited:
-            self._check_together(group)
-        natives = [self._native(group._hypers) for group in edited]
+        natives = [self._native_at(group._hypers, self._steps) for group in edited]
         wanted = [
             (state, i)
             for group, native in zip(edited, natives, strict=True)
@@ -301,6 +321,17 @@ class Optimizer:
             self._states = states
         for group, native in zip(edited, natives, strict=True):
             group._native = native
+
+    def _native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:
+        """`_native` in the step after `t` others, but for the rate."""
+        now = {
+            name: self._check(name, at_step(value, t))
+            if name != "lr" and is_scheduled(value)
+            else value
+            for name, value in hypers.items()
+        }
+        self._check_together(now)
+        return self._native(now)
 
     def _no_states(self) -> States:
         return {state: [None] * len(self._names) for state in _RULES[self._rule][1]}
@@ -332,7 +363,7 @@ class Optimizer:
     def _current(self) -> list[list[float]]:
         """All groups as the rule reads them, with the rates of the step about to be taken."""
         for group in self._groups:
-            if group._native is None:
+            if group._native is None or group._follows:
                 self._refresh()
                 break
         natives = []
@@ -364,7 +395,7 @@ class Optimizer:
         Raises:
             TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not in
                 CPU memory, or overlaps memory that the step writes; hyperparameters that do not go
-                together; a schedule that returns no learning rate.
+                together; a schedule that returns a value out of range.
             RuntimeError: the optimizer is stepping in another thread.
         """
         natives = self._current()
@@ -418,7 +449,7 @@ class Optimizer:
 
     @property
     def steps(self) -> int:
-        """The number of steps taken, the argument of the next call of an `lr` schedule."""
+        """The number of steps taken, the argument of the next call of a schedule."""
         return self._steps
 
     @property
@@ -441,7 +472,7 @@ class Optimizer:
 
         As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
         is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
-        stored as the rate of the last step, or before the first step as the rate it begins with.
+        stored as its value in the last step, or before the first step as the one it begins with.
 
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
@@ -459,13 +490,36 @@ class Optimizer:
                     array = isinstance(value, np.ndarray)
                     entry[name] = torch.from_numpy(value) if array else torch.tensor(float(value))
             state[i] = entry
-        rates = [native[_LR] for native in self._used or self._current()]
+        natives = self._used or self._current()
         groups = [
-            {**group, **self._fixed, **({"lr": rate} if callable(group["lr"]) else {})}
-            for group, rate in zip(self._groups, rates, strict=True)
+            {**group, **self._fixed, **self._followed(group, native)}
+            for group, native in zip(self._groups, natives, strict=True)
             if group._params
         ]
         return {"state": state, "param_groups": groups, "step": self._steps}
+
+    def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
+        """The scheduled hyperparameters of a group as numbers."""
+        numbers = dict(zip(self._native_names(), native, strict=True))
+        return {
+            name: tuple(numbers[half] for half in PAIRS[name]) if name in PAIRS else numbers[name]
+            for name, value in group.items()
+            if is_scheduled(value)
+        }
+
+    def _denominators(self) -> list[Array]:
+        """`_denominator` of each parameter, in float64; ValueError before the first step."""
+        found = []
+        for i, clock in enumerate(self._table.clocks()):
+            if not self._started(clock):
+                raise ValueError(f"params[{self._names[i]}] must have been stepped, got no update")
+            group = self._groups[self._group_of[i]]
+            now = {**group, **self._followed(group, self._used[self._group_of[i]])}
+            state = {
+                n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
+            }
+            found.append(self._denominator(now, clock[0], state))
+        return found
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[0] > 0
@@ -473,8 +527,8 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
 
-        Checkpoints of `torch.optim` are taken too. A group whose `lr` is a schedule keeps it: the
-        schedule goes on at the loaded step. Hyperparameters that the dict lacks stay as they are.
+        Checkpoints of `torch.optim` are taken too. A hyperparameter that is a schedule stays one,
+        and goes on at the loaded step. Hyperparameters that the dict lacks stay as they are.
 
         Raises:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
@@ -489,9 +543,8 @@ class Optimizer:
         for saved in state_dict["state"]:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
-        for values in hypers:
-            self._check_together(values)
-        natives = [self._native(values) for values in hypers]
+        steps = self._staged_steps(state_dict)
+        natives = [self._native_at(values, steps) for values in hypers]
         uses = [self._uses(native) for native in natives]
         staged = {
             i: self._staged_state(i, state_dict["state"][saved], uses[self._group_of[i]])
@@ -499,8 +552,6 @@ class Optimizer:
             if saved in state_dict["state"]
         }
         clocks = [staged[i][0] if i in staged else (0, 0.0, 0.0) for i in range(len(self._names))]
-        steps = state_dict.get("step", max((clock[0] for clock in clocks), default=0))
-        steps = _count("state_dict['step']", steps)
         wanted = {(name, i) for i, place in enumerate(self._group_of) for name in uses[place]}
         wanted |= {(name, i) for i, (_, arrays) in staged.items() for name in arrays}
         states = self._extended(self._no_states(), sorted(wanted), hypers)
@@ -513,7 +564,18 @@ class Optimizer:
         self._states = states
         self._steps, self._used = steps, []
         for group, values, native in zip(self._groups, hypers, natives, strict=True):
-            group._hypers, group._native = values, native
+            group._hypers = values
+            group._edited()
+            group._native = native
+
+    def _staged_steps(self, state_dict: Mapping[str, Any]) -> int:
+        """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""
+        if "step" in state_dict:
+            return _count("state_dict['step']", state_dict["step"])
+        entries = state_dict["state"].items()
+        counts = [_count(f"state_dict['state'][{i}]['step']", e["step"]) for i, e in entries
+                  if self._counts_steps and "step" in e]  # fmt: skip
+        return max(counts, default=0)
 
     def _staged_groups(self, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, int]]:
         """Each group's hyperparameters after loading, and the place of each saved parameter."""
@@ -538,10 +600,11 @@ class Optimizer:
             loaded = next(pending)
             index_of.update(zip(loaded["params"], group._params, strict=True))
             for name, value in loaded.items():
-                if name == "params" or (name == "lr" and callable(values["lr"])):
+                if name == "params":
                     continue
                 if name in values:
-                    values[name] = self._check(name, value)
+                    merged = kept_schedules(values[name], value)
+                    values[name] = self._check(name, merged, schedules=True)
                 elif name in self._fixed:
                     if value != self._fixed[name]:
                         raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
@@ -632,6 +695,14 @@ def _count(name: str, value: Any) -> int:
     return int(value)
 
 
+def _check_lookahead(groups: Iterable[Mapping[str, float]]) -> None:
+    """Raises ValueError where a look-ahead would not be Nesterov's method."""
+    groups = list(groups)
+    if any(group["nesterov"] for group in groups) or not any(g["momentum"] for g in groups):
+        given = [f"momentum={g['momentum']}, nesterov={bool(g['nesterov'])}" for g in groups]
+        raise ValueError(f"lookahead needs momentum > 0 and nesterov = False, got {given}")
+
+
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
     return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
@@ -668,14 +739,15 @@ class SGD(Optimizer):
 
     _rule = "sgd"
     _counts_steps = False
+    _ahead = False  # whether the parameters stand at the look-ahead point
 
     def __init__(
         self,
         params: Params,
         lr: Rate = 1e-3,
-        momentum: float = 0.0,
+        momentum: Rate = 0.0,
         dampening: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -690,6 +762,58 @@ class SGD(Optimizer):
                 "nesterov needs momentum > 0 and dampening = 0, got"
                 f" momentum={group['momentum']}, dampening={group['dampening']}"
             )
+
+    @contextmanager
+    def lookahead(self) -> Iterator[None]:
+        """Nesterov's method in its original form: `with opt.lookahead(): g = grad(params)`.
+
+        Inside, the parameters stand at the look-ahead point p - lr * momentum * b, where momentum
+        alone would take them; afterwards they are what they were, to the bit. The step that follows
+        takes the gradient found there. Keeps a copy of the parameters meanwhile.
+
+        Raises:
+            ValueError: there is no momentum, or `nesterov` is on, which is the other form.
+            RuntimeError: a step, or another look-ahead, inside.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> w = np.array([1.0], np.float32)
+            >>> opt = fs.SGD(w, lr=0.5, momentum=0.5)
+            >>> for _ in range(2):
+            ...     with opt.lookahead():
+            ...         g = w.copy()  # the gradient of w^2/2 at the look-ahead point
+            ...     _ = opt.step(g)
+            >>> w
+            array([0.125], dtype=float32)
+
+        Reference:
+            Nesterov 1983; Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
+        """
+        natives = self._current()
+        numbers = [dict(zip(self._native_names(), n, strict=True)) for n in natives]
+        _check_lookahead(numbers)
+        arrays = [as_array(p, f"params[{key}]") for key, p in self._params.items()]
+        moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
+        saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
+        announced = [i for i, _ in moving if i in self._tensors]
+        try:
+            for i, buffer in moving:
+                group = numbers[self._group_of[i]]
+                reach = group["lr"] * group["momentum"]
+                np.subtract(arrays[i], reach * buffer, out=arrays[i], casting="same_kind")
+            self._announce(announced)
+            self._ahead = True
+            yield
+        finally:
+            self._ahead = False
+            for array, values in saved:
+                np.copyto(array, values)
+            self._announce(announced)
+
+    def _current(self) -> list[list[float]]:
+        if self._ahead:
+            raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
+        return super()._current()
 
     # The clock carries whether the buffer has begun: its first update takes the whole gradient.
     def _started(self, clock: tuple[int, float, float]) -> bool:
@@ -739,8 +863,8 @@ class Lion(Optimizer):
         self,
         params: Params,
         lr: Rate = 1e-4,
-        betas: Pair = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Rate = 0.0,
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
@@ -778,7 +902,7 @@ class Adagrad(Optimizer):
         params: Params,
         lr: Rate = 1e-2,
         lr_decay: float = 0.0,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         *,
@@ -786,6 +910,12 @@ class Adagrad(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        root: Array = np.sqrt(state["sum"]) + group["eps"]
+        root *= 1 + (t - 1) * group["lr_decay"]
+        return root
 
     @classmethod
     def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
@@ -830,14 +960,22 @@ class RMSprop(Optimizer):
         lr: Rate = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        momentum: float = 0.0,
+        weight_decay: Rate = 0.0,
+        momentum: Rate = 0.0,
         centered: bool = False,
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        v = state["square_avg"]
+        if group["centered"]:
+            v = np.maximum(v - state["grad_avg"] ** 2, 0)
+        root: Array = np.sqrt(v) + group["eps"]
+        return root
 
 
 class Adadelta(Optimizer):
@@ -874,12 +1012,18 @@ class Adadelta(Optimizer):
         lr: Rate = 1.0,
         rho: float = 0.9,
         eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        s, a = state["square_avg"], state["acc_delta"]
+        ratio: Array = np.sqrt((s + group["eps"]) / (a + group["eps"]))
+        return ratio
 
 
 class Adam(Optimizer):
@@ -920,9 +1064,9 @@ class Adam(Optimizer):
         self,
         params: Params,
         lr: Rate = 1e-3,
-        betas: Pair = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -931,6 +1075,13 @@ class Adam(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        v = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        bias = 1 - _core.power(group["betas"][1], t) if group["bias_correction"] else 1.0
+        root: Array = np.sqrt(v / bias) + group["eps"]
+        return root
 
 
 class AdamW(Optimizer):
@@ -965,9 +1116,9 @@ class AdamW(Optimizer):
         self,
         params: Params,
         lr: Rate = 1e-3,
-        betas: Pair = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: Rate = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -975,6 +1126,8 @@ class AdamW(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    _denominator = Adam._denominator
 
 
 class Adamax(Optimizer):
@@ -1012,14 +1165,18 @@ class Adamax(Optimizer):
         self,
         params: Params,
         lr: Rate = 2e-3,
-        betas: Pair = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        return state["exp_inf"]
 
 
 class NAdam(Optimizer):
@@ -1058,9 +1215,9 @@ class NAdam(Optimizer):
         self,
         params: Params,
         lr: Rate = 2e-3,
-        betas: Pair = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False,
         *,
@@ -1068,6 +1225,12 @@ class NAdam(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
+
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        bias = 1 - _core.power(group["betas"][1], t)
+        root: Array = np.sqrt(state["exp_avg_sq"] / bias) + group["eps"]
+        return root
 
 
 class RAdam(Optimizer):
@@ -1102,9 +1265,9 @@ class RAdam(Optimizer):
         self,
         params: Params,
         lr: Rate = 1e-3,
-        betas: Pair = (0.9, 0.999),
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         decoupled_weight_decay: bool = False,
         *,
         maximize: bool = False,
@@ -1158,7 +1321,7 @@ class ASGD(Optimizer):
         lambd: float = 1e-4,
         alpha: float = 0.75,
         t0: float = 1e6,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
@@ -1207,7 +1370,7 @@ class Rprop(Optimizer):
         etas: Pair = (0.5, 1.2),
         step_sizes: Pair = (1e-6, 50.0),
         *,
-        weight_decay: float = 0.0,
+        weight_decay: Rate = 0.0,
         maximize: bool = False,
         groups: Iterable[Group] = (),
     ) -> None:

@@ -523,10 +523,7 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
         [
             "Args:",
             "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
-            *(
-                line.replace(", or a callable of the step, from 0", "")
-                for line in spec._argument_docs(signature)
-            ),
+            *spec._argument_docs(signature, schedules=False),
             "foreach, fused: accepted, without effect.",
             "capturable, differentiable: must be False.",
             "",
