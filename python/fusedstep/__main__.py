@@ -1,9 +1,10 @@
-"""The command line: `fusedstep info | demo | bench`, also `python -m fusedstep`."""
+"""The command line: `fusedstep info | demo | plot | gallery | bench`, or `python -m fusedstep`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -12,7 +13,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import fusedstep as fs
+from fusedstep import schedules
 from fusedstep.bench import OPTIMIZERS
+
+# What `plot` draws: every schedule that is a function of the step alone.
+_SCHEDULES: dict[str, type[schedules.Schedule]] = {
+    name.lower(): found
+    for name, found in schedules.Schedule._types.items()
+    if name in schedules.__all__ and found is not schedules.ReduceOnPlateau
+}
 
 _SWEEP = [10**3, 10**4, 10**5, 10**6, 10**7, 10**8]
 
@@ -27,6 +36,41 @@ def _count(text: str) -> int:
     if not 1 <= number < math.inf or number != int(number):
         raise argparse.ArgumentTypeError(f"must be an integer >= 1 (1000, 1e6, 2^26), got {text!r}")
     return int(number)
+
+
+def _value(text: str) -> Any:
+    """An option of `plot` as an int, a float or a string, for the schedule to judge."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _add_plot(commands: Any) -> None:
+    plot = commands.add_parser("plot", help="draw one schedule or several")
+    plot.add_argument("schedules", nargs="+", metavar="SCHEDULE", choices=_SCHEDULES,
+                      type=lambda text: text.lower().replace("-", ""),
+                      help=", ".join(_SCHEDULES))  # fmt: skip
+    users: dict[str, list[str]] = {}
+    for name, found in _SCHEDULES.items():
+        for argument in found._arguments():
+            if "momentum" not in argument:  # the picture is of the rate
+                users.setdefault(argument, []).append(name)
+    for argument, names in users.items():
+        option = f"--{argument.replace('_', '-')}"
+        text = "the learning rate" if argument == "lr" else f"of {', '.join(names)}"
+        if argument == "three_phase":
+            plot.add_argument(option, action="store_true", default=None, help=text)
+        else:
+            several = "+" if argument == "milestones" else None
+            plot.add_argument(option, type=_value, nargs=several, metavar="X", help=text)
+    plot.add_argument("--warmup", type=_value, metavar="STEPS", help="linear warm-up before each")
+    plot.add_argument("--start", type=_value, metavar="X", help="what the warm-up starts from (0)")
+    plot.add_argument("--steps", type=_value, metavar="N", help="draw up to this one")
+    plot.add_argument("-o", "--output", default="fusedstep-plot.png", metavar="PNG",
+                      help="where to write the picture (%(default)s)")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
                       help="where to write the loss curves (%(default)s)")  # fmt: skip
     demo.add_argument("--epochs", type=_count, default=40, help="per optimizer (%(default)s)")
     demo.add_argument("--n", type=_count, default=16_000_000, help="benchmark size (%(default)s)")
+
+    _add_plot(commands)
+
+    gallery = commands.add_parser("gallery", help="the lecture in figures, as a page to read")
+    gallery.add_argument("-o", "--output", default="fusedstep-gallery", metavar="DIR",
+                         help="the folder to write into (%(default)s)")  # fmt: skip
 
     bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", type=str.lower,
@@ -122,6 +172,80 @@ def _demo(args: argparse.Namespace) -> None:
     demo.plot(results, args.output)
     out.print(f"loss curves: {args.output}\n")
     out.print(demo.speed_table(_measure(err, bench.OPTIMIZERS, [args.n], rounds=3)))
+
+
+def _schedule(name: str, given: dict[str, Any], used: set[str]) -> schedules.Schedule:
+    """The schedule that the options ask for; adds those it takes to `used`."""
+    wanted = _SCHEDULES[name]
+    own = {argument: given[argument] for argument in wanted._arguments() if argument in given}
+    used.update(own)
+    if "max_lr" in wanted._arguments() and "max_lr" not in own and "lr" in given:
+        own["max_lr"] = given["lr"]
+        used.add("lr")
+    for argument, parameter in inspect.signature(wanted).parameters.items():
+        if parameter.default is parameter.empty and argument not in own:
+            raise _Usage(f"{name} needs --{argument.replace('_', '-')}")
+    return wanted(**own)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    arguments = {a for found in _SCHEDULES.values() for a in found._arguments()}
+    given = {name: value for name, value in vars(args).items()
+             if name in arguments and value is not None}  # fmt: skip
+    used: set[str] = set()
+    if args.start is not None and args.warmup is None:
+        raise _Usage("--start needs --warmup")
+    try:
+        drawn = {name: _schedule(name, given, used) for name in args.schedules}
+        if args.warmup is not None:
+            start = args.start or 0.0
+            drawn = {name: one.warmup(args.warmup, start) for name, one in drawn.items()}
+        steps = max(one.span for one in drawn.values()) if args.steps is None else args.steps
+        if unused := sorted(given.keys() - used):
+            raise _Usage(f"--{unused[0].replace('_', '-')} must be given to a schedule that has it,"
+                         f" got {', '.join(args.schedules)}")  # fmt: skip
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError("No module named 'matplotlib'")
+        _check_output(args.output, picture=True)
+        _draw(drawn, steps, args.output)
+    except (TypeError, ValueError) as error:
+        raise _Usage(str(error)) from None
+    print(args.output)
+
+
+def _draw(drawn: dict[str, schedules.Schedule], steps: int, path: str) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, schedule in drawn.items():
+        schedule.plot(steps, axes, label=name, lw=1.8)
+        if len(drawn) == 1:
+            axes.set_title(repr(schedule), fontsize="medium", wrap=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("learning rate")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if len(drawn) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _gallery(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusedstep import gallery
+
+    with _progress(Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(gallery.FIGURES))
+        done = iter(range(len(gallery.FIGURES)))
+        page = gallery.write(
+            args.output,
+            lambda name: progress.update(task, description=name, completed=next(done)),
+        )
+    print(page)
 
 
 def _measure(
@@ -217,7 +341,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        {"info": lambda _: _info(), "demo": _demo, "bench": _bench}[args.command](args)
+        {
+            "info": lambda _: _info(),
+            "demo": _demo,
+            "plot": _plot,
+            "gallery": _gallery,
+            "bench": _bench,
+        }[args.command](args)
     except ModuleNotFoundError as error:
         hint = "" if "pip install" in str(error) else f": pip install 'fusedstep[{args.command}]'"
         print(f"fusedstep {args.command}: {error}{hint}", file=sys.stderr)

@@ -11,6 +11,7 @@ from typing import Any as _Any
 from fusedstep import optimizers as _neutral
 from fusedstep.torch.backward import step_in_backward
 from fusedstep.torch.flat import Flat, flatten_
+from fusedstep.torch.lr_scheduler import LRScheduler
 from fusedstep.torch.optimizers import Optimizer
 from fusedstep.torch.optimizers import drop_in as _drop_in
 
@@ -23,7 +24,7 @@ _classes = {
 }
 globals().update(_classes)
 
-__all__ = ["Flat", "Optimizer", "flatten_", "step_in_backward", *_classes]
+__all__ = ["Flat", "LRScheduler", "Optimizer", "flatten_", "step_in_backward", *_classes]
 
 
 def __getattr__(name: str) -> _Any:  # for type checkers, which cannot see the classes above

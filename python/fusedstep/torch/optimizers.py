@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import types
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -243,6 +244,25 @@ class Optimizer(torch.optim.Optimizer):
                 return str(group["param_names"][i - self._indices(k).start])
         return str(i)
 
+    def _denominators(self) -> list[Any]:
+        """What the last update divided each parameter's step by, as float64 arrays."""
+        found: list[Any] = []
+        for group in self.param_groups:
+            hypers = {**self._extra, **self._spec._fixed, **self._given, **group}
+            for param in group["params"]:
+                entry = self.state.get(param, {})
+                state = {
+                    name: value.detach().double().numpy()
+                    for name, value in entry.items()
+                    if self._is_array(name)
+                }
+                if not state:
+                    label = self._name(len(found))
+                    raise ValueError(f"params[{label}] must have been stepped, got no update")
+                t = int(entry["step"]) if "step" in entry else 0
+                found.append(self._spec._denominator(hypers, t, state))
+        return found
+
     def share_memory(self) -> None:
         """Moves the states to shared memory, as `torch.optim.Adagrad` can, for other processes."""
         for entry in self.state.values():
@@ -315,6 +335,52 @@ class Optimizer(torch.optim.Optimizer):
                 f"{label} must have shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
             )
         return new_state(param).copy_(tensor)
+
+
+class LookAhead(Optimizer):
+    """What SGD has beside the others."""
+
+    _ahead = False  # whether the parameters stand at the look-ahead point
+
+    @contextlib.contextmanager
+    def lookahead(self) -> Iterator[None]:
+        """Nesterov's method in its original form: `with opt.lookahead(): loss(model).backward()`.
+
+        Inside, the parameters stand at p - lr * momentum * b; afterwards they are what they were,
+        to the bit. The step that follows takes the gradient found there. Forward and backward both
+        belong inside. See `fusedstep.SGD.lookahead`.
+
+        Raises:
+            ValueError: there is no momentum, or `nesterov` is on, which is the other form.
+            RuntimeError: a step, or another look-ahead, inside.
+        """
+        rows = self._current()
+        names = self._spec._native_names()
+        numbers = [dict(zip(names, native, strict=True)) for _, native, _ in rows]
+        neutral._check_lookahead(numbers)
+        moving = []
+        for (params, _, _), group in zip(rows, numbers, strict=True):
+            for param in params:
+                buffer = self.state.get(param, {}).get("momentum_buffer")
+                if buffer is not None:
+                    moving.append((param, buffer, group["lr"] * group["momentum"]))
+        saved = [param.detach().clone() for param, _, _ in moving]
+        try:
+            with torch.no_grad():
+                for param, buffer, reach in moving:
+                    param.sub_(buffer, alpha=reach)
+            self._ahead = True
+            yield
+        finally:
+            self._ahead = False
+            with torch.no_grad():
+                for (param, _, _), values in zip(moving, saved, strict=True):
+                    param.copy_(values)
+
+    def _current(self) -> list[_Row]:
+        if self._ahead:
+            raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
+        return super()._current()
 
 
 class _Helper:
@@ -493,7 +559,7 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     hypers = [n for n in signature.parameters if n in spec._hyper_table]
     return type(
         name,
-        (Optimizer,),
+        (LookAhead if hasattr(spec, "lookahead") else Optimizer,),
         {
             "__doc__": _doc(spec, signature, peer is not None),
             "__init__": __init__,
