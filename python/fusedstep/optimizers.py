@@ -165,6 +165,9 @@ class Optimizer:
     writable, float32, float64, float16 or bfloat16. States are float32, or float64 for float64
     parameters, in flat buffers of their own.
 
+    In place of a number, `lr`, `weight_decay`, `momentum` and each of `betas` take a schedule: one
+    of `fusedstep.schedules`, or any callable of the step, which counts from 0.
+
     A call that raises has changed nothing.
     """
 
@@ -715,6 +718,11 @@ class SGD(Optimizer):
         b = momentum * b + (1 - dampening) * g
         p = p - lr * b                          plain: g for b; nesterov: g + momentum*b for b
 
+    Use:
+        vision models and convex problems, mostly with momentum 0.9 and a schedule. The
+        least state, and the rate that needs the most tuning: `fusedstep.convergence` says
+        what it may be.
+
     Args: see below
 
     State:
@@ -835,6 +843,10 @@ class Lion(Optimizer):
         p = p - lr * sign(beta1 * m + (1 - beta1) * g)      sign(0) = 0
         m = beta2 * m + (1 - beta2) * g
 
+    Use:
+        large models, where half of Adam's state counts. lr 3 to 10 times below AdamW's, and
+        weight_decay as many times above.
+
     Args: see below
 
     State:
@@ -877,6 +889,10 @@ class Adagrad(Optimizer):
 
         s = s + g^2
         p = p - lr / (1 + (t-1) * lr_decay) * g / (sqrt(s) + eps)
+
+    Use:
+        sparse features, such as words: a rare one keeps its large steps. The rate only ever
+        falls, so that long runs on deep networks stall.
 
     Args: see below
 
@@ -929,6 +945,10 @@ class RMSprop(Optimizer):
         d = sqrt(v) + eps                       centered: sqrt(v - m^2) + eps, where
                                                 m = alpha * m + (1 - alpha) * g
         p = p - lr * g / d                      momentum: p - lr * b, b = momentum * b + g / d
+
+    Use:
+        recurrent networks and reinforcement learning, where gradients change their scale:
+        Adagrad with a memory that fades.
 
     Args: see below
 
@@ -986,6 +1006,10 @@ class Adadelta(Optimizer):
         a = rho * a + (1 - rho) * d^2
         p = p - lr * d
 
+    Use:
+        problems where no rate is to be chosen. Slow at first, as steps begin near
+        `sqrt(eps)`.
+
     Args: see below
 
     State:
@@ -1034,6 +1058,10 @@ class Adam(Optimizer):
         p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     With `bias_correction=False` both `1 - beta^t` are 1: `p - lr * m / (sqrt(v) + eps)`.
+
+    Use:
+        most networks, with little tuning. With weight decay prefer `AdamW`; amsgrad where
+        rare large gradients carry the information, as it does not forget them.
 
     Args: see below
 
@@ -1089,6 +1117,9 @@ class AdamW(Optimizer):
 
         p = p * (1 - lr * weight_decay), then a step of `Adam` with the gradient as it is
 
+    Use:
+        transformers, and wherever weight decay should not depend on the gradients' scale.
+
     Args: see below
 
     State:
@@ -1136,6 +1167,10 @@ class Adamax(Optimizer):
         m = beta1 * m + (1 - beta1) * g
         u = max(beta2 * u, |g| + eps)
         p = p - lr / (1 - beta1^t) * m / u
+
+    Use:
+        gradients with outliers, as of embeddings: the largest of late, not the mean square,
+        sets the scale.
 
     Args: see below
 
@@ -1185,6 +1220,10 @@ class NAdam(Optimizer):
         mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  P_t = mu_1 * ... * mu_t
         m, v as Adam;  d = sqrt(v / (1 - beta2^t)) + eps
         p = p - lr * (1 - mu_t) / (1 - P_t) * g/d - lr * mu_(t+1) / (1 - P_t * mu_(t+1)) * m/d
+
+    Use:
+        problems that Adam suits, where its momentum answers a turn of the gradient too
+        late.
 
     Args: see below
 
@@ -1241,6 +1280,10 @@ class RAdam(Optimizer):
                   p = p - lr / (1 - beta1^t) * r * sqrt(1 - beta2^t) * m / (sqrt(v) + eps)
         else:     p = p - lr / (1 - beta1^t) * m
 
+    Use:
+        Adam without a warm-up to tune: it steps by momentum alone while the denominator is
+        a guess.
+
     Args: see below
 
     State:
@@ -1284,6 +1327,10 @@ class ASGD(Optimizer):
         eta = lr / (1 + lambd * lr * t)^alpha;  mu = 1 / max(1, t - t0)     for the next step
 
     The first step has eta = lr and mu = 1. The average is `opt.state[name]["ax"]`.
+
+    Use:
+        convex problems with noisy gradients, of which the average lies closer to the
+        minimum than the last parameters do.
 
     Args: see below
 
@@ -1336,6 +1383,9 @@ class Rprop(Optimizer):
         g = 0 where s < 0;   p = p - sign(g) * D;   prev = g
 
     D starts at the lr of the first update.
+
+    Use:
+        full batches. It looks at signs alone, which the noise of mini-batches turns.
 
     Args: see below
 

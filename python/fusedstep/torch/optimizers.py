@@ -581,7 +581,8 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
 def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: bool) -> str:
     """The neutral class's docstring with torch's arguments, and an example."""
     name = spec.__name__
-    head, rest = (spec.__doc__ or "").split("Args:", 1)
+    head, rest = (spec.__doc__ or "").split("Use:", 1)
+    use, _, rest = rest.partition("Args:")
     tail = rest[rest.index("State:") :]
     before, _, after = tail.partition("Example:")
     after = after[after.index("Reference:") :]
@@ -606,7 +607,7 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
     same = f"`torch.optim.{name}`" if has_peer else "an optimizer of `torch.optim`"
     return f"""{head}A drop-in for {same}; see `Optimizer` for what it takes.
 
-    {args}
+    Use:{use}{args}
     {raises}
 
     {before}Example:
