@@ -1,5 +1,9 @@
 """Optimizer updates for large flat parameter buffers: one SIMD sweep over memory per step."""
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from fusedstep import schedules
 from fusedstep._runtime import (
     huge_pages,
@@ -32,6 +36,9 @@ from fusedstep.optimizers import (
     StepReport,
 )
 
+if _TYPE_CHECKING:
+    from fusedstep import convergence as convergence
+
 __all__ = [
     "ASGD",
     "SGD",
@@ -61,3 +68,9 @@ __all__ = [
     "set_num_threads",
     "usable_isas",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "convergence":  # which takes as long to import as all that a step needs
+        return _importlib.import_module("fusedstep.convergence")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

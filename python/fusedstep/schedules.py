@@ -247,7 +247,7 @@ class Schedule:
     def __call__(self, t: Any) -> NDArray[np.float64]: ...
     def __call__(self, t: Any) -> Any:
         """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps."""
-        if isinstance(t, np.ndarray | list | tuple | range):
+        if type(t) is not int and (isinstance(t, np.ndarray) or np.ndim(t)):
             given = np.asarray(t)
             if given.dtype.kind not in "iu" and given.size:
                 raise TypeError(f"t must be an int or an array of ints, got {given.dtype}")
@@ -256,7 +256,7 @@ class Schedule:
             result = np.empty(given.shape)
             result[...] = self._at(given.astype(np.int64))
             return result
-        if type(t) is not int:  # a plain int is what optimizers pass
+        if type(t) is not int:  # which optimizers pass
             if isinstance(t, bool | np.bool_) or not hasattr(t, "__index__"):
                 raise TypeError(f"t must be an int or an array of ints, got {t!r}")
             t = operator.index(t)

@@ -15,7 +15,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
-from fusedstep._hypers import HYPERS
+from fusedstep._hypers import HYPERS, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
@@ -108,6 +108,9 @@ class Optimizer(torch.optim.Optimizer):
         accepted = self.__dict__.setdefault("_accepted", {})
         last, checked = accepted.get(name, (None, None))
         if value is not last or value is None:
+            if is_scheduled(value):
+                raise TypeError(f"{name} must be a number, got {value!r}: a schedule goes to"
+                                " fusedstep.torch.LRScheduler(optimizer, schedule)")  # fmt: skip
             checked = self._spec._check(name, _plain(value, name))
             if _is_fixed(value):
                 accepted[name] = value, checked
