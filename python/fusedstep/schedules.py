@@ -13,7 +13,7 @@ import math
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import (
@@ -910,9 +910,8 @@ class OneCycle(_Cycle):
     final_div_factor: Positive = 1e4
     anneal: Literal["cos", "linear"] = "cos"
     three_phase: bool = False
-    _: KW_ONLY
-    base_momentum: Fall = 0.85
-    max_momentum: Fall = 0.95
+    base_momentum: Fall = field(default=0.85, kw_only=True)
+    max_momentum: Fall = field(default=0.95, kw_only=True)
 
     def _check_together(self) -> None:
         if self.three_phase and self.pct_start > 0.5:
@@ -985,9 +984,8 @@ class Cyclic(_Cycle):
     step_size_down: CountOrNone = None
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
     gamma: Decay = 1.0
-    _: KW_ONLY
-    base_momentum: Fall = 0.8
-    max_momentum: Fall = 0.9
+    base_momentum: Fall = field(default=0.8, kw_only=True)
+    max_momentum: Fall = field(default=0.9, kw_only=True)
 
     def _check_together(self) -> None:
         if self.gamma != 1 and self.mode != "exp_range":
@@ -1058,8 +1056,7 @@ class ReduceOnPlateau(Schedule):
     cooldown: Whole = 0
     min_lr: Rate = 0.0
     eps: Rate = 1e-8
-    _: KW_ONLY
-    progress: Progress = field(default=None, hash=False)
+    progress: Progress = field(default=None, hash=False, kw_only=True)
 
     def _at(self, t: _T) -> _Value:
         return self.lr if self.progress is None else self.progress[0]
