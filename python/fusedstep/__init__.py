@@ -37,7 +37,7 @@ from fusedstep.optimizers import (
 )
 
 if _TYPE_CHECKING:
-    from fusedstep import convergence as convergence
+    import fusedstep.convergence as convergence
 
 __all__ = [
     "ASGD",
@@ -58,6 +58,7 @@ __all__ = [
     "Rprop",
     "StepReport",
     "__version__",
+    "convergence",
     "huge_pages",
     "info",
     "isa",

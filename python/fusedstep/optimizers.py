@@ -139,7 +139,8 @@ def _assignments(hypers: Mapping[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in hypers.items()]
 
 
-def _name_params(params: Params) -> dict[Key, Any]:
+def name_params(params: Params) -> dict[Key, Any]:
+    """Parameters in any form that an optimizer takes, by name or number."""
     if isinstance(params, Mapping):
         named = dict(params.items())
     elif isinstance(params, np.ndarray) or hasattr(params, "__dlpack__"):
@@ -154,6 +155,28 @@ def _name_params(params: Params) -> dict[Key, Any]:
     if len({str(key) for key in named}) < len(named):
         raise ValueError(f"params must have distinct names, got {list(named)[:8]}")
     return named
+
+
+def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
+    """Gradients in any form that `step` takes, as a sequence in the parameters' order."""
+    if isinstance(grads, Mapping):
+        if grads.keys() != params.keys():
+            missing = [key for key in params if key not in grads][:8]
+            extra = [key for key in grads if key not in params][:8]
+            raise ValueError(
+                f"grads must have the names of params, got missing {missing}, unknown {extra}"
+            )
+        return [grads[key] for key in params]
+    if isinstance(grads, list | tuple):
+        return grads
+    if isinstance(grads, np.ndarray) or hasattr(grads, "__dlpack__") or grads is None:
+        return [grads]
+    if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
+        return list(grads)
+    raise TypeError(
+        "grads must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+        f" got {type(grads).__name__}"
+    )
 
 
 class Optimizer:
@@ -250,7 +273,7 @@ class Optimizer:
     # -- parameters and groups --------------------------------------------------------------------
 
     def __init__(self, params: Params, groups: Iterable[Group], **hypers: Any) -> None:
-        self._params = _name_params(params)
+        self._params = name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
         if isinstance(groups, Group) or not isinstance(groups, Iterable):
@@ -407,7 +430,7 @@ class Optimizer:
         if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
             elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
         else:
-            ordered = self._in_order(grads)
+            ordered = in_order(self._params, grads)
             elements = self._table.step(ordered, natives)
             self._announce(i for i in self._tensors if ordered[i] is not None)
         self._steps += 1
@@ -418,27 +441,6 @@ class Optimizer:
         """Tells autograd of tensors changed behind its back, so that a stale backward raises."""
         for i in written:
             sys.modules["torch"].autograd.graph.increment_version(self._tensors[i])
-
-    def _in_order(self, grads: Grads) -> Sequence[Any]:
-        """The gradients as a sequence in the parameters' order."""
-        if isinstance(grads, Mapping):
-            if grads.keys() != self._params.keys():
-                missing = [key for key in self._params if key not in grads][:8]
-                extra = [key for key in grads if key not in self._params][:8]
-                raise ValueError(
-                    f"grads must have the names of params, got missing {missing}, unknown {extra}"
-                )
-            return [grads[key] for key in self._params]
-        if isinstance(grads, list | tuple):
-            return grads
-        if isinstance(grads, np.ndarray) or hasattr(grads, "__dlpack__") or grads is None:
-            return [grads]
-        if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
-            return list(grads)
-        raise TypeError(
-            "grads must be an array, a FlatBuffer, or a sequence or dict of arrays,"
-            f" got {type(grads).__name__}"
-        )
 
     @property
     def params(self) -> dict[Key, Any]:

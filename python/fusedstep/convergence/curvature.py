@@ -1,0 +1,337 @@
+"""The curvature of a loss: extreme eigenvalues of its Hessian, and the rates that they allow."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedstep._hypers import Hyper, check
+from fusedstep.buffers import as_array
+from fusedstep.optimizers import in_order, name_params
+
+Array = NDArray[np.float64]
+
+# Up to this many parameters the whole Hessian is formed, of which nothing is left to estimate.
+_DENSE = 32
+
+_POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
+
+
+class Curvature(NamedTuple):
+    """Extreme eigenvalues of a Hessian, and how far each may be from a true one."""
+
+    largest: float
+    smallest: float
+    largest_error: float
+    smallest_error: float
+    products: int  # Hessian-vector products taken
+    method: str  # "finite differences" or "exact products"
+
+
+def curvature(
+    grad_fn: Callable[[Any], Any],
+    params: Any,
+    *,
+    optimizer: Any = None,
+    step: float | None = None,
+    tol: float = 1e-4,
+    max_products: int = 1000,
+    seed: int = 0,
+) -> Curvature:
+    """The largest and the smallest eigenvalue of the Hessian at `params`, without forming it.
+
+        H v = (g(p + h*v) - g(p - h*v)) / 2h        |v| = 1, or exactly, by torch
+
+    Lanczos' method (SciPy's) finds the eigenvalue of largest magnitude, and then the other end as
+    that of H shifted by the first. Up to 32 parameters the Hessian is formed instead.
+
+    Args:
+        grad_fn: called as `grad_fn(params)`; returns the gradients in any form that
+            `Optimizer.step` takes: an array, a sequence or dict of arrays, a FlatBuffer, which may
+            be the same ones each time. It must be deterministic: one batch, no dropout. Or, with
+            torch parameters, it returns the loss, a tensor of no dimensions: products are exact
+            then, by double backward.
+        params: an array, a sequence or dict of arrays, a FlatBuffer, or torch CPU tensors; float32
+            or float64. They are moved while `grad_fn` is called, and are what they were afterwards,
+            to the bit, also when it raises.
+        optimizer: measures the Hessian along an optimizer's scaled directions instead, D^-1/2 H
+            D^-1/2, D being what its last step was divided by (for Adam
+            `sqrt(v)/sqrt(1 - beta2^t) + eps`). One of ours, `fusedstep.torch`'s included, that
+            holds `params` and has taken a step.
+        step: the length h of a finite difference; by default eps^(1/3) * (1 + |p|) for the
+            parameters' type.
+        tol: relative accuracy asked of Lanczos' method.
+        max_products: how many Hessian-vector products it may take for each end.
+        seed: of the random start vector.
+
+    Returns:
+        `Curvature`. Its errors are the norm of H v - lambda v, within which an eigenvalue of a
+        symmetric matrix must lie, and how much the products change when h is doubled.
+
+    Raises:
+        TypeError, ValueError: params without an element or of another dtype, gradients of another
+            number, shape or kind, or not finite; an optimizer that does not divide, or has not
+            stepped.
+        RuntimeError: no convergence within `max_products`.
+        ModuleNotFoundError: SciPy is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedstep.convergence import curvature
+        >>> x = np.array([1.0, 2.0, 3.0])
+        >>> found = curvature(lambda x: np.array([1.0, 10.0, -4.0]) * x, x)
+        >>> round(found.largest, 6), round(found.smallest, 6), found.largest_error < 1e-6
+        (10.0, -4.0, True)
+
+    Reference:
+        Lanczos 1950, https://doi.org/10.6028/jres.045.026; Pearlmutter 1994 (exact products)
+    """
+    if step is not None:
+        step = check("step", step, _POSITIVE)
+    tol = check("tol", tol, _POSITIVE)
+    if isinstance(max_products, bool) or not isinstance(max_products, int | np.integer):
+        raise TypeError(f"max_products must be an integer >= 1, got {max_products!r}")
+    if max_products < 1:
+        raise ValueError(f"max_products must be an integer >= 1, got {max_products}")
+    with _Hessian(grad_fn, params, step, optimizer) as hessian:
+        if hessian.n <= _DENSE:
+            return _dense(hessian)
+        rng = np.random.default_rng(seed)
+        first = _outermost(hessian, 0.0, tol, max_products, rng)
+        second = _outermost(hessian, first[0], tol, max_products, rng)
+        low, high = sorted([first, second])
+        return Curvature(high[0], low[0], high[1], low[1], hessian.products, hessian.method)
+
+
+def safe_lr(
+    grad_fn: Callable[[Any], Any],
+    params: Any,
+    optimizer: Any = None,
+    *,
+    preconditioned: bool = False,
+    **options: Any,
+) -> float:
+    """The largest learning rate at which gradient descent is stable here, 2/lambda_max.
+
+    Above it the parameters move away along the sharpest direction, until they meet less curvature.
+
+    With `preconditioned` it is that of an adaptive optimizer's steps under its present denominator
+    D, `2/lambda_max(D^-1/2 H D^-1/2)`, where training with it tends to settle: the edge of
+    stability. An averaged gradient moves the edge by (1 + beta1)/(1 - beta1), a momentum mu by
+    1 + mu.
+
+    Args:
+        grad_fn, params: as for `curvature`.
+        optimizer: with `preconditioned`, as for `curvature`.
+        preconditioned: measures along the optimizer's scaled directions.
+        **options: as for `curvature`.
+
+    Returns:
+        The rate; infinity where no direction curves upwards.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `curvature`; an optimizer without
+            `preconditioned`, or the reverse.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedstep.convergence import safe_lr
+        >>> round(safe_lr(lambda x: np.array([1.0, 10.0]) * x, np.ones(2)), 6)
+        0.2
+
+    Reference:
+        Cohen et al. 2021, https://arxiv.org/abs/2103.00065; 2022, https://arxiv.org/abs/2207.14484
+    """
+    if not isinstance(preconditioned, bool):
+        raise TypeError(f"preconditioned must be True or False, got {preconditioned!r}")
+    if preconditioned != (optimizer is not None):
+        raise ValueError(
+            f"optimizer must be given with preconditioned=True and only then, got {optimizer!r}"
+            f" with preconditioned={preconditioned}"
+        )
+    largest = curvature(grad_fn, params, optimizer=optimizer, **options).largest
+    return 2 / largest if largest > 0 else math.inf
+
+
+class _Hessian:
+    """Products of the Hessian with vectors; while open it may move the parameters."""
+
+    def __init__(
+        self, grad_fn: Callable[[Any], Any], params: Any, step: float | None, optimizer: Any
+    ) -> None:
+        if not callable(grad_fn):
+            raise TypeError(f"grad_fn must be callable, got {grad_fn!r}")
+        self._grad_fn, self._params = grad_fn, params
+        self._named = name_params(params)
+        self._arrays = [as_array(p, f"params[{key}]") for key, p in self._named.items()]
+        self._shapes = [array.shape for array in self._arrays]
+        for key, array in zip(self._named, self._arrays, strict=True):
+            if array.dtype not in (np.float32, np.float64):
+                raise TypeError(f"params[{key}] must be float32 or float64, got {array.dtype}")
+        self.n = sum(array.size for array in self._arrays)
+        if self.n == 0:
+            raise ValueError("params must have at least one element, got none")
+        self._scale = np.ones(self.n)
+        if optimizer is not None:
+            self._scale = 1 / np.sqrt(self._denominator(optimizer))
+        self.products = 0
+        self.method = "finite differences"
+        self._step = step
+
+    def __enter__(self) -> _Hessian:
+        self._saved = [array.copy() for array in self._arrays]
+        try:
+            self._begin(self._grad_fn(self._params))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for array, saved in zip(self._arrays, self._saved, strict=True):
+            np.copyto(array, saved)
+
+    def _begin(self, result: Any) -> None:
+        """Looks at what `grad_fn` returns: the loss, or gradients."""
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(result, torch.Tensor) and result.requires_grad:
+            if result.ndim:
+                raise ValueError(f"grad_fn must return a loss of no dimensions, got {result.shape}")
+            self.method = "exact products"
+            self._tensors = list(self._named.values())
+            self._slopes = torch.autograd.grad(
+                result, self._tensors, create_graph=True, materialize_grads=True
+            )
+            return
+        self._flat(result)
+        if self._step is None:
+            eps = max(float(np.finfo(array.dtype).eps) for array in self._arrays)
+            size = math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in self._arrays))
+            self._step = float(np.cbrt(eps) * (1 + size))
+
+    def times(self, v: Array, stretch: float = 1.0) -> Array:
+        """D^-1/2 H D^-1/2 v; a finite difference over `stretch` times its length."""
+        direction = self._scale * v.ravel()
+        length = float(np.linalg.norm(direction))
+        if length == 0:
+            return np.zeros(self.n)
+        self.products += 1
+        unit = direction / length
+        product = self._exact(unit) if self.method[0] == "e" else self._difference(unit, stretch)
+        result: Array = self._scale * product * length
+        return result
+
+    def _exact(self, v: Array) -> Array:
+        torch = sys.modules["torch"]
+        parts = [
+            torch.as_tensor(part, dtype=tensor.dtype).reshape(tensor.shape)
+            for part, tensor in zip(self._parts(v), self._tensors, strict=True)
+        ]
+        found = torch.autograd.grad(
+            self._slopes, self._tensors, parts, retain_graph=True, materialize_grads=True
+        )
+        return self._flat(list(found))
+
+    def _difference(self, v: Array, stretch: float) -> Array:
+        assert self._step is not None
+        h = self._step * stretch
+        ahead = self._gradient(h * v)
+        behind = self._gradient(-h * v)
+        difference: Array = (ahead - behind) / (2 * h)
+        return difference
+
+    def _gradient(self, shift: Array) -> Array:
+        for array, saved, part in zip(self._arrays, self._saved, self._parts(shift), strict=True):
+            np.add(saved, part.reshape(saved.shape), out=array, casting="same_kind")
+        return self._flat(self._grad_fn(self._params))
+
+    def _parts(self, v: Array) -> list[Array]:
+        return np.split(v, np.cumsum([array.size for array in self._arrays])[:-1])
+
+    def _flat(self, grads: Any) -> Array:
+        """Gradients as one vector of their own."""
+        ordered = in_order(self._named, grads)
+        if len(ordered) != len(self._shapes):
+            raise ValueError(
+                f"grad_fn must return {len(self._shapes)} gradients, got {len(ordered)}"
+            )
+        flat = np.empty(self.n)
+        for key, shape, grad, part in zip(
+            self._named, self._shapes, ordered, self._parts(flat), strict=True
+        ):
+            array = as_array(grad, f"grads[{key}]")
+            if array.shape != shape:
+                raise ValueError(f"grads[{key}] must have shape {shape}, got {array.shape}")
+            part[...] = array.ravel()
+        if not np.isfinite(flat).all():
+            raise ValueError("grads must be finite around params, got NaN or infinity")
+        return flat
+
+    def _denominator(self, optimizer: Any) -> Array:
+        if not hasattr(optimizer, "_denominators"):
+            raise TypeError(f"optimizer must be one of fusedstep's, got {type(optimizer).__name__}")
+        found = optimizer._denominators()
+        if [one.shape for one in found] != self._shapes:
+            raise ValueError(
+                f"optimizer must hold params of shapes {self._shapes},"
+                f" got {[one.shape for one in found]}"
+            )
+        flat = np.concatenate([one.ravel() for one in found])
+        if not (flat > 0).all():
+            raise ValueError(f"optimizer must divide by numbers > 0, got {flat.min()}")
+        return flat
+
+
+def _dense(hessian: _Hessian) -> Curvature:
+    """From all columns of the Hessian; off by no more than what changes it (Weyl 1912)."""
+    identity = np.eye(hessian.n)
+    matrix = np.stack([hessian.times(column) for column in identity], -1)
+    doubled = np.stack([hessian.times(column, 2.0) for column in identity], -1)
+    off = float(np.linalg.norm(matrix - doubled, 2) + np.linalg.norm(matrix - matrix.T, 2) / 2)
+    values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+    off += float(np.finfo(float).eps * hessian.n * np.abs(values).max())
+    return Curvature(
+        float(values[-1]), float(values[0]), off, off, hessian.products, hessian.method
+    )
+
+
+def _outermost(
+    hessian: _Hessian, shift: float, tol: float, max_products: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    """The eigenvalue farthest from `shift`, and its error.
+
+    The other end of a spectrum lies farthest from the first; asked for by its size, an eigenvalue
+    next to 0 would have to be found to a share of itself.
+    """
+    try:
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "curvature needs SciPy: pip install 'fusedstep[convergence]'", name="scipy"
+        ) from error
+    n = hessian.n
+    shifted = LinearOperator(
+        (n, n), matvec=lambda v: hessian.times(v) - shift * v.ravel(), dtype=np.float64
+    )
+    start = rng.standard_normal(n)
+    basis = min(n, 20)
+    rounds = max(1, max_products // basis)  # each of at most this many products
+    try:
+        _, vectors = eigsh(shifted, k=1, which="LM", v0=start, tol=tol, ncv=basis, maxiter=rounds)
+    except ArpackNoConvergence:
+        raise RuntimeError(
+            f"curvature must converge within max_products={max_products}: allow more, or a larger"
+            f" tol than {tol:g}"
+        ) from None
+    vector = vectors[:, 0] / np.linalg.norm(vectors[:, 0])
+    product = hessian.times(vector)
+    value = float(vector @ product)
+    off = np.linalg.norm(product - value * vector)
+    if hessian.method == "finite differences":
+        off += np.linalg.norm(hessian.times(vector, 2.0) - product)
+    return value, float(off + np.finfo(float).eps * abs(value))

@@ -1,0 +1,191 @@
+"""Small functions of two variables with known facts, to watch optimizers on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedstep._hypers import Hyper, check
+
+__all__ = [
+    "ALL",
+    "Landscape",
+    "beale",
+    "plateau",
+    "ravine",
+    "rosenbrock",
+    "saddle",
+    "two_minima",
+]
+
+Array = NDArray[np.float64]
+_Function = Callable[[Array, Array], Array]
+_Gradient = Callable[[Array, Array], tuple[Array, Array]]
+Point = tuple[float, float]
+
+_POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A function of two variables, its gradient, and what is known of it.
+
+    `value(x)` and `gradient(x)` take points (..., 2), and `landscape(x)` is the value.
+
+    Attributes:
+        name: what it is called.
+        start: a point to start from that shows what is hard about it.
+        minima: all local minima, the lowest first.
+        xlim, ylim: a window that shows start and minima.
+        facts: what is hard about it, in a sentence or two.
+        f, df: the function and its two derivatives, each of arrays x and y.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> valley = landscapes.rosenbrock()
+        >>> valley.minima, valley.value([1.0, 1.0]), valley.gradient([0.0, 0.0])
+        (((1.0, 1.0),), 0.0, array([-2.,  0.]))
+    """
+
+    name: str
+    start: Point
+    minima: tuple[Point, ...]
+    xlim: Point
+    ylim: Point
+    facts: str
+    f: _Function = field(repr=False)
+    df: _Gradient = field(repr=False)
+
+    def value(self, x: Any) -> Any:
+        """The function at `x`, an array (..., 2); a float for one point."""
+        values = np.asarray(self.f(*_split(x)))
+        return float(values) if values.ndim == 0 else values
+
+    __call__ = value
+
+    def gradient(self, x: Any) -> Array:
+        """The gradient at `x`, of its shape (..., 2)."""
+        return np.stack(np.broadcast_arrays(*self.df(*_split(x))), -1)
+
+
+def _split(x: Any) -> tuple[Array, Array]:
+    points = np.asarray(x, np.float64)
+    if points.ndim == 0 or points.shape[-1] != 2:
+        raise ValueError(f"x must have shape (..., 2), got {points.shape}")
+    return points[..., 0], points[..., 1]
+
+
+def ravine(condition: float = 50.0) -> Landscape:
+    """A long narrow valley: `f = (x^2 + condition * y^2) / 2`.
+
+    Curvature 1 along x and `condition` along y: gradient descent diverges from a rate of
+    `2/condition` on, and below it crawls along x.
+    """
+    kappa = check("condition", condition, _POSITIVE)
+    return Landscape(
+        "ravine", (-10.0, 1.0), ((0.0, 0.0),), (-11.0, 3.0), (-2.0, 2.0),
+        f"A quadratic {kappa:g} times as curved across as along.",
+        lambda x, y: (x**2 + kappa * y**2) / 2,
+        lambda x, y: (x, kappa * y),
+    )  # fmt: skip
+
+
+def saddle() -> Landscape:
+    """A saddle between two minima: `f = x^2/2 - y^2/2 + y^4/4`.
+
+    The gradient vanishes at the origin, which is a minimum along x and a maximum along y; the
+    minima are (0, 1) and (0, -1), of value -1/4.
+    """
+    return Landscape(
+        "saddle", (-1.5, 1e-3), ((0.0, 1.0), (0.0, -1.0)), (-2.0, 2.0), (-1.75, 1.75),
+        "A saddle at the origin, minima at (0, 1) and (0, -1).",
+        lambda x, y: x**2 / 2 - y**2 / 2 + y**4 / 4,
+        lambda x, y: (x, y**3 - y),
+    )  # fmt: skip
+
+
+def two_minima() -> Landscape:
+    """A local minimum beside the global one: `f = x^4/4 - x^3/15 - x^2/2 + x/5 + y^2/2`.
+
+    `df/dx = (x + 1)(x - 1/5)(x - 1)`: the global minimum is (-1, 0), of value -23/60, a local one
+    (1, 0), of value -7/60, and a saddle (1/5, 0) lies between.
+    """
+    return Landscape(
+        "two minima", (1.6, 1.2), ((-1.0, 0.0), (1.0, 0.0)), (-2.0, 2.0), (-1.5, 1.5),
+        "The global minimum at (-1, 0), a local one at (1, 0), a saddle at (0.2, 0).",
+        lambda x, y: x**4 / 4 - x**3 / 15 - x**2 / 2 + x / 5 + y**2 / 2,
+        lambda x, y: ((x + 1) * (x - 0.2) * (x - 1), y),
+    )  # fmt: skip
+
+
+def rosenbrock(a: float = 1.0, b: float = 100.0) -> Landscape:
+    """Rosenbrock's banana: `f = (a - x)^2 + b * (y - x^2)^2`, minimum 0 at (a, a^2).
+
+    A bent valley, flat along its floor and steep across.
+
+    Reference:
+        Rosenbrock 1960, https://doi.org/10.1093/comjnl/3.3.175
+    """
+    a = check("a", a, Hyper("finite", math.isfinite, ""))
+    b = check("b", b, _POSITIVE)
+    return Landscape(
+        "Rosenbrock", (-1.2, 1.0), ((a, a * a),), (-2.0, 2.0), (-1.0, 3.0),
+        f"A bent valley whose floor leads to the minimum at ({a:g}, {a * a:g}).",
+        lambda x, y: (a - x) ** 2 + b * (y - x**2) ** 2,
+        lambda x, y: (-2 * (a - x) - 4 * b * x * (y - x**2), 2 * b * (y - x**2)),
+    )  # fmt: skip
+
+
+def beale() -> Landscape:
+    """Beale's function: `f = (3/2 - x + xy)^2 + (9/4 - x + xy^2)^2 + (21/8 - x + xy^3)^2`.
+
+    The minimum is 0 at (3, 1/2); almost flat around it, steep at the corners.
+
+    Reference:
+        Beale 1958, On an iterative method of finding a local minimum of a function of more than one
+        variable, Princeton University
+    """
+    constants = (1.5, 2.25, 2.625)
+
+    def value(x: Array, y: Array) -> Array:
+        rests = [c - x + x * y**k for k, c in enumerate(constants, 1)]
+        return np.sum(np.square(rests), axis=0)
+
+    def gradient(x: Array, y: Array) -> tuple[Array, Array]:
+        gx, gy = np.zeros_like(x), np.zeros_like(x)
+        for k, c in enumerate(constants, 1):
+            rest = 2 * (c - x + x * y**k)
+            gx, gy = gx + rest * (y**k - 1), gy + rest * k * x * y ** (k - 1)
+        return gx, gy
+
+    return Landscape(
+        "Beale", (1.0, 1.5), ((3.0, 0.5),), (-0.5, 4.5), (-1.0, 2.0),
+        "Steep at the corners, almost flat around the minimum at (3, 0.5).",
+        value, gradient,
+    )  # fmt: skip
+
+
+def plateau() -> Landscape:
+    """A pit in a plain: `f = 1 - exp(-(x^2 + y^2)/2)`, minimum 0 at the origin.
+
+    Away from the pit the gradient is next to nothing, and no rate that is stable in the pit gets
+    there soon; methods that divide by the gradient's size do.
+    """
+
+    def pit(x: Array, y: Array) -> Array:
+        return np.exp(-(x**2 + y**2) / 2)
+
+    return Landscape(
+        "plateau", (-3.0, 2.0), ((0.0, 0.0),), (-4.0, 2.0), (-2.5, 3.0),
+        "A pit in a plain that is flat but for 1 part in 600 at the start.",
+        lambda x, y: 1 - pit(x, y),
+        lambda x, y: (x * pit(x, y), y * pit(x, y)),
+    )  # fmt: skip
+
+
+ALL = (ravine(), saddle(), two_minima(), rosenbrock(), beale(), plateau())
