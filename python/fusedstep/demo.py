@@ -119,7 +119,7 @@ def train(
     losses = [loss_and_gradient(params, data.train_x, data.train_y, grads)]
     in_step = 0.0
     for _ in range(epochs):
-        for chosen in _batches(rng, len(data.train_y), batch):
+        for chosen in batches(rng, len(data.train_y), batch):
             loss_and_gradient(params, data.train_x[chosen], data.train_y[chosen], grads)
             begin = time.perf_counter()
             opt.step(grads)
@@ -131,7 +131,8 @@ def train(
     return Result(name, losses, accuracy, in_step / opt.steps * 1e3)
 
 
-def _batches(rng: np.random.Generator, n: int, size: int) -> Iterator[Array]:
+def batches(rng: np.random.Generator, n: int, size: int) -> Iterator[Array]:
+    """Indices of all batches of one epoch, in random order; what is left over is left out."""
     order = rng.permutation(n)
     for at in range(0, n - n % size, size):
         yield order[at : at + size]

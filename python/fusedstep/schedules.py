@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -119,7 +119,7 @@ Decay = Annotated[float, _number_that_is("in (0, 1]", lambda x: 0 < x <= 1)]
 Count = Annotated[int, _integer_from(1)]
 Whole = Annotated[int, _integer_from(0)]
 CountOrNone = Annotated[int | None, _count_or_none]
-Milestones = Annotated[tuple[int, ...], _milestones]
+Milestones = Annotated[Sequence[int], _milestones]  # kept as a tuple
 Progress = Annotated[tuple[float, float | None, int, int] | None, _progress]
 
 
@@ -172,7 +172,7 @@ def _half_wave(x: _Value) -> _Value:
     return (1 + _core.cospi(x)) / 2
 
 
-def _count_passed(marks: tuple[int, ...], t: _T) -> _Value:
+def _count_passed(marks: Sequence[int], t: _T) -> _Value:
     """How many of the sorted `marks` are <= t."""
     if isinstance(t, np.ndarray):
         return np.searchsorted(marks, t, side="right").astype(np.int64)

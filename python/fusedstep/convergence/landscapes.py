@@ -154,7 +154,8 @@ def beale() -> Landscape:
 
     def value(x: Array, y: Array) -> Array:
         rests = [c - x + x * y**k for k, c in enumerate(constants, 1)]
-        return np.sum(np.square(rests), axis=0)
+        total: Array = np.sum(np.square(rests), axis=0)
+        return total
 
     def gradient(x: Array, y: Array) -> tuple[Array, Array]:
         gx, gy = np.zeros_like(x), np.zeros_like(x)
@@ -182,7 +183,7 @@ def plateau() -> Landscape:
 
     return Landscape(
         "plateau", (-3.0, 2.0), ((0.0, 0.0),), (-4.0, 2.0), (-2.5, 3.0),
-        "A pit in a plain that is flat but for 1 part in 600 at the start.",
+        "A pit in a plain: at the start the gradient is 0.005 long.",
         lambda x, y: 1 - pit(x, y),
         lambda x, y: (x * pit(x, y), y * pit(x, y)),
     )  # fmt: skip

@@ -1,0 +1,726 @@
+"""The figures, one function each; what the page shows as a figure's code is that function.
+
+A function's docstring is the finding, as a sentence, and then the caption.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import fusedstep as fs
+from fusedstep import demo
+from fusedstep.convergence import Quadratic, curvature, landscapes, lr_range_test, trajectory
+from fusedstep.gallery.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    canvas,
+    contours,
+    walk,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of the gallery."""
+
+    name: str
+    title: str
+    caption: str
+    question: str
+    equation: str
+    source: str
+    function: Callable[[], Any]
+    helpers: tuple[Callable[..., Any], ...]
+
+    @property
+    def code(self) -> str:
+        """The function, without its docstring, which stands around the figure, and its helpers."""
+        text = inspect.getsource(self.function)
+        head, _, rest = text[text.index("def ") :].partition('"""')
+        own = head.rstrip() + "\n" + rest.partition('"""')[2].strip("\n")
+        return "\n\n\n".join([own, *(inspect.getsource(one).strip() for one in self.helpers)])
+
+
+FIGURES: list[Entry] = []
+
+
+def figure(
+    question: str, equation: str, source: str, *helpers: Callable[..., Any]
+) -> Callable[[Any], Any]:
+    """Lists a function as a figure, with the functions that it shares its work with."""
+
+    def listed(function: Callable[[], Any]) -> Callable[[], Any]:
+        title, _, caption = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+        FIGURES.append(
+            Entry(function.__name__, title.replace("\n", " ").rstrip("."),
+                  caption.replace("\n", " "), question, equation, source, function, helpers)
+        )  # fmt: skip
+        return function
+
+    return listed
+
+
+@figure(
+    "Which learning rate makes gradient descent converge?",
+    "x <- x - lr * f'(x);  on f = lambda/2 x^2 the error is multiplied by 1 - lr * lambda",
+    "Goodfellow, Bengio & Courville 2016, section 4.3",
+)
+def rates() -> Any:
+    """Up to 2/lambda gradient descent converges, each rate in its manner; beyond, it diverges.
+
+    A parabola of curvature lambda = 1, from x = 1, at five rates. Below 1/lambda the error falls
+    from one side; at 1/lambda a step ends it, as Newton's would; up to 2/lambda it swings from side
+    to side and yet falls; at 2/lambda it swings for ever; above, it grows.
+    """
+    parabola = Quadratic([1.0])
+    x = np.linspace(-1.75, 1.75, 200)
+    figure, axes = canvas(2, 5, size=(11, 5), sharey="row", height_ratios=(3, 2))
+    for ax, below, lr in zip(*axes, (0.3, 1.0, 1.8, 2.0, 2.1), strict=True):
+        path = parabola.simulate([1.0], lr, steps=6)[:, 0]
+        color = RED if lr > 2 else ORANGE if lr == 2 else BLUE
+        ax.plot(x, x**2 / 2, color=GREY, lw=1)
+        ax.plot(path, path**2 / 2, "o-", color=color, ms=4, lw=1.2)
+        ax.set_title(f"lr = {lr:g}/lambda\n{parabola.regime(lr)[0]}", color=color)
+        ax.set_xlabel("x")
+        below.plot(np.abs(parabola.simulate([1.0], lr, steps=12)[:, 0]), "o-", color=color, ms=3)
+        below.set_xlabel("step")
+    axes[0, 0].set_ylabel("f(x)")
+    axes[1, 0].set_ylabel("error |x|")
+    axes[1, 0].set_ylim(-0.15, 3.3)
+    return figure
+
+
+@figure(
+    "One learning rate for many curvatures: which is best?",
+    "worst factor max |1 - lr * lambda_i|, least at 2/(lambda_min + lambda_max),"
+    " where it is (kappa - 1)/(kappa + 1)",
+    "Polyak 1964; Nesterov 2004, section 2.1",
+)
+def curvatures() -> Any:
+    """The sharpest direction sets the largest rate, and the flattest then has to wait.
+
+    What a step leaves of the error along the flattest (curvature 1) and the sharpest (curvature 10)
+    direction of a quadratic, at each rate. The worse of the two is what counts; it is best where
+    both are alike. A rate that suits the flat direction alone, 1/lambda_min, lets the sharp one
+    explode.
+    """
+    q = Quadratic([1.0, 10.0])
+    lrs = np.linspace(0.001, 0.24, 400)
+    figure, ax = canvas(size=(9, 4.2))
+    ax.plot(lrs, np.abs(1 - lrs * 1.0), color=BLUE, lw=1.5, ls="--")
+    ax.plot(lrs, np.abs(1 - lrs * 10.0), color=RED, lw=1.5, ls="-.")
+    ax.plot(lrs, [q.contraction(lr) for lr in lrs], color="k", lw=3, alpha=0.35)
+    ax.axvspan(q.largest_stable_rate, 0.24, color=RED, alpha=0.12, lw=0)
+    ax.plot(q.best_rate, q.best_contraction, "*", ms=16, color=GREEN)
+    ax.annotate(f"best: 2/(1 + 10) = {q.best_rate:.3f},\nleaves {q.best_contraction:.0%} a step",
+                (q.best_rate, q.best_contraction), (0.095, 0.63), color=GREEN,
+                arrowprops={"arrowstyle": "-", "color": GREEN})  # fmt: skip
+    ax.text(0.045, 0.985, "flattest direction, |1 - lr * 1|", color=BLUE, rotation=-9)
+    ax.text(0.02, 0.28, "sharpest direction,\n|1 - lr * 10|", color=RED)
+    ax.text(0.22, 0.1, "diverges\nabove 2/10", color=RED, ha="center")
+    ax.set_ylim(0, 1.4)
+    ax.set_xlim(0, 0.24)
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("factor of the error per step")
+    return figure
+
+
+@figure(
+    "Why does gradient descent jitter in a ravine, and what does momentum do about it?",
+    "v <- mu * v + g,  x <- x - lr * v",
+    "Polyak 1964; Sutskever et al. 2013",
+)
+def ravine() -> Any:
+    """In a ravine gradient descent jitters or creeps; momentum does neither.
+
+    A quadratic 50 times as curved across as along, 40 steps each. The gradient points across: at a
+    rate near the largest stable one it throws the point from wall to wall, at a smaller one nothing
+    moves along the floor. Momentum adds up what successive gradients agree on, the way along, and
+    what they disagree on cancels.
+    """
+    valley = landscapes.ravine(condition=50)
+    runs = {
+        "plain, lr 0.038: jitters": (lambda x: fs.SGD(x, lr=0.038), RED, "o"),
+        "plain, lr 0.01: creeps": (lambda x: fs.SGD(x, lr=0.01), ORANGE, "v"),
+        "momentum 0.8, lr 0.01": (lambda x: fs.SGD(x, lr=0.01, momentum=0.8), BLUE, "s"),
+    }
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.2), width_ratios=(3, 2))
+    contours(map_, valley)
+    for name, (make, color, marker) in runs.items():
+        path = trajectory(make, valley, valley.start, steps=40)
+        walk(map_, path, name, color, marker)
+        curve.semilogy(valley.value(path), color=color, lw=2, label=name.split(":")[0])
+    map_.legend(loc="upper right", fontsize="small")
+    curve.legend(fontsize="small")
+    curve.set_xlabel("step")
+    curve.set_ylabel("f")
+    return figure
+
+
+@figure(
+    "How much does momentum gain as the problem gets worse conditioned?",
+    "error per step: (kappa-1)/(kappa+1) plain, (sqrt(kappa)-1)/(sqrt(kappa)+1) with momentum",
+    "Polyak 1964; Goh 2017",
+)
+def condition() -> Any:
+    """Plain gradient descent needs kappa times as many steps, momentum only sqrt(kappa).
+
+    Steps until the error is a millionth, each method at its best learning rate (and momentum), on
+    quadratics of growing condition number kappa. Dots are counted in runs, lines predicted by the
+    contraction; momentum's lie a little above, as its error first grows like t * r^t.
+    """
+    kappas = np.array([2, 4, 10, 30, 100, 300, 1000])
+    figure, ax = canvas(size=(9, 4.4))
+    plain: list[int] = []
+    heavy: list[int] = []
+    for kappa in kappas:
+        q = Quadratic(np.linspace(1, kappa, 9))
+        best = q.best_momentum
+        for counts, lr, mu in ((plain, q.best_rate, 0.0), (heavy, best.lr, best.momentum)):
+            error = np.linalg.norm(q.simulate(np.ones(9), lr, 10 * kappa + 60, mu), axis=1)
+            counts.append(np.flatnonzero(error > 3e-6)[-1] + 1)
+    fine = np.geomspace(2, 1000, 100)
+    ax.loglog(fine, np.log(1e-6) / np.log((fine - 1) / (fine + 1)), color=RED)
+    ax.loglog(kappas, plain, "o", color=RED)
+    root = np.sqrt(fine)
+    ax.loglog(fine, np.log(1e-6) / np.log((root - 1) / (root + 1)), color=BLUE)
+    ax.loglog(kappas, heavy, "s", color=BLUE)
+    ax.text(60, 900, "plain: about 7 kappa", color=RED, ha="right")
+    ax.text(200, 40, "momentum: about 7 sqrt(kappa)", color=BLUE, ha="center")
+    ax.set_xlabel("condition number kappa")
+    ax.set_ylabel("steps to 1e-6 of the error")
+    return figure
+
+
+@figure(
+    "What does Nesterov's momentum do differently?",
+    "v <- mu * v + g(x - lr * mu * v),  x <- x - lr * v",
+    "Nesterov 1983; Sutskever et al. 2013",
+)
+def nesterov() -> Any:
+    """Nesterov looks where momentum will carry it, brakes in time, and overshoots less.
+
+    Momentum 0.95 for both, on the same quadratic. The gradient at the look-ahead point already
+    shows the opposite wall of the valley. Crosses: the same method in its original form, with the
+    gradient taken inside `opt.lookahead()`, seen from its look-ahead points; they lie on the line.
+    """
+    valley = replace(landscapes.ravine(condition=20), xlim=(-11.0, 8.0))
+    lr, mu, start, steps = 0.02, 0.95, (-10.0, 1.5), 100
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.2), width_ratios=(3, 2))
+    contours(map_, valley)
+    heavy = trajectory(lambda x: fs.SGD(x, lr=lr, momentum=mu), valley, start, steps)
+    ahead = trajectory(lambda x: fs.SGD(x, lr=lr, momentum=mu, nesterov=True), valley, start, steps)
+    walk(map_, heavy[:60], "momentum", RED)
+    walk(map_, ahead[:60], "Nesterov", BLUE)
+    original = trajectory(
+        lambda x: fs.SGD(x, lr=lr, momentum=mu), valley, start, steps, lookahead=True
+    )
+    seen = original[1:] + mu * np.diff(original, axis=0)  # x - lr*mu*v, as x moves by -lr*v
+    map_.plot(*seen[:59].T, "x", color="k", ms=5, label="its original form, looking ahead")
+    map_.legend(loc="upper right", fontsize="small")
+    for path, name, color in ((heavy, "momentum", RED), (ahead, "Nesterov", BLUE)):
+        too_far = path[:, 0].max()
+        curve.plot(path[:, 0], color=color, lw=2, label=f"{name}: {too_far:.1f} too far")
+    curve.axhline(0, color=GREY, lw=1)
+    curve.legend()
+    curve.set_xlabel("step")
+    curve.set_ylabel("x (the minimum is at 0)")
+    return figure
+
+
+@figure(
+    "What holds gradient descent at a saddle, and what gets it away?",
+    "f = x^2/2 - y^2/2 + y^4/4, gradient 0 at the saddle (0, 0)",
+    "Dauphin et al. 2014",
+)
+def saddle() -> Any:
+    """At a saddle gradient descent waits; momentum and adaptive steps leave it sooner.
+
+    All start a thousandth beside the line that leads into the saddle. The way out has almost no
+    gradient at first. Momentum lets it grow faster; RMSProp and Adam divide by its size, and do not
+    care how small it is.
+    """
+    land = landscapes.saddle()
+    runs = {
+        "plain": (lambda x: fs.SGD(x, lr=0.1), RED, "o"),
+        "momentum 0.9": (lambda x: fs.SGD(x, lr=0.1, momentum=0.9), BLUE, "s"),
+        "RMSProp": (lambda x: fs.RMSprop(x, lr=0.05), GREEN, "^"),
+        "Adam": (lambda x: fs.Adam(x, lr=0.1), ORANGE, "v"),
+    }
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.4), width_ratios=(1, 1))
+    contours(map_, land)
+    map_.plot(0, 0, "X", color="k", ms=9)
+    map_.annotate("saddle", (0, 0), (-8, -18), textcoords="offset points", ha="right")
+    for name, (make, color, marker) in runs.items():
+        path = trajectory(make, land, land.start, steps=120)
+        walk(map_, path, name, color, marker)
+        curve.plot(land.value(path), color=color, lw=2, label=name)
+        away = np.flatnonzero(land.value(path) > -0.125)[-1] + 1
+        curve.plot(away, land.value(path[away]), marker, color=color, ms=8,
+                   label=f"half way down: step {away}")  # fmt: skip
+    curve.axhline(0, color=GREY, lw=1, ls=":")
+    curve.text(120, 0.01, "height of the saddle", color=GREY, ha="right")
+    curve.set_ylim(-0.3, 0.4)
+    curve.legend(fontsize="small", ncols=2, loc="upper right")
+    curve.set_xlabel("step")
+    curve.set_ylabel("f")
+    return figure
+
+
+@figure(
+    "Does the optimizer have to stay in the first minimum it meets?",
+    "df/dx = (x + 1)(x - 1/5)(x - 1): a local minimum at x = 1, the global one at x = -1",
+    "Polyak 1964; Qian 1999",
+)
+def local_minimum() -> Any:
+    """Momentum carries through a shallow minimum in which plain gradient descent stays.
+
+    Same start, same rate. What momentum has gathered on the slope takes it over the barrier at
+    x = 0.2 and down to the global minimum. It is no guarantee: with less momentum, or a higher
+    barrier, it stays too.
+    """
+    land = landscapes.two_minima()
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.4))
+    contours(map_, land)
+    for name, mu, color, marker in (("plain", 0.0, RED, "o"), ("momentum 0.9", 0.9, BLUE, "s")):
+        path = trajectory(partial(fs.SGD, lr=0.05, momentum=mu), land, land.start, 150)
+        walk(map_, path, name, color, marker)
+        curve.plot(path[:, 0], color=color, lw=2)
+        curve.annotate(f"{name}: f = {land.value(path[-1]):.3f}", (150, path[-1, 0]), (0, 10),
+                       textcoords="offset points", color=color, ha="right")  # fmt: skip
+    for x, name in ((1.0, "local minimum"), (0.2, "barrier"), (-1.0, "global minimum")):
+        curve.axhline(x, color=GREY, lw=1, ls=":")
+        curve.text(70, x + 0.04, name, color=GREY, fontsize="small")
+    map_.legend()
+    curve.set_ylim(-1.8, 1.8)
+    curve.set_xlabel("step")
+    curve.set_ylabel("x")
+    return figure
+
+
+@figure(
+    "What if there is hardly a gradient at all?",
+    "f = 1 - exp(-(x^2 + y^2)/2): the gradient falls faster than any power of the distance",
+    "Hochreiter 1998 (vanishing gradients)",
+)
+def plateau() -> Any:
+    """On a plateau a step as long as the gradient goes nowhere; one divided by it walks off.
+
+    The gradient at the start is 0.005 long. Plain gradient descent at rate 1, the best in the pit
+    itself, seems to have stopped for 60 steps. Momentum gathers speed, too much of it in the end.
+    Adam's first steps are as long as its rate, whatever the gradient.
+    """
+    land = landscapes.plateau()
+    runs = {
+        "plain": (lambda x: fs.SGD(x, lr=1.0), RED, "o"),
+        "momentum 0.9": (lambda x: fs.SGD(x, lr=1.0, momentum=0.9), BLUE, "s"),
+        "Adam": (lambda x: fs.Adam(x, lr=0.1), ORANGE, "v"),
+    }
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.2))
+    contours(map_, land)
+    for name, (make, color, marker) in runs.items():
+        path = trajectory(make, land, land.start, steps=100)
+        walk(map_, path, name, color, marker)
+        curve.plot(land.value(path), color=color, lw=2, label=name)
+    curve.legend()
+    curve.set_ylim(-0.03, 1.1)
+    curve.set_xlabel("step")
+    curve.set_ylabel("f")
+    return figure
+
+
+@figure(
+    "Why does AdaGrad slow down in long runs, and RMSProp not?",
+    "AdaGrad: s <- s + g^2;  RMSProp: v <- alpha * v + (1 - alpha) * g^2;"
+    "  effective rate lr / sqrt(s), lr / sqrt(v)",
+    "Duchi, Hazan & Singer 2011; Tieleman & Hinton 2012",
+)
+def adagrad_rate() -> Any:
+    """AdaGrad's rate dies, RMSProp's lives: one remembers all gradients, the other the last ones.
+
+    The rate that an element really moves with, under noisy gradients of size 1 that shrink to a
+    tenth after 2,000 steps. AdaGrad's sum only grows, so that its rate falls like 1/sqrt(t) and
+    never comes back. RMSProp forgets: its rate stays, and rises when gradients become small.
+    """
+    rng = np.random.default_rng(0)
+    steps = np.arange(1, 4001)
+    gradients = rng.standard_normal(4000) * np.where(steps <= 2000, 1.0, 0.1)
+    slow, quick = fs.Adagrad(np.zeros(1), lr=0.1), fs.RMSprop(np.zeros(1), lr=0.01)
+    rates: dict[str, list[float]] = {"AdaGrad": [], "RMSProp": []}
+    for g in gradients:
+        slow.step(np.array([g]))
+        quick.step(np.array([g]))
+        rates["AdaGrad"].append(0.1 / np.sqrt(slow.state[0]["sum"][0]))
+        rates["RMSProp"].append(0.01 / np.sqrt(quick.state[0]["square_avg"][0]))
+    figure, ax = canvas(size=(9, 4.2))
+    for (name, rate), color in zip(rates.items(), (RED, BLUE), strict=True):
+        ax.semilogy(steps, rate, color=color, lw=2)
+        ax.annotate(name, (4000, rate[-1]), (-4, 8), color=color, ha="right",
+                    textcoords="offset points")  # fmt: skip
+    ax.semilogy(steps[:2000], 0.1 / np.sqrt(steps[:2000]), ":", color="k")
+    ax.text(1000, 0.0022, "0.1/sqrt(t)", color="k")
+    ax.axvline(2000, color=GREY, lw=1)
+    ax.text(2020, 0.25, "from here gradients are a tenth", color=GREY)
+    ax.set_ylim(1e-3, 0.4)
+    ax.set_xlabel("step")
+    ax.set_ylabel("effective rate")
+    return figure
+
+
+@figure(
+    "How does a feature learn that occurs once in a hundred examples?",
+    "AdaGrad: x_i <- x_i - lr * g_i / sqrt(sum of g_i^2 so far), element by element",
+    "Duchi, Hazan & Singer 2011",
+)
+def sparse() -> Any:
+    """AdaGrad learns rare features too; under SGD they wait for the frequent ones.
+
+    A linear model of 100 features, from one that every second example has to one in 1,000, after
+    2,000 examples one at a time; means of five runs and five features. Both at the rate, of nine
+    tried, that leaves the least error in all. SGD's one rate must suit the frequent features, so
+    that a rare one has moved little in its few examples, and yet is too large for their noise.
+    AdaGrad gives each feature a rate by its own history.
+    """
+    frequency = np.geomspace(0.5, 0.001, 100)
+    truth = np.random.default_rng(1).choice([-1.0, 1.0], 100)
+
+    def errors(kind: Any, lr: float) -> Any:
+        total = np.zeros(100)
+        for seed in range(5):
+            rng, w = np.random.default_rng(seed), np.zeros(100)
+            opt = kind(w, lr=lr)
+            for x in (rng.random((2000, 100)) < frequency).astype(float):
+                opt.step(x * (x @ (w - truth) + 0.5 * rng.standard_normal()))
+            total += np.abs(w - truth) / 5
+        return total.reshape(20, 5).mean(1)
+
+    figure, ax = canvas(size=(9, 4.2))
+    for kind, name, rates_, color, marker in (
+        (fs.SGD, "SGD", np.geomspace(0.02, 0.2, 9), RED, "o"),
+        (fs.Adagrad, "AdaGrad", np.geomspace(0.1, 2, 9), BLUE, "s"),
+    ):
+        tried = [(errors(kind, lr), lr) for lr in rates_]
+        best, lr = min(tried, key=lambda one: float(np.linalg.norm(one[0])))
+        ax.semilogx(frequency[2::5], best, marker=marker, color=color, label=f"{name}, lr {lr:.2g}")
+    ax.axhline(1, color=GREY, ls=":", lw=1)
+    ax.text(0.4, 1.02, "nothing learned", color=GREY, va="bottom")
+    ax.invert_xaxis()
+    ax.set_ylim(0, 1.15)
+    ax.set_xlabel("share of examples that have the feature (rarer to the right)")
+    ax.set_ylabel("error of its weight")
+    ax.legend(loc="upper center")
+    return figure
+
+
+@figure(
+    "What are Adam's bias corrections for?",
+    "m / (1 - beta1^t) and v / (1 - beta2^t);  without them the first step is"
+    " (1 - beta1)/sqrt(1 - beta2) = 3.2 lr, and later ones up to twice that",
+    "Kingma & Ba 2015, section 3",
+)
+def bias_correction() -> Any:
+    """Without bias correction Adam's first hundred steps are several times too long.
+
+    The step that each form takes, as a multiple of its learning rate, under gradients that are
+    always 1 (lines) or noisy (dots). Both averages start at 0: m recovers within some ten steps, v
+    only after a thousand, and a step is m/sqrt(v).
+    """
+    rng = np.random.default_rng(0)
+    noisy = 1 + 0.5 * rng.standard_normal(100)
+    figure, ax = canvas(size=(9, 4.2))
+    for correct, name, color in ((True, "with", BLUE), (False, "without", RED)):
+        for gradients, style in ((np.ones(100), "-"), (noisy, ".")):
+            x = np.zeros(1)
+            opt = fs.Adam(x, lr=1.0, bias_correction=correct)
+            places = [0.0]
+            for g in gradients:
+                opt.step(np.array([g]))
+                places.append(float(x[0]))
+            lengths = -np.diff(places)
+            label = f"{name} bias correction" if style == "-" else None
+            ax.plot(range(1, 101), lengths, style, color=color, lw=2, label=label)
+            if style == "-" and not correct:
+                at = lengths.argmax()
+                ax.annotate(f"{lengths[at]:.1f} times lr at step {at + 1}", (at + 1, lengths[at]),
+                            (8, 6), textcoords="offset points", color=color)  # fmt: skip
+    ax.set_ylim(0, 7.5)
+    ax.set_xlabel("step")
+    ax.set_ylabel("length of the step / lr")
+    ax.legend()
+    return figure
+
+
+@figure(
+    "Can Adam converge to the wrong place?",
+    "f_t(x) = 1010 x at every 101st step, else -10 x, on [-1, 1]: the sum falls to its minimum"
+    " at x = -1. AMSGrad: v_max <- max(v_max, v)",
+    "Reddi, Kale & Kumar 2018, section 5",
+)
+def amsgrad() -> Any:
+    """Adam walks to the worst point of this problem; AMSGrad, with a longer memory, to the best.
+
+    The counter-example of the AMSGrad paper. The rare large gradient is right, but Adam divides it
+    by its own size and soon forgets it, while the many small wrong ones push on. AMSGrad keeps the
+    largest v it has seen, and the small ones then count for little. The parameter is put back into
+    [-1, 1] after each step; lr = 0.5/sqrt(t), betas = (0.9, 0.99).
+    """
+    steps = 100_000
+    figure, ax = canvas(size=(9, 4))
+    for keep, name, color in ((False, "Adam", RED), (True, "AMSGrad", BLUE)):
+        x = np.zeros(1)
+        opt = fs.Adam(x, lr=lambda t: 0.5 / np.sqrt(t + 1), betas=(0.9, 0.99), amsgrad=keep)
+        large, small = np.array([1010.0]), np.array([-10.0])
+        path = []
+        for t in range(1, steps + 1):
+            opt.step(large if t % 101 == 1 else small)
+            np.clip(x, -1, 1, out=x)
+            path.append(float(x[0]))
+        ax.plot(np.arange(1, steps + 1)[::50], path[::50], color=color, lw=2)
+        ax.annotate(f"{name}: x = {path[-1]:.2f}", (steps, path[-1]), (-6, 10 if keep else -14),
+                    color=color, ha="right", textcoords="offset points")  # fmt: skip
+    for x_, name in ((-1, "best"), (1, "worst")):
+        ax.axhline(x_, color=GREY, lw=1, ls=":")
+        ax.text(20_000, x_ + (0.05 if x_ > 0 else -0.15), name, color=GREY)
+    ax.set_ylim(-1.25, 1.25)
+    ax.set_xlabel("step")
+    ax.set_ylabel("x")
+    return figure
+
+
+@figure(
+    "How do Adam's relatives take the same ravine?",
+    "each element's step is divided by a size of its own recent gradients",
+    "Kingma & Ba 2015 (AdaMax); Dozat 2016 (Nadam); Zeiler 2012 (AdaDelta)",
+)
+def relatives() -> Any:
+    """Adaptive methods see no ravine, as they scale each direction; they differ in their brakes.
+
+    The ravine of the momentum figure, 60 steps. Where the axes are the ravine's, dividing by each
+    element's own gradients makes all directions alike. Nadam brakes before Adam does; AdaMax
+    remembers the steep first steps for longer; AdaDelta finds its own rate, from almost nothing,
+    and is still on its way after 60 steps.
+    """
+    valley = landscapes.ravine(condition=50)
+    runs = {
+        "Adam": (lambda x: fs.Adam(x, lr=0.6), ORANGE, "v"),
+        "Nadam": (lambda x: fs.NAdam(x, lr=0.6), PURPLE, "^"),
+        "AdaMax": (lambda x: fs.Adamax(x, lr=0.6), GREEN, "s"),
+        "AdaDelta": (lambda x: fs.Adadelta(x, lr=1.0, eps=1e-3), SKY, "D"),
+        "plain": (lambda x: fs.SGD(x, lr=0.038), RED, "o"),
+    }
+    figure, (map_, curve) = canvas(1, 2, size=(11, 4.4), width_ratios=(3, 2))
+    contours(map_, valley)
+    for name, (make, color, marker) in runs.items():
+        path = trajectory(make, valley, valley.start, steps=60)
+        walk(map_, path, name, color, marker)
+        curve.semilogy(valley.value(path), color=color, lw=2, label=name)
+    map_.legend(loc="upper left", fontsize="small", ncols=5)
+    curve.set_ylim(1e-4, 200)
+    curve.set_xlabel("step")
+    curve.set_ylabel("f")
+    curve.legend(fontsize="small", loc="lower left")
+    return figure
+
+
+@figure(
+    "How should the learning rate change during training?",
+    "each a closed form of the step t; see `fusedstep.schedules`",
+    "Loshchilov & Hutter 2017 (cosine, restarts); Smith 2017 (cyclic); Smith & Topin 2018"
+    " (one cycle); Hu et al. 2024 (WSD)",
+)
+def schedules() -> Any:
+    """Every schedule: large steps at first to get far, small ones in the end to settle.
+
+    The learning rate over 100 steps. Dashed: the momentum that goes with it, on a scale of 0 to 1.
+    The last row shows a schedule that follows a metric, and what schedules are made into.
+    """
+    s = fs.schedules
+    plateau = s.ReduceOnPlateau(1.0, factor=0.5, patience=5)
+    loss = np.maximum(np.exp(-np.arange(101) / 20), 0.1)
+    reduced = np.array([plateau.step(one) for one in loss])
+    cycle = s.OneCycle(1.0, total=100)
+    waves = s.Cyclic(0.1, 1.0, step_size_up=15, step_size_down=10, mode="triangular2")
+    drawn = {
+        "Constant": s.Constant(0.8),
+        "Step": s.Step(1.0, every=25, factor=0.4),
+        "MultiStep": s.MultiStep(1.0, milestones=[50, 75], factor=0.3),
+        "Exponential": s.Exponential.percent(1.0, alpha=3),
+        "Linear": s.Linear(1.0, total=100),
+        "Polynomial, power 2": s.Polynomial(1.0, total=100, power=2.0),
+        "Cosine": s.Cosine(1.0, total=100),
+        "CosineRestarts, mult 2": s.CosineRestarts(1.0, period=14, mult=2),
+        "InverseSqrt": s.InverseSqrt(1.0, timescale=10),
+        "WSD": s.WSD(1.0, total=100, decay=30, shape="1-sqrt"),
+        "OneCycle": cycle,
+        "Cyclic, triangular2": waves,
+        "ReduceOnPlateau": reduced,
+        "Cosine.warmup(10)": s.Cosine(1.0, total=90).warmup(10),
+        "Linear.then(Cosine, at=40)": s.Linear(1.0, 40, end=0.5).then(s.Cosine(0.5, 60), at=40),
+        "Exponential * 0.5": s.Exponential(1.0, 0.97) * 0.5,
+    }
+    t = np.arange(101)
+    figure, axes = canvas(4, 4, size=(11, 7.5), sharex=True, sharey=True)
+    for ax, (name, schedule) in zip(axes.flat, drawn.items(), strict=True):
+        steps = {"drawstyle": "steps-post"} if "tep" in name or "Plateau" in name else {}
+        ax.plot(t, schedule(t) if callable(schedule) else schedule, color=BLUE, lw=2, **steps)
+        ax.set_title(name, fontsize="medium")
+        if hasattr(schedule, "momentum"):
+            ax.plot(t, schedule.momentum(t), "--", color=RED, lw=1.2)
+    axes[3, 0].plot(t, loss, ":", color=GREY)
+    axes[3, 0].text(30, 0.3, "loss", color=GREY)
+    axes[2, 3].text(48, 0.68, "momentum", color=RED, fontsize="small")
+    for ax in axes[-1]:
+        ax.set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("rate")
+    return figure
+
+
+def noisy_digits() -> demo.Digits:
+    """The digits, every tenth label of the training set replaced by the next digit."""
+    data = demo.Digits.load()
+    data.train_y[::10] = (data.train_y[::10] + 1) % 10
+    return data
+
+
+def train_digits(lr: fs.schedules.Schedule, epochs: int, batch: int = 8) -> list[float]:
+    """Training loss after each epoch of SGD with momentum on `noisy_digits`."""
+    data, params, rng = noisy_digits(), demo.init(), np.random.default_rng(1)
+    grads = params.zeros_like()
+    opt = fs.SGD(params, lr=lr, momentum=0.9)
+    losses = [demo.loss_and_gradient(params, data.train_x, data.train_y, grads)]
+    for _ in range(epochs):
+        for chosen in demo.batches(rng, len(data.train_y), batch):
+            demo.loss_and_gradient(params, data.train_x[chosen], data.train_y[chosen], grads)
+            opt.step(grads)
+        losses.append(demo.loss_and_gradient(params, data.train_x, data.train_y, grads))
+    return losses
+
+
+@figure(
+    "What does a schedule do to the loss of a real training run?",
+    "noise floor of SGD: proportional to the learning rate",
+    "He et al. 2016 (step decay); Loshchilov & Hutter 2017 (cosine)",
+    train_digits,
+    noisy_digits,
+)
+def digits() -> Any:
+    """Under step decay the loss falls in stages, under cosine smoothly; both end below constant.
+
+    A small network on handwritten digits, momentum 0.9, batches of 8, the same start. Labels of one
+    image in ten are wrong, so that gradients stay noisy: at a constant rate the loss stops at a
+    floor that the noise sets, and each cut of the rate lowers the floor at once.
+    """
+    epochs, per_epoch = 24, len(demo.Digits.load().train_y) // 8
+    total = epochs * per_epoch
+    runs = {
+        "constant": (fs.schedules.Constant(0.05), RED),
+        "step decay": (fs.schedules.Step(0.05, every=total // 3, factor=0.2), ORANGE),
+        "cosine": (fs.schedules.Cosine(0.05, total), BLUE),
+    }
+    figure, (top, below) = canvas(2, 1, size=(9, 6), sharex=True, height_ratios=(3, 1))
+    for name, (lr, color) in runs.items():
+        losses = train_digits(lr, epochs)
+        top.plot(losses, color=color, lw=2, label=f"{name}: {losses[-1]:.2f} in the end")
+        below.plot(np.arange(total) / per_epoch, lr(range(total)), color=color, lw=2)
+    for cut in (8, 16):
+        top.axvline(cut, color=ORANGE, lw=1, ls=":")
+    top.set_ylim(0, 0.9)
+    top.legend()
+    top.set_ylabel("training loss")
+    below.set_ylabel("rate")
+    below.set_xlabel("epoch")
+    return figure
+
+
+@figure(
+    "Which learning rate should I start with?",
+    "lr_i = start * (end/start)^(i/(steps-1)), one training step at each",
+    "Smith 2017, section 3.3",
+)
+def range_test() -> Any:
+    """One short run over all rates shows where learning begins and where it blows up.
+
+    The digits network, 150 batches, the rate growing from 1e-4 to 30. Below some 0.01 nothing
+    happens yet; the loss falls fastest at the dashed line and blows up at the dotted one. A rate
+    between the two, a few times below the second, is a good start. Afterwards the network is what
+    it was, bit for bit.
+    """
+    data, params, rng = demo.Digits.load(), demo.init(), np.random.default_rng(0)
+    grads = params.zeros_like()
+    opt = fs.SGD(params, lr=0.1)
+
+    def step(lr: float) -> float:
+        chosen = rng.choice(len(data.train_y), 64)
+        loss = demo.loss_and_gradient(params, data.train_x[chosen], data.train_y[chosen], grads)
+        opt.param_groups[0]["lr"] = lr
+        opt.step(grads)
+        return loss
+
+    found = lr_range_test(step, opt, start=1e-4, end=30.0, steps=150)
+    figure, ax = canvas(size=(9, 4.2))
+    found.plot(ax)
+    return figure
+
+
+def squared_error(p: fs.FlatBuffer, x: Any, y: Any, grads: fs.FlatBuffer) -> float:
+    """Half the mean squared error of the demo's network, with tanh for the ramp; its gradient."""
+    hidden = np.tanh(x @ p["w1"] + p["b1"])
+    back = (hidden @ p["w2"] + p["b2"] - y) / len(y)
+    grads["w2"], grads["b2"] = hidden.T @ back, back.sum(0)
+    inner = (back @ p["w2"].T) * (1 - hidden**2)
+    grads["w1"], grads["b1"] = x.T @ inner, inner.sum(0)
+    return float(0.5 * (back**2).sum() * len(y))
+
+
+@figure(
+    "Where does the stable rate come from in a network, whose curvature changes as it learns?",
+    "gradient descent is stable below lr = 2/lambda_max of the Hessian where it stands",
+    "Cohen et al. 2021, Gradient descent on neural networks typically occurs at the edge of"
+    " stability",
+    squared_error,
+)
+def edge() -> Any:
+    """Training sharpens the loss until 2/lambda_max is the learning rate, and then stays there.
+
+    The largest Hessian eigenvalue of a small tanh network on 400 digits, by Lanczos' method, during
+    full-batch gradient descent at two rates. It rises while that is stable, up to 2/lr, the dashed
+    lines, and then hovers there: the rate chooses how sharp a minimum can be.
+    """
+    data = demo.Digits.load()
+    x = data.train_x[:400] - data.train_x[:400].mean(0)
+    y = np.eye(10, dtype=np.float32)[data.train_y[:400]] - np.float32(0.1)
+    figure, ax = canvas(size=(9, 4.2))
+    for lr, color in ((0.4, BLUE), (0.8, RED)):
+        params = demo.init()
+        params.flat[...] *= 0.5
+        grads = params.zeros_like()
+
+        def gradient(p: fs.FlatBuffer, grads: fs.FlatBuffer = grads) -> fs.FlatBuffer:
+            squared_error(p, x, y, grads)
+            return grads
+
+        opt = fs.SGD(params, lr=lr)
+        sharpness = []
+        for t in range(2001):
+            if t % 80 == 0:
+                sharpness.append(curvature(gradient, params, tol=1e-2).largest)
+            opt.step(gradient(params))
+        ax.plot(range(0, 2001, 80), sharpness, "o-", color=color, ms=4)
+        ax.axhline(2 / lr, color=color, ls="--", lw=1)
+        ax.text(2000, 2 / lr - 0.06, f"2/lr at lr = {lr:g}", color=color, ha="right", va="top")
+    ax.set_xlabel("step")
+    ax.set_ylabel("largest eigenvalue of the Hessian")
+    ax.set_ylim(0, 6)
+    return figure
