@@ -71,7 +71,8 @@ def curvature(
 
     Returns:
         `Curvature`. Its errors are the norm of H v - lambda v, within which an eigenvalue of a
-        symmetric matrix must lie, and how much the products change when h is doubled.
+        symmetric matrix must lie, how much the products change when h is doubled, and the rounding
+        of gradients and parameters over h.
 
     Raises:
         TypeError, ValueError: params without an element or of another dtype, gradients of another
@@ -173,6 +174,8 @@ class _Hessian:
         for key, array in zip(self._named, self._arrays, strict=True):
             if array.dtype not in (np.float32, np.float64):
                 raise TypeError(f"params[{key}] must be float32 or float64, got {array.dtype}")
+            if not array.flags.writeable:
+                raise ValueError(f"params[{key}] must be writable, got a read-only array")
         self.n = sum(array.size for array in self._arrays)
         if self.n == 0:
             raise ValueError("params must have at least one element, got none")
@@ -182,6 +185,7 @@ class _Hessian:
         self.products = 0
         self.method = "finite differences"
         self._step = step
+        self._rounding = 0.0, 0.0
 
     def __enter__(self) -> _Hessian:
         self._saved = [array.copy() for array in self._arrays]
@@ -208,11 +212,19 @@ class _Hessian:
                 result, self._tensors, create_graph=True, materialize_grads=True
             )
             return
-        self._flat(result)
+        slope = float(np.linalg.norm(self._flat(result)))
+        eps = max(float(np.finfo(array.dtype).eps) for array in self._arrays)
+        size = math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in self._saved))
         if self._step is None:
-            eps = max(float(np.finfo(array.dtype).eps) for array in self._arrays)
-            size = math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in self._arrays))
             self._step = float(np.cbrt(eps) * (1 + size))
+        # What the rounding of gradients and of shifted parameters makes of a difference.
+        self._rounding = eps * slope / self._step, eps * size / self._step
+
+    def noise(self, value: float) -> float:
+        """How far rounding may move an eigenvalue of about `value`."""
+        absolute, relative = self._rounding
+        scale = float((self._scale**2).max())
+        return absolute * scale + (relative + float(np.finfo(float).eps) * self.n) * abs(value)
 
     def times(self, v: Array, stretch: float = 1.0) -> Array:
         """D^-1/2 H D^-1/2 v; a finite difference over `stretch` times its length."""
@@ -294,7 +306,7 @@ def _dense(hessian: _Hessian) -> Curvature:
     doubled = np.stack([hessian.times(column, 2.0) for column in identity], -1)
     off = float(np.linalg.norm(matrix - doubled, 2) + np.linalg.norm(matrix - matrix.T, 2) / 2)
     values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
-    off += float(np.finfo(float).eps * hessian.n * np.abs(values).max())
+    off += hessian.noise(float(np.abs(values).max()))
     return Curvature(
         float(values[-1]), float(values[0]), off, off, hessian.products, hessian.method
     )
@@ -334,4 +346,4 @@ def _outermost(
     off = np.linalg.norm(product - value * vector)
     if hessian.method == "finite differences":
         off += np.linalg.norm(hessian.times(vector, 2.0) - product)
-    return value, float(off + np.finfo(float).eps * abs(value))
+    return value, float(off) + hessian.noise(value)

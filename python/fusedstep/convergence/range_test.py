@@ -204,8 +204,9 @@ def _keep_state(optimizer: Any) -> Callable[[], Any]:
 
 
 def _keep_optimizer(optimizer: Optimizer) -> Callable[[], Any]:
-    """As `_keep_state`, schedules included, which a state_dict holds as numbers."""
+    """As `_keep_state`, schedules included, which a state_dict holds as their last values."""
     hypers = [dict(group) for group in optimizer.param_groups]
+    used = optimizer._used
     put_back_state = _keep_state(optimizer)
 
     def put_back() -> None:
@@ -214,5 +215,6 @@ def _keep_optimizer(optimizer: Optimizer) -> Callable[[], Any]:
             for key, value in values.items():
                 if key != "params":
                     group[key] = value
+        optimizer._used = used
 
     return put_back

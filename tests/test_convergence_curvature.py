@@ -1,0 +1,268 @@
+"""Curvature and safe rates: against known spectra, dense computations, and what training does."""
+
+import numpy as np
+import pytest
+import torch
+
+import fusedstep as fs
+import fusedstep.torch as ft
+from fusedstep.convergence import curvature, safe_lr
+
+SPECTRA = {
+    "spread": np.linspace(-5.0, 10.0, 120),
+    "clustered": np.concatenate([np.full(60, 1.0), np.full(40, 1e-9)]),
+    "logarithmic": np.logspace(-6, 2, 150),
+    "negative": -np.linspace(1.0, 2.0, 60),
+    "small": np.array([3.0, -1.0, 0.5]),
+    "one": np.array([4.0]),
+}
+
+
+def turned(values, seed=0):
+    """A symmetric matrix of these eigenvalues."""
+    n = len(values)
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, n)))[0]
+    return (basis * values) @ basis.T
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_curvature_lies_within_its_error_of_the_truth(name, dtype):
+    values = SPECTRA[name]
+    matrix = turned(values)
+    x = np.random.default_rng(1).standard_normal(values.size).astype(dtype)
+    found = curvature(lambda x: (matrix @ x).astype(dtype), x)
+    assert abs(found.largest - values.max()) <= found.largest_error
+    assert abs(found.smallest - values.min()) <= found.smallest_error
+    size = np.abs(values).max()
+    assert found.largest_error < (1e-3 if dtype is np.float32 else 2e-4) * size
+    assert found.method == "finite differences"
+    assert found.products > 0
+
+
+def test_curvature_error_shows_a_curvature_that_changes_within_the_difference():
+    # Half a step h = 1 away f'' is 3x^2 + 3h^2/... : the error must cover what h itself changes.
+    x = np.array([0.1])
+    found = curvature(lambda x: x**3, x, step=0.5)
+    assert abs(found.largest - 3 * 0.1**2) > 0.1
+    assert abs(found.largest - 3 * 0.1**2) <= found.largest_error
+
+
+def test_curvature_asks_for_more_only_as_far_as_it_is_told():
+    values = SPECTRA["logarithmic"]
+    x = np.ones(values.size)
+    rough = curvature(lambda x: values * x, x, tol=0.3)
+    fine = curvature(lambda x: values * x, x, tol=1e-4)
+    assert rough.products < fine.products
+    assert fine.smallest_error < rough.smallest_error
+    with pytest.raises(RuntimeError, match="max_products=20"):
+        curvature(lambda x: values * x, x, tol=1e-12, max_products=20)
+    again = curvature(lambda x: values * x, x, tol=0.3)
+    assert again == rough
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    inputs, labels = torch.randn(32, 5, dtype=dtype), torch.randint(0, 3, (32,))
+    model = model.to(dtype)
+    return model, lambda *_: torch.nn.functional.cross_entropy(model(inputs), labels)
+
+
+def test_curvature_by_torch_is_exact_and_agrees_with_differences_and_dense():
+    model, loss = network()
+    params = list(model.parameters())
+    exact = curvature(loss, params, tol=1e-9)
+    assert exact.method == "exact products"
+    slopes = torch.autograd.grad(loss(), params, create_graph=True)
+    flat = torch.cat([s.reshape(-1) for s in slopes])
+    rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(
+        one, params, retain_graph=True, materialize_grads=True)]) for one in flat]  # fmt: skip
+    values = np.linalg.eigvalsh(torch.stack(rows).numpy())
+    # eps^(1/2) of an eigenvector's error is eps of the value's; the rest is the graph's roundings.
+    assert exact.largest == pytest.approx(values[-1], abs=1e-12)
+    assert exact.smallest == pytest.approx(values[0], abs=1e-10)
+
+    def gradients(_):
+        model.zero_grad()
+        loss().backward()
+        return [p.grad for p in params]
+
+    near = curvature(gradients, params)
+    assert near.method == "finite differences"
+    assert abs(near.largest - values[-1]) <= near.largest_error < 1e-3
+    assert abs(near.smallest - values[0]) <= near.smallest_error < 1e-3
+
+
+@pytest.mark.parametrize("form", ["array", "list", "dict", "buffer"])
+def test_curvature_takes_parameters_and_gradients_in_every_form(form):
+    first, second = np.array([1.0, 2.0, 3.0]), np.full((2, 2), 5.0)
+    if form == "array":
+        params, grad = first, lambda p: np.array([7.0, 1.0, 2.0]) * p
+    elif form == "list":
+        params, grad = [first, second], lambda p: (7 * p[0], 2 * p[1])
+    elif form == "dict":
+        params, grad = {"a": first, "b": second}, lambda p: {"b": 2 * p["b"], "a": 7 * p["a"]}
+    else:
+        params = fs.FlatBuffer.pack({"a": first, "b": second})
+        grads = params.zeros_like()
+        grads.flat[...] = 99.0  # also in the gaps, which belong to no parameter
+
+        def grad(p):  # the same buffer each time
+            grads["a"], grads["b"] = 7 * p["a"], 2 * p["b"]
+            return grads
+
+    found = curvature(grad, params)
+    assert found.largest == pytest.approx(7, abs=1e-6)
+    assert found.smallest == pytest.approx(1 if form == "array" else 2, abs=1e-6)
+
+
+def test_curvature_puts_the_parameters_back_to_the_bit():
+    values = np.array([1.0, -0.0, 1e-300, 3.3] * 20)
+    for dtype in (np.float32, np.float64):
+        x = values.astype(dtype)
+        before = x.tobytes()
+        curvature(lambda x: 2 * x, x)
+        assert x.tobytes() == before
+        calls = []
+
+        def fails(x, calls=calls):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyError("in the middle")
+            return 2 * x
+
+        with pytest.raises(KeyError, match="in the middle"):
+            curvature(fails, x)
+        assert x.tobytes() == before
+
+
+@pytest.mark.parametrize("torch_too", [False, True])
+def test_safe_rate_is_where_gradient_descent_turns(torch_too):
+    values = np.linspace(0.5, 8.0, 50)
+    start = np.random.default_rng(0).standard_normal(50)
+    if torch_too:
+        p, scale = torch.tensor(start, requires_grad=True), torch.tensor(values)
+        rate = safe_lr(lambda p: 0.5 * (scale * p * p).sum(), p)
+    else:
+        rate = safe_lr(lambda x: values * x, start.copy())
+    assert rate == pytest.approx(2 / 8, rel=1e-6)
+    for share, converges in ((0.98, True), (1.02, False)):
+        x = start.copy()
+        opt = fs.SGD(x, lr=share * rate)
+        for _ in range(500):
+            opt.step(values * x)
+        assert bool(np.abs(x).max() < np.abs(start).max()) is converges
+    assert safe_lr(lambda x: -x, np.ones(3)) == np.inf
+
+
+ADAPTIVE = {
+    "Adam": {}, "AdamW": {"amsgrad": True}, "NAdam": {}, "Adamax": {}, "Adadelta": {},
+    "Adagrad": {"lr_decay": 0.1}, "RMSprop": {"centered": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_preconditioned_rate_is_that_of_the_scaled_hessian(name):
+    rng = np.random.default_rng(2)
+    matrix = turned(np.linspace(1, 9, 40))
+    x = rng.standard_normal(40)
+    opt = getattr(fs, name)(x, lr=1e-3, **ADAPTIVE[name])
+    for _ in range(5):
+        opt.step(matrix @ x + rng.standard_normal(40))
+    (divisor,) = opt._denominators()
+    root = 1 / np.sqrt(divisor)
+    want = 2 / np.linalg.eigvalsh(root[:, None] * matrix * root)[-1]
+    rate = safe_lr(lambda x: matrix @ x, x, opt, preconditioned=True)
+    assert rate == pytest.approx(want, rel=1e-4)
+    # Under that denominator, held still, steps below the rate converge and above it do not.
+    for share, converges in ((0.97, True), (1.03, False)):
+        y = rng.standard_normal(40)
+        first = np.abs(y).max()
+        for _ in range(400):
+            y -= share * rate * (matrix @ y) / divisor
+        assert bool(np.abs(y).max() < first) is converges
+
+
+def test_preconditioned_rate_of_the_torch_class_is_the_neutral_one():
+    x = np.random.default_rng(3).standard_normal(6)
+    p = torch.nn.Parameter(torch.tensor(x))
+    neutral, drop_in = fs.Adam(x), ft.Adam([p])
+    scale = np.arange(1.0, 7.0)
+    for _ in range(3):
+        neutral.step(scale * x)
+        p.grad = torch.tensor(scale) * p.detach()
+        drop_in.step()
+    ours = safe_lr(lambda x: scale * x, x, neutral, preconditioned=True)
+    theirs = safe_lr(
+        lambda q: 0.5 * (torch.tensor(scale) * q[0] * q[0]).sum(), [p], drop_in, preconditioned=True
+    )
+    assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+def test_curvature_refuses_by_name():
+    x = np.ones(3)
+
+    def grad(x):
+        return 2 * x
+
+    for bad, error, message in (
+        (np.ones(0), ValueError, "params must have at least one element"),
+        ([], ValueError, "params must have at least one element"),
+        (np.ones(3, np.float16), TypeError, r"params\[0\] must be float32 or float64, got float16"),
+        (np.ones(3, int), TypeError, r"params\[0\] must be float32 or float64"),
+        ("x", TypeError, "params must be"),
+        (3.0, TypeError, "params must be"),
+    ):
+        with pytest.raises(error, match=message):
+            curvature(grad, bad)
+    for function, error, message in (
+        (None, TypeError, "grad_fn must be callable"),
+        (lambda x: [x, x], ValueError, "grad_fn must return 1 gradients, got 2"),
+        (lambda x: x[:2], ValueError, r"grads\[0\] must have shape \(3,\), got \(2,\)"),
+        (lambda x: 1.0, TypeError, "grads must be"),
+        (lambda x: x * np.nan, ValueError, "grads must be finite"),
+        (lambda x: None, TypeError, r"grads\[0\] must be"),
+    ):
+        with pytest.raises(error, match=message):
+            curvature(function, x)
+    for name, values in {
+        "step": (0.0, -1.0, np.nan, "a"), "tol": (0.0, np.inf, None),
+        "max_products": (0, 1.5, True),
+    }.items():  # fmt: skip
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+                curvature(grad, x, **{name: value})
+    frozen = np.ones(3)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=r"params\[0\] must be writable"):
+        curvature(grad, frozen)
+    p = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="loss of no dimensions"):
+        curvature(lambda p: p * 2, p)
+
+
+def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
+    x = np.ones(3)
+
+    def grad(x):
+        return 2 * x
+
+    adam = fs.Adam(x)
+    with pytest.raises(ValueError, match="must have been stepped"):
+        safe_lr(grad, x, adam, preconditioned=True)
+    adam.step(x.copy())
+    with pytest.raises(ValueError, match="optimizer must be given with preconditioned=True"):
+        safe_lr(grad, x, adam)
+    with pytest.raises(ValueError, match="optimizer must be given with preconditioned=True"):
+        safe_lr(grad, x, preconditioned=True)
+    with pytest.raises(TypeError, match="preconditioned must be True or False"):
+        safe_lr(grad, x, adam, preconditioned=1)
+    sgd = fs.SGD(x, momentum=0.9)
+    sgd.step(x.copy())
+    with pytest.raises(TypeError, match="one that divides its steps, got SGD"):
+        safe_lr(grad, x, sgd, preconditioned=True)
+    with pytest.raises(TypeError, match="optimizer must be one of fusedstep's, got Adam"):
+        safe_lr(grad, x, torch.optim.Adam([torch.nn.Parameter(torch.ones(3))]), preconditioned=True)
+    with pytest.raises(ValueError, match=r"optimizer must hold params of shapes \[\(4,\)\]"):
+        safe_lr(lambda y: 2 * y, np.ones(4), adam, preconditioned=True)

@@ -1,0 +1,224 @@
+"""The learning-rate range test finds the edge, and leaves nothing changed."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import fusedstep as fs
+import fusedstep.torch as ft
+from fusedstep.convergence import lr_range_test
+from fusedstep.schedules import Cosine
+
+
+def parabola(opt, x, curvature=4.0):
+    """A training step on curvature/2 * |x|^2."""
+
+    def step(lr):
+        opt.param_groups[0]["lr"] = lr
+        loss = 0.5 * curvature * float(x @ x)
+        opt.step(curvature * x)
+        return loss
+
+    return step
+
+
+def test_range_test_diverges_beyond_the_largest_stable_rate():
+    x = np.array([1.0, -2.0])
+    found = lr_range_test(parabola(fs.SGD(x), x), x, start=1e-4, end=100.0, steps=200)
+    assert 2 / 4 < found.divergence < 4
+    assert 1e-4 < found.steepest < 2 / 4
+    assert found.lrs.size == found.losses.size == found.smoothed.size < 200
+    assert found.lrs[-1] == found.divergence
+
+
+def test_range_test_sweeps_exponentially_from_start_to_end():
+    tried = []
+    found = lr_range_test(lambda lr: tried.append(lr) or 1.0, np.ones(1), start=0.01, end=1.0,
+                          steps=5)  # fmt: skip
+    np.testing.assert_allclose(tried, 0.01 * 100 ** (np.arange(5) / 4), rtol=1e-15)
+    assert (tried[0], tried[-1]) == (0.01, 1.0)
+    np.testing.assert_array_equal(found.lrs, tried)
+    np.testing.assert_allclose(found.smoothed, 1.0, rtol=1e-15)
+    assert found.divergence is None
+    assert found.steepest is None or found.losses.std() == 0
+
+
+def test_range_test_smooths_without_bias():
+    losses = iter([4.0, 2.0, 3.0, 1.0])
+    found = lr_range_test(lambda lr: next(losses), np.ones(1), steps=4, smoothing=0.5)
+    average, weight = 0.0, 0.0
+    for loss, smooth in zip([4.0, 2.0, 3.0, 1.0], found.smoothed, strict=True):
+        average, weight = 0.5 * average + 0.5 * loss, 0.5 * weight + 0.5
+        assert smooth == pytest.approx(average / weight, rel=1e-15)
+
+
+def test_range_test_finds_the_steepest_fall_and_stops_where_told():
+    losses = [5.0, 5.0, 5.0, 3.0, 1.0, 1.0, 1.0, 1.9, 2.1, 9.0]
+    given = iter(losses)
+    found = lr_range_test(lambda lr: next(given), np.ones(1), start=1.0, end=1e9, steps=10,
+                          smoothing=0.0, stop=2.0)  # fmt: skip
+    assert found.steepest == pytest.approx(1e3)
+    assert found.divergence == pytest.approx(1e8)
+    assert found.losses.tolist() == losses[:9]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_range_test_stops_at_a_loss_that_is_no_number(bad):
+    given = iter([2.0, 1.0, bad, 5.0])
+    found = lr_range_test(lambda lr: next(given), np.ones(1), start=1.0, end=1e3, steps=4)
+    assert found.divergence == pytest.approx(100)
+    assert found.losses.size == 3
+    assert np.isfinite(found.steepest)
+
+
+def test_range_test_takes_losses_below_zero():
+    given = iter([-1.0, -2.0, -2.5, -2.4, 1.0, 6.0])
+    found = lr_range_test(lambda lr: next(given), np.ones(1), steps=6, smoothing=0.0, stop=3.0)
+    assert found.losses[-1] == 6.0  # more than 2 * 2.5 above the lowest
+
+
+def same(a, b):
+    """Whether two nested states are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return a == b
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "Rprop", "ASGD"])
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("fails", [False, True])
+def test_range_test_puts_an_optimizer_back(name, before, fails):
+    hypers = {"SGD": {"momentum": 0.9}, "Adagrad": {"initial_accumulator_value": 0.5}}
+    params = {"a": np.array([1.0, -0.0, 3.0], np.float32), "b": np.array([[2.0]], np.float32)}
+    grads = {key: np.ones_like(p) for key, p in params.items()}
+    lr = Cosine(0.1, 10)
+    opt = getattr(fs, name)(params, lr=lr, groups=[fs.Group("b", lr=0.2)], **hypers.get(name, {}))
+    for _ in range(before):
+        opt.step(grads)
+    values, state = copy.deepcopy(params), copy.deepcopy(opt.state_dict())
+    count = iter(range(100))
+
+    def step(lr):
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step(grads)
+        if fails and next(count) == 4:
+            raise KeyError("in the middle")
+        return 1.0
+
+    if fails:
+        with pytest.raises(KeyError, match="in the middle"):
+            lr_range_test(step, opt)
+    else:
+        lr_range_test(step, opt, steps=9)
+    assert same(params, values)
+    assert same(opt.state_dict(), state)
+    assert opt.param_groups[0]["lr"] is lr
+    assert opt.param_groups[1]["lr"] == 0.2
+    # And it goes on as one that was never tested.
+    other = getattr(fs, name)(values, lr=lr, groups=[fs.Group("b", lr=0.2)], **hypers.get(name, {}))
+    other.load_state_dict(state)
+    for each in (opt, other):
+        each.step(grads)
+    assert same(params, values)
+
+
+@pytest.mark.parametrize("library", [torch.optim, ft])
+@pytest.mark.parametrize("before", [0, 2])
+def test_range_test_puts_torch_back(library, before):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 1)
+    )
+    inputs = torch.randn(16, 4)
+    opt = library.AdamW(model.parameters(), lr=0.01)
+
+    def step(lr):
+        opt.param_groups[0]["lr"] = lr
+        opt.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        opt.step()
+        return loss
+
+    for _ in range(before):
+        step(0.01)
+    held = copy.deepcopy((model.state_dict(), opt.state_dict()))
+    found = lr_range_test(step, {"model": model, "optimizer": opt}, steps=12)
+    assert found.losses.size == 12
+    assert same((model.state_dict(), opt.state_dict()), held)
+
+
+@pytest.mark.parametrize("form", ["buffer", "list", "dict", "tensor"])
+def test_range_test_puts_arrays_of_every_form_back(form):
+    params = {
+        "buffer": fs.FlatBuffer.pack([np.arange(3.0)]),
+        "list": [np.arange(3.0), [torch.arange(3.0)]],
+        "dict": {"x": np.arange(3.0)},
+        "tensor": torch.arange(3.0, requires_grad=True),
+    }[form]
+
+    def arrays(thing):
+        if isinstance(thing, fs.FlatBuffer | dict):
+            return list(thing.values())
+        if isinstance(thing, list):
+            return [thing[0], thing[1][0]]
+        return [thing]
+
+    def step(lr):
+        with torch.no_grad():
+            for array in arrays(params):
+                array += lr
+        return 1.0
+
+    lr_range_test(step, params, steps=3)
+    for array in arrays(params):
+        np.testing.assert_array_equal(np.asarray(array.detach() if form == "tensor" else array),
+                                      np.arange(3.0))  # fmt: skip
+
+
+def test_range_test_plot_shows_the_losses_and_both_points():
+    x = np.array([1.0, -2.0])
+    found = lr_range_test(parabola(fs.SGD(x), x), x, start=1e-4, end=100.0, steps=60)
+    ax = found.plot()
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), found.lrs)
+    np.testing.assert_array_equal(ax.lines[1].get_ydata(), found.smoothed)
+    assert [line.get_xdata()[0] for line in ax.lines[2:]] == [found.steepest, found.divergence]
+    assert ax.get_xscale() == "log"
+    assert found.plot(ax) is ax
+
+
+def test_range_test_refuses_by_name_before_it_steps():
+    x = np.ones(2)
+
+    def step(lr):
+        raise AssertionError("stepped")
+
+    for name, values in {
+        "start": (0.0, -1.0, np.nan, "a", np.inf), "end": (0.0, np.inf, None),
+        "steps": (1, 2.5, True), "smoothing": (1.0, -0.1, np.nan), "stop": (1.0, np.inf, "b"),
+    }.items():  # fmt: skip
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+                lr_range_test(step, x, **{name: value})
+    with pytest.raises(ValueError, match="start must be < end"):
+        lr_range_test(step, x, start=1.0, end=0.5)
+    with pytest.raises(TypeError, match="step_fn must be callable"):
+        lr_range_test(None, x)
+    with pytest.raises(TypeError, match="params must be"):
+        lr_range_test(step, "model")
+    frozen = np.ones(2)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match=r"params\[1\] must be writable"):
+        lr_range_test(step, [x, frozen])
+    for loss in (None, "low", [1.0, 2.0]):
+        with pytest.raises(TypeError, match="loss must be a number"):
+            lr_range_test(lambda lr, loss=loss: loss, x)
