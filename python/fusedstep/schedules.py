@@ -219,6 +219,7 @@ class Schedule:
     """
 
     _types: ClassVar[dict[str, type[Schedule]]] = {}
+    __array_ufunc__: ClassVar[None] = None  # a NumPy number times a schedule is ours to make
 
     def __init_subclass__(cls) -> None:
         Schedule._types[cls.__name__] = cls
