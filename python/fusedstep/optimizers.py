@@ -205,7 +205,7 @@ class Optimizer:
         args = [
             "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
             *cls._argument_docs(inspect.signature(cls.__init__), schedules=True),
-            "groups: `Group`s of parameters with hyperparameters of their own.",
+            "groups: `Group` objects: parameters with hyperparameters of their own.",
         ]
         raises = [
             "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",

@@ -63,7 +63,7 @@ def curvature(
             D^-1/2, D being what its last step was divided by (for Adam
             `sqrt(v)/sqrt(1 - beta2^t) + eps`). One of ours, `fusedstep.torch`'s included, that
             holds `params` and has taken a step.
-        step: the length h of a finite difference; by default eps^(1/3) * (1 + |p|) for the
+        step: the length h of a finite difference; by default `eps^(1/3) * (1 + |p|)` for the
             parameters' type.
         tol: relative accuracy asked of Lanczos' method.
         max_products: how many Hessian-vector products it may take for each end.
