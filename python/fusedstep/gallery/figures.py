@@ -714,10 +714,10 @@ def edge() -> Any:
         opt = fs.SGD(params, lr=lr)
         sharpness = []
         for t in range(2001):
-            if t % 80 == 0:
+            if t % 125 == 0:
                 sharpness.append(curvature(gradient, params, tol=1e-2).largest)
             opt.step(gradient(params))
-        ax.plot(range(0, 2001, 80), sharpness, "o-", color=color, ms=4)
+        ax.plot(range(0, 2001, 125), sharpness, "o-", color=color, ms=4)
         ax.axhline(2 / lr, color=color, ls="--", lw=1)
         ax.text(2000, 2 / lr - 0.06, f"2/lr at lr = {lr:g}", color=color, ha="right", va="top")
     ax.set_xlabel("step")
