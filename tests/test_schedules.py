@@ -222,7 +222,8 @@ def test_one_cycle_by_hand():
 def test_one_cycle_divides_by_zero_nowhere(total, pct, three):
     cycle = S.OneCycle(1.0, total, pct_start=pct, three_phase=three)
     values = cycle(range(total + 3))
-    assert np.isfinite(values).all() and (values > 0).all() and (values <= 1).all()
+    assert (values > 0).all()
+    assert (values <= 1).all()
     np.testing.assert_array_equal(values[total:], cycle(LAST))
     assert np.isfinite(cycle.momentum(range(total + 3))).all()
 
@@ -376,7 +377,7 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
     np.testing.assert_array_equal(_core.cospi(x), [_core.cospi(one) for one in x])
     np.testing.assert_array_equal(_core.power(0.3, np.arange(9)), [_core.power(0.3, n)
                                                                     for n in range(9)])  # fmt: skip
-    assert math.isnan(_core.cospi(math.inf)) and math.isnan(_core.cospi(math.nan))
+    assert np.isnan(_core.cospi([math.inf, -math.inf, math.nan])).all()
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -445,8 +446,8 @@ NAN, INF = math.nan, math.inf
         (lambda: S.Constant(0.1) * NAN, ValueError, "factor must"),
         (lambda: S.Constant(0.1) * "2", TypeError, "can't multiply"),
         (lambda: S.Constant(0.1) * S.Constant(0.1), TypeError, "unsupported operand"),
-        (lambda: S.Constant(0.1) * np.ones(2), TypeError, "unsupported operand"),
-        (lambda: np.ones(2) * S.Constant(0.1), TypeError, "operand 'Constant' does not"),
+        (lambda: S.Constant(0.1) * np.ones(2), TypeError, "operand 'Constant' does not"),
+        (lambda: np.ones(2) * S.Constant(0.1), TypeError, "unsupported operand"),
         (lambda: S.MomentumOf(S.Constant(1)), TypeError, "schedule must be OneCycle or Cyclic"),
         (lambda: S.from_dict(3), TypeError, "values must be a dict, got 3"),
         (lambda: S.from_dict({}), ValueError, r"values\['type'\] must be one of"),
