@@ -1320,6 +1320,17 @@ class RAdam(Optimizer):
     ) -> None:
         super().__init__(**_given(locals()))
 
+    @classmethod
+    def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
+        v, beta2 = state["exp_avg_sq"], group["betas"][1]
+        bias, r_inf = 1 - _core.power(beta2, t), 2 / (1 - beta2) - 1
+        r = r_inf - 2 * t * (1 - bias) / bias
+        if r <= 5:
+            return np.ones_like(v)
+        rectifier = (r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r) * bias
+        root: Array = (np.sqrt(v) + group["eps"]) / np.sqrt(rectifier)
+        return root
+
 
 class ASGD(Optimizer):
     """Averaged SGD: SGD with a falling rate, and the average of the late parameters beside it.
