@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusedstep._hypers import HYPERS, check
-from fusedstep.schedules import Schedule
+from fusedstep.schedules import Schedule, _integer_from
 
 _Function = Callable[[int], Any]
 
@@ -30,7 +30,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         weight_decay: a schedule, or one for each group (default None: left alone).
 
     Raises:
-        TypeError: the optimizer is not torch's, or a schedule is not callable.
+        TypeError: the optimizer is not torch's, a schedule is not callable, or `last_epoch` is not
+            an integer.
         ValueError: a number of schedules that is not the groups', one schedule for groups whose
             rates differ, groups without the hyperparameter, or a value out of range.
 
@@ -50,6 +51,9 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         rates take a list, such as `[schedule, schedule * 0.1]`.
     """
 
+    last_epoch: int
+    _step_count: int
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -63,6 +67,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
+        last_epoch = _integer_from(-1)("last_epoch", last_epoch)
         groups = optimizer.param_groups
         given = {"lr": schedule, "momentum": momentum, "weight_decay": weight_decay}
         self._schedules = {
@@ -78,19 +83,28 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         for name in self._schedules:
             for i, group in enumerate(groups):
                 if _key(name, group) not in group:
-                    raise ValueError(f"{name} must be a hyperparameter of each group, got none in"
-                                     f" param_groups[{i}]")  # fmt: skip
+                    raise ValueError(
+                        f"{name} must be a hyperparameter of each group, got param_groups[{i}]"
+                        " without it"
+                    )
         _values(self._schedules, last_epoch + 1)
-        for (
-            group
-        ) in groups:  # torch asks for it of those who resume, but nothing here depends on it
-            group.setdefault("initial_lr", group["lr"])
+        for group in groups:
+            group.setdefault("initial_lr", group["lr"])  # torch demands it of those who resume
         super().__init__(optimizer, last_epoch)
 
     @property
     def schedules(self) -> list[_Function]:
         """The learning rates' schedules, one for each parameter group."""
         return list(self._schedules["lr"])
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the values of the next step; one that raises has counted nothing."""
+        before = self._step_count, self.last_epoch
+        try:
+            super().step(epoch)
+        except BaseException:
+            self._step_count, self.last_epoch = before
+            raise
 
     def get_lr(self) -> list[Any]:
         """The rates at `last_epoch`; sets the other scheduled hyperparameters on the way."""

@@ -1,0 +1,315 @@
+"""`fusedstep.torch.LRScheduler`: schedules for any torch optimizer; look-ahead over tensors."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+import fusedstep.torch as ft
+from fusedstep import schedules as S
+from fusedstep.torch import LRScheduler
+
+COSINE = S.Cosine(0.5, total=6).warmup(3)
+CYCLE = S.OneCycle(0.3, total=9)
+
+
+def model(n=3):
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(5)) for _ in range(n)]
+
+
+def train(opt, scheduler, steps):
+    rates = []
+    for _ in range(steps):
+        rates.append([group["lr"] for group in opt.param_groups])
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = p.detach() * 2
+        opt.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW, ft.SGD, ft.AdamW, ft.Lion])
+def test_sets_the_schedule_s_value_each_step(cls):
+    opt = cls(model(), lr=0.1)
+    scheduler = LRScheduler(opt, COSINE)
+    assert isinstance(scheduler, lr_scheduler.LRScheduler)
+    assert scheduler.get_last_lr() == [COSINE(0)]
+    rates = train(opt, scheduler, 12)
+    assert rates == [[COSINE(t)] for t in range(12)]
+    assert scheduler.get_last_lr() == [COSINE(12)]
+    assert scheduler.last_epoch == 12
+    assert scheduler.schedules == [COSINE]
+
+
+def test_takes_any_callable_and_agrees_with_the_neutral_class():
+    import fusedstep as fs
+
+    ours = LRScheduler(torch.optim.SGD(model(), lr=1.0), lambda t: 0.5 / (t + 1))
+    assert train(ours.optimizer, ours, 3) == [[0.5], [0.25], [0.5 / 3]]
+    tensors = model(1)
+    array = tensors[0].detach().numpy().copy()
+    opt = ft.AdamW(tensors)
+    train(opt, LRScheduler(opt, COSINE), 9)
+    neutral = fs.AdamW(array, lr=COSINE)
+    for _ in range(9):
+        neutral.step(array * 2)
+    np.testing.assert_array_equal(tensors[0].detach().numpy(), array)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, ft.SGD])
+def test_a_list_gives_each_group_its_own(make):
+    a, b, c = model()
+    opt = make([{"params": [a, b], "lr": 0.5}, {"params": [c], "lr": 0.05}], lr=0.1)
+    scheduler = LRScheduler(opt, [COSINE, COSINE * 0.1])
+    assert train(opt, scheduler, 5) == [[COSINE(t), COSINE(t) * 0.1] for t in range(5)]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, ft.SGD])
+def test_momentum_and_weight_decay_cycle_as_torch_s(make):
+    opt, peer = make(model(), lr=0.1, momentum=0.9), make(model(), lr=0.1, momentum=0.9)
+    decay = S.Linear(0.1, total=5)
+    ours = LRScheduler(opt, CYCLE, momentum=CYCLE.momentum, weight_decay=decay)
+    theirs = lr_scheduler.OneCycleLR(peer, 0.3, total_steps=9)
+    for t in range(8):
+        found, expected = opt.param_groups[0], peer.param_groups[0]
+        assert found["lr"] == pytest.approx(expected["lr"], rel=1e-12)
+        assert found["momentum"] == pytest.approx(expected["momentum"], rel=1e-12)
+        assert found["weight_decay"] == decay(t)
+        train(opt, ours, 1)
+        train(peer, theirs, 1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, ft.Adam])
+def test_momentum_is_the_first_beta_where_there_are_betas(make):
+    opt = make(model(), betas=(0.5, 0.99))
+    scheduler = LRScheduler(opt, CYCLE, momentum=CYCLE.momentum)
+    for t in range(11):
+        assert opt.param_groups[0]["betas"] == (CYCLE.momentum(t), 0.99)
+        train(opt, scheduler, 1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, ft.AdamW])
+@pytest.mark.parametrize("cut", [0, 4, 10])
+def test_a_checkpoint_through_torch_save_goes_on(make, cut):
+    def begin():
+        params = model()
+        opt = make(params, lr=0.1)
+        return params, opt, LRScheduler(opt, COSINE, weight_decay=S.Linear(0.1, 5))
+
+    straight, opt, scheduler = begin()
+    expected = train(opt, scheduler, 12)[cut:]
+    params, opt, scheduler = begin()
+    train(opt, scheduler, cut)
+    file = io.BytesIO()
+    torch.save({"params": params, "opt": opt.state_dict(), "lr": scheduler.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    params, opt, scheduler = begin()
+    with torch.no_grad():
+        for p, value in zip(params, saved["params"], strict=True):
+            p.copy_(value)
+    opt.load_state_dict(saved["opt"])
+    scheduler.load_state_dict(saved["lr"])
+    assert train(opt, scheduler, 12 - cut) == expected
+    assert all(torch.equal(p, q) for p, q in zip(params, straight, strict=True))
+
+
+def test_state_dict_carries_the_schedules_but_no_callables():
+    a, b, c = model()
+    opt = torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1)
+    scheduler = LRScheduler(opt, [COSINE, lambda t: 0.25])
+    saved = pickle.loads(pickle.dumps(scheduler.state_dict()))
+    assert "optimizer" not in saved
+    assert saved["schedules"] == {"lr": [COSINE.to_dict(), None]}
+    other = LRScheduler(
+        torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1),
+        [S.Constant(1.0), lambda t: 0.75],
+    )
+    other.load_state_dict(saved)
+    train(other.optimizer, other, 1)
+    assert other.get_last_lr() == [COSINE(1), 0.75]
+
+
+def test_a_plateau_s_state_is_saved():
+    scheduler = LRScheduler(torch.optim.SGD(model(), lr=1.0), S.ReduceOnPlateau(0.5, patience=0))
+    for loss in (1.0, 2.0):
+        scheduler.schedules[0].step(loss)
+        train(scheduler.optimizer, scheduler, 1)
+    assert scheduler.get_last_lr() == [0.05]
+    again = LRScheduler(torch.optim.SGD(model(), lr=1.0), S.ReduceOnPlateau(0.5, patience=0))
+    again.load_state_dict(scheduler.state_dict())
+    assert again.schedules == scheduler.schedules
+    assert again.schedules[0] is not scheduler.schedules[0]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, ft.SGD])
+def test_resuming_at_a_far_step_costs_nothing(make):
+    schedule = S.InverseSqrt(1.0, timescale=1000)
+    scheduler = LRScheduler(make(model(), lr=0.1), schedule, last_epoch=10**9)
+    assert scheduler.get_last_lr() == [schedule(10**9 + 1)]  # the step after the last
+    train(scheduler.optimizer, scheduler, 1)
+    assert scheduler.get_last_lr() == [schedule(10**9 + 2)]
+
+
+def test_goes_together_with_torch_s_schedulers():
+    opt = torch.optim.SGD(model(), lr=0.5)
+    first, second = LRScheduler(opt, S.Constant(0.25)), LRScheduler(opt, S.Linear(0.5, 4))
+    sequence = lr_scheduler.SequentialLR(opt, [first, second], milestones=[2])
+    assert [r for (r,) in train(opt, sequence, 5)] == [0.25, 0.25, 0.5, 0.375, 0.25]
+    opt = torch.optim.SGD(model(), lr=0.5)
+    chained = lr_scheduler.ChainedScheduler(
+        [LRScheduler(opt, S.Linear(0.5, 4)), LRScheduler(opt, S.Constant(0.125))]
+    )
+    train(opt, chained, 2)
+    assert opt.param_groups[0]["lr"] == 0.125  # a schedule sets the rate itself: the last one wins
+
+
+def test_a_rate_in_a_tensor_stays_that_tensor():
+    lr = torch.tensor(0.1)
+    opt = torch.optim.SGD(model(), lr=lr)
+    scheduler = LRScheduler(opt, COSINE)
+    train(opt, scheduler, 2)
+    assert opt.param_groups[0]["lr"] is lr
+    assert lr == torch.tensor(COSINE(2))
+
+
+def test_a_copy_goes_its_own_way():
+    opt = torch.optim.SGD(model(), lr=0.1)
+    scheduler = LRScheduler(opt, COSINE)
+    train(opt, scheduler, 3)
+    twin_opt, twin = copy.deepcopy((opt, scheduler))
+    assert twin.optimizer is twin_opt
+    train(twin_opt, twin, 1)
+    assert twin.get_last_lr() == [COSINE(4)]
+    assert scheduler.get_last_lr() == [COSINE(3)]
+
+
+def negative(t):
+    return -0.1 if t == 2 else 0.1
+
+
+def group(lr):
+    return {"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda o: LRScheduler(3, COSINE), TypeError, "optimizer must be a torch.optim.Optimizer"),
+        (lambda o: LRScheduler(o, 0.1), TypeError, "schedule must be a schedule or one for each"),
+        (lambda o: LRScheduler(o, [0.1]), TypeError, "schedule must be a schedule or one for"),
+        (lambda o: LRScheduler(o, [COSINE] * 2), ValueError, "schedule must be one for each of 1"),
+        (lambda o: LRScheduler(o, lambda t: -1), ValueError, "lr must be >= 0, got -1"),
+        (lambda o: LRScheduler(o, lambda t: None), TypeError, "lr must be a number"),
+        (lambda o: LRScheduler(o, COSINE, momentum=0.9), TypeError, "momentum must be a schedule"),
+        (lambda o: LRScheduler(o, COSINE, last_epoch="3"), TypeError, "last_epoch"),
+        (lambda o: LRScheduler(o, COSINE, last_epoch=-2), ValueError, "last_epoch"),
+        (
+            lambda o: LRScheduler(torch.optim.Adagrad(model()), COSINE, momentum=COSINE),
+            ValueError,
+            "momentum must be a hyperparameter of each group",
+        ),
+        (
+            lambda o: LRScheduler(torch.optim.SGD([group(0.1), group(0.2)]), COSINE),
+            ValueError,
+            r"schedule must be one for each group where their lr differ, got \[0.1, 0.2\]",
+        ),
+    ],
+)
+def test_refuses_by_name_and_changes_nothing(make, error, message):
+    opt = torch.optim.SGD(model(), lr=0.1)
+    before = copy.deepcopy(opt.param_groups[0])
+    with pytest.raises(error, match=message):
+        make(opt)
+    after = opt.param_groups[0]
+    assert {k: v for k, v in after.items() if k != "params"} == {
+        k: v for k, v in before.items() if k != "params"
+    }
+
+
+def test_a_value_out_of_range_leaves_the_rate():
+    opt = torch.optim.SGD(model(), lr=0.1)
+    scheduler = LRScheduler(opt, negative)
+    train(opt, scheduler, 1)
+    before = {**vars(scheduler)}
+    with pytest.raises(ValueError, match=r"lr must be >= 0, got -0.1"):
+        train(opt, scheduler, 1)
+    assert vars(scheduler) == before
+    assert opt.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "schedules", [{}, {"lr": []}, {"lr": [None, None]}, {"lr": [None], "momentum": [None]}]
+)
+def test_load_state_dict_refuses_other_schedules(schedules):
+    scheduler = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE)
+    saved = {**scheduler.state_dict(), "schedules": schedules, "last_epoch": 7}
+    with pytest.raises(ValueError, match=r"state_dict\['schedules'\] must be for"):
+        scheduler.load_state_dict(saved)
+    assert scheduler.last_epoch == 0
+
+
+def test_torch_classes_point_to_it():
+    with pytest.raises(TypeError, match="LRScheduler"):
+        ft.SGD(model(), lr=COSINE)
+
+
+# -- look-ahead ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_look_ahead_over_tensors_is_nesterov(flat):
+    curve = torch.linspace(0.1, 2, 5, dtype=torch.float64)
+
+    def start():
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(5, dtype=torch.float64)) for _ in range(2)]
+
+    def descend(opt, params):
+        opt.zero_grad()
+        sum((curve * p * p).sum() / 2 for p in params).backward()
+
+    x, y = start(), start()
+    original, torch_form = (ft.SGD(p, lr=0.3, momentum=0.8, nesterov=n)
+                            for p, n in ((x, False), (y, True)))  # fmt: skip
+    if flat:
+        ft.flatten_(x)
+    for _ in range(25):
+        before = [p.detach().clone() for p in x]
+        with original.lookahead():
+            for p, q in zip(x, y, strict=True):
+                torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+            descend(original, x)
+        assert all(torch.equal(p, b) for p, b in zip(x, before, strict=True))
+        original.step()
+        descend(torch_form, y)
+        torch_form.step()
+
+
+def test_look_ahead_over_tensors_refuses_a_step_inside_and_no_momentum():
+    params = model()
+    opt = ft.SGD(params, lr=0.1, momentum=0.9)
+    train(opt, LRScheduler(opt, S.Constant(0.1)), 1)
+    with opt.lookahead(), pytest.raises(RuntimeError, match="must come after a lookahead"):
+        opt.step()
+    with pytest.raises(ValueError, match="lookahead needs momentum > 0"):
+        ft.SGD(params, lr=0.1).lookahead().__enter__()
+    with pytest.raises(ValueError, match="lookahead needs momentum > 0"):
+        ft.SGD(params, lr=0.1, momentum=0.9, nesterov=True).lookahead().__enter__()
+    assert not hasattr(ft.Adam(params), "lookahead")
+
+
+def test_look_ahead_catches_a_backward_after_it():
+    params = model(1)
+    opt = ft.SGD(params, lr=0.1, momentum=0.9)
+    train(opt, LRScheduler(opt, S.Constant(0.1)), 1)
+    with opt.lookahead():
+        loss = (params[0] ** 2).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
