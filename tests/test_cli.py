@@ -1,4 +1,4 @@
-"""The command line as a user types it: info, demo, bench, and what they say of wrong input."""
+"""The command line as a user types it: info, demo, plot, bench; what they say of wrong input."""
 
 import json
 import subprocess
@@ -7,9 +7,10 @@ from math import prod
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import fusedstep as fs
-from fusedstep import bench, bench_models, demo
+from fusedstep import bench, bench_models, demo, schedules
 from fusedstep.__main__ import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -180,6 +181,102 @@ def test_bench_refuses_wrong_sizes(n, capsys):
         main(["bench", f"--n={n}"])
     assert stop.value.code == 2
     assert f"got '{n}'" in capsys.readouterr().err
+
+
+def plotted(monkeypatch, *arguments):
+    """The Axes that `fusedstep plot` draws."""
+    found = []
+    draw = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: found.append(f) or draw(f, *a, **k))
+    assert main(["plot", *arguments]) == 0
+    return found[0].axes[0]
+
+
+def test_plot_draws_the_schedule_asked_for(tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "lr.png"
+    arguments = ["cosine", "--lr", "0.1", "--total", "1000", "--warmup", "50", "-o", str(picture)]
+    ax = plotted(monkeypatch, *arguments)
+    assert capsys.readouterr().out.strip() == str(picture)
+    assert picture.read_bytes().startswith(PNG)
+    (line,) = ax.lines
+    expected = schedules.Cosine(0.1, total=1000).warmup(50)
+    np.testing.assert_array_equal(line.get_xdata(), range(1051))
+    np.testing.assert_array_equal(line.get_ydata(), expected(range(1051)))
+    assert ax.get_title() == repr(expected)
+
+
+def test_plot_draws_several_with_their_own_options(tmp_path, monkeypatch):
+    ax = plotted(
+        monkeypatch, "linear", "WSD", "one-cycle", "multistep", "--lr", "0.1", "--total", "100",
+        "--decay", "20", "--shape", "1-sqrt", "--milestones", "30", "60", "--steps", "120",
+        "--three-phase", "-o", str(tmp_path / "lr.svg"),
+    )  # fmt: skip
+    expected = {
+        "linear": schedules.Linear(0.1, 100),
+        "wsd": schedules.WSD(0.1, 100, 20, shape="1-sqrt"),
+        "onecycle": schedules.OneCycle(0.1, 100, three_phase=True),
+        "multistep": schedules.MultiStep(0.1, [30, 60]),
+    }
+    assert [line.get_label() for line in ax.lines] == list(expected)
+    for line in ax.lines:
+        np.testing.assert_array_equal(line.get_ydata(), expected[line.get_label()](range(121)))
+
+
+PLOTS = {
+    "Constant": "",
+    "Step": "--every 3",
+    "MultiStep": "--milestones 3 5",
+    "Exponential": "--decay 0.5",
+    "Linear": "--total 9",
+    "Cosine": "--total 9",
+    "Polynomial": "--total 9 --power 2",
+    "CosineRestarts": "--period 3 --mult 2",
+    "InverseSqrt": "--timescale 4",
+    "WSD": "--total 9 --decay 3",
+    "OneCycle": "--total 9 --anneal linear",
+    "Cyclic": "--base-lr 0.01 --step-size-up 3",
+}
+
+
+def test_plot_knows_every_schedule(tmp_path):
+    assert PLOTS.keys() == set(schedules.__all__) - {"Schedule", "ReduceOnPlateau", "from_dict"}
+    for name, options in PLOTS.items():
+        output = ["-o", str(tmp_path / name) + ".png"]
+        assert main(["plot", name, "--lr", "0.1", *options.split(), *output]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sine", "--lr", "1"], "'sine'"),
+        ([], "SCHEDULE"),
+        (["cosine", "--lr", "0.1"], "cosine needs --total"),
+        (["cosine", "--total", "9"], "cosine needs --lr"),
+        (["cosine", "--lr", "nan", "--total", "9"], "lr must be finite and >= 0, got nan"),
+        (["cosine", "--lr=-1", "--total", "9"], "lr must be finite and >= 0, got -1"),
+        (["cosine", "--lr", "x", "--total", "9"], "lr must be a number finite and >= 0, got 'x'"),
+        (["cosine", "--lr", "1", "--total=-9"], "total must be an integer from 1 to 2^53, got -9"),
+        (["cosine", "--lr", "1", "--total", "9.5"], "total must be an integer >= 1, got 9.5"),
+        (["cosine", "--lr", "1", "--total", "9", "--every", "3"], "--every must be given to a"),
+        (["cosine", "--lr", "1", "--total", "9", "--start", "3"], "--start needs --warmup"),
+        (["cosine", "--lr", "1", "--total", "9", "--warmup=-3"], "steps must be an integer"),
+        (["cosine", "--lr", "1", "--total", "9", "--steps", "0"], "steps must be an integer"),
+        (["wsd", "--lr", "1", "--total", "9", "--decay", "12"], "decay must be <= total (9)"),
+        (["constant", "--lr", "1", "-o", "/no/such/folder/x.png"], "/no/such/folder"),
+        (["constant", "--lr", "1", "-o", "x.notaformat"], "x.notaformat"),
+    ],
+)
+def test_plot_says_what_is_wrong_and_writes_nothing(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["plot", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_without_its_extra_says_how_to_get_it(monkeypatch, capsys):
