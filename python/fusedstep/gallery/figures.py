@@ -142,12 +142,12 @@ def curvatures() -> Any:
     "Polyak 1964; Sutskever et al. 2013",
 )
 def ravine() -> Any:
-    """In a ravine gradient descent jitters or creeps; momentum does neither.
+    """In a ravine gradient descent jitters or creeps; momentum settles and gets there first.
 
     A quadratic 50 times as curved across as along, 40 steps each. The gradient points across: at a
     rate near the largest stable one it throws the point from wall to wall, at a smaller one nothing
     moves along the floor. Momentum adds up what successive gradients agree on, the way along, and
-    what they disagree on cancels.
+    what they disagree on cancels: after a few swings it runs down the floor.
     """
     valley = landscapes.ravine(condition=50)
     runs = {
