@@ -175,7 +175,7 @@ def write_gallery(folder):
         (folder / f"figure_{entry.name}.md").write_text(
             f"**{entry.question}**\n\n"
             f":::{{figure}} /_generated/gallery/{entry.name}.png\n"
-            f":alt: {entry.title}\n:width: 100%\n\n**{entry.title}.** {entry.caption}\n:::\n"
+            f":alt: {entry.title}\n:width: 100%\n\n{entry.caption}\n:::\n"
         )
         (folder / f"code_{entry.name}.md").write_text(
             f"The code of the figure (source: {entry.source}):\n\n```python\n{entry.code}\n```\n"

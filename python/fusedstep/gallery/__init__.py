@@ -35,7 +35,7 @@ def draw(name: str) -> Any:
     _check_installed()
     for entry in FIGURES:
         if entry.name == name:
-            return entry.function()
+            return entry.draw()
     raise ValueError(f"name must be one of {[entry.name for entry in FIGURES]}, got {name!r}")
 
 
@@ -64,7 +64,7 @@ def write(folder: str | os.PathLike[str], tick: Callable[[str], object] = lambda
         raise PermissionError(f"cannot write to {place}: permission denied")
     for entry in FIGURES:
         tick(entry.name)
-        entry.function().savefig(place / f"{entry.name}.png", dpi=110)
+        entry.draw().savefig(place / f"{entry.name}.png", dpi=110)
     index = place / "index.html"
     index.write_text(page(FIGURES), encoding="utf-8")
     return str(index)

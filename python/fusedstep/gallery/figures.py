@@ -43,6 +43,12 @@ class Entry:
     function: Callable[[], Any]
     helpers: tuple[Callable[..., Any], ...]
 
+    def draw(self) -> Any:
+        """The matplotlib Figure, with the finding above it."""
+        figure = self.function()
+        figure.suptitle(self.title, fontsize="large", fontweight="bold")
+        return figure
+
     @property
     def code(self) -> str:
         """The function, without its docstring, which stands around the figure, and its helpers."""
@@ -73,15 +79,15 @@ def figure(
 
 @figure(
     "Which learning rate makes gradient descent converge?",
-    "x <- x - lr * f'(x);  on f = lambda/2 x^2 the error is multiplied by 1 - lr * lambda",
+    "x ← x - lr * f'(x);  on f = λ/2 x^2 the error is multiplied by 1 - lr * λ",
     "Goodfellow, Bengio & Courville 2016, section 4.3",
 )
 def rates() -> Any:
-    """Up to 2/lambda gradient descent converges, each rate in its manner; beyond, it diverges.
+    """Up to 2/λ gradient descent converges, each rate in its manner; beyond, it diverges.
 
-    A parabola of curvature lambda = 1, from x = 1, at five rates. Below 1/lambda the error falls
-    from one side; at 1/lambda a step ends it, as Newton's would; up to 2/lambda it swings from side
-    to side and yet falls; at 2/lambda it swings for ever; above, it grows.
+    A parabola of curvature λ = 1, from x = 1, at five rates. Below 1/λ the error falls
+    from one side; at 1/λ a step ends it, as Newton's would; up to 2/λ it swings from side
+    to side and yet falls; at 2/λ it swings for ever; above, it grows.
     """
     parabola = Quadratic([1.0])
     x = np.linspace(-1.75, 1.75, 200)
@@ -91,7 +97,7 @@ def rates() -> Any:
         color = RED if lr > 2 else ORANGE if lr == 2 else BLUE
         ax.plot(x, x**2 / 2, color=GREY, lw=1)
         ax.plot(path, path**2 / 2, "o-", color=color, ms=4, lw=1.2)
-        ax.set_title(f"lr = {lr:g}/lambda\n{parabola.regime(lr)[0]}", color=color)
+        ax.set_title(f"lr = {lr:g}/λ\n{parabola.regime(lr)[0]}", color=color)
         ax.set_xlabel("x")
         below.plot(np.abs(parabola.simulate([1.0], lr, steps=12)[:, 0]), "o-", color=color, ms=3)
         below.set_xlabel("step")
@@ -103,8 +109,7 @@ def rates() -> Any:
 
 @figure(
     "One learning rate for many curvatures: which is best?",
-    "worst factor max |1 - lr * lambda_i|, least at 2/(lambda_min + lambda_max),"
-    " where it is (kappa - 1)/(kappa + 1)",
+    "worst factor max |1 - lr * λ_i|, least at 2/(λ_min + λ_max), where it is (κ - 1)/(κ + 1)",
     "Polyak 1964; Nesterov 2004, section 2.1",
 )
 def curvatures() -> Any:
@@ -112,7 +117,7 @@ def curvatures() -> Any:
 
     What a step leaves of the error along the flattest (curvature 1) and the sharpest (curvature 10)
     direction of a quadratic, at each rate. The worse of the two is what counts; it is best where
-    both are alike. A rate that suits the flat direction alone, 1/lambda_min, lets the sharp one
+    both are alike. A rate that suits the flat direction alone, 1/λ_min, lets the sharp one
     explode.
     """
     q = Quadratic([1.0, 10.0])
@@ -138,7 +143,7 @@ def curvatures() -> Any:
 
 @figure(
     "Why does gradient descent jitter in a ravine, and what does momentum do about it?",
-    "v <- mu * v + g,  x <- x - lr * v",
+    "v ← mu * v + g,  x ← x - lr * v",
     "Polyak 1964; Sutskever et al. 2013",
 )
 def ravine() -> Any:
@@ -170,14 +175,14 @@ def ravine() -> Any:
 
 @figure(
     "How much does momentum gain as the problem gets worse conditioned?",
-    "error per step: (kappa-1)/(kappa+1) plain, (sqrt(kappa)-1)/(sqrt(kappa)+1) with momentum",
+    "error per step: (κ-1)/(κ+1) plain, (√κ-1)/(√κ+1) with momentum",
     "Polyak 1964; Goh 2017",
 )
 def condition() -> Any:
-    """Plain gradient descent needs kappa times as many steps, momentum only sqrt(kappa).
+    """Plain gradient descent needs steps in proportion to κ, momentum only to √κ.
 
     Steps until the error is a millionth, each method at its best learning rate (and momentum), on
-    quadratics of growing condition number kappa. Dots are counted in runs, lines predicted by the
+    quadratics of growing condition number κ. Dots are counted in runs, lines predicted by the
     contraction; momentum's lie a little above, as its error first grows like t * r^t.
     """
     kappas = np.array([2, 4, 10, 30, 100, 300, 1000])
@@ -196,20 +201,20 @@ def condition() -> Any:
     root = np.sqrt(fine)
     ax.loglog(fine, np.log(1e-6) / np.log((root - 1) / (root + 1)), color=BLUE)
     ax.loglog(kappas, heavy, "s", color=BLUE)
-    ax.text(60, 900, "plain: about 7 kappa", color=RED, ha="right")
-    ax.text(200, 40, "momentum: about 7 sqrt(kappa)", color=BLUE, ha="center")
-    ax.set_xlabel("condition number kappa")
+    ax.text(60, 900, "plain: about 7 κ", color=RED, ha="right")
+    ax.text(200, 40, "momentum: about 7 √κ", color=BLUE, ha="center")
+    ax.set_xlabel("condition number κ")
     ax.set_ylabel("steps to 1e-6 of the error")
     return figure
 
 
 @figure(
     "What does Nesterov's momentum do differently?",
-    "v <- mu * v + g(x - lr * mu * v),  x <- x - lr * v",
+    "v ← mu * v + g(x - lr * mu * v),  x ← x - lr * v",
     "Nesterov 1983; Sutskever et al. 2013",
 )
 def nesterov() -> Any:
-    """Nesterov looks where momentum will carry it, brakes in time, and overshoots less.
+    """Nesterov looks where momentum will carry it, brakes sooner, and overshoots less.
 
     Momentum 0.95 for both, on the same quadratic. The gradient at the look-ahead point already
     shows the opposite wall of the valley. Crosses: the same method in its original form, with the
@@ -260,8 +265,8 @@ def saddle() -> Any:
     }
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.4), width_ratios=(1, 1))
     contours(map_, land)
-    map_.plot(0, 0, "X", color="k", ms=9)
-    map_.annotate("saddle", (0, 0), (-8, -18), textcoords="offset points", ha="right")
+    map_.plot(0, 0, "X", color="k", ms=9, mec="w", zorder=5)
+    map_.annotate("saddle", (0, 0), (0, -20), textcoords="offset points", ha="center")
     for name, (make, color, marker) in runs.items():
         path = trajectory(make, land, land.start, steps=120)
         walk(map_, path, name, color, marker)
@@ -301,7 +306,7 @@ def local_minimum() -> Any:
                        textcoords="offset points", color=color, ha="right")  # fmt: skip
     for x, name in ((1.0, "local minimum"), (0.2, "barrier"), (-1.0, "global minimum")):
         curve.axhline(x, color=GREY, lw=1, ls=":")
-        curve.text(70, x + 0.04, name, color=GREY, fontsize="small")
+        curve.text(150, x - 0.06, name, color=GREY, fontsize="small", ha="right", va="top")
     map_.legend()
     curve.set_ylim(-1.8, 1.8)
     curve.set_xlabel("step")
@@ -342,15 +347,15 @@ def plateau() -> Any:
 
 @figure(
     "Why does AdaGrad slow down in long runs, and RMSProp not?",
-    "AdaGrad: s <- s + g^2;  RMSProp: v <- alpha * v + (1 - alpha) * g^2;"
-    "  effective rate lr / sqrt(s), lr / sqrt(v)",
+    "AdaGrad: s ← s + g^2;  RMSProp: v ← alpha * v + (1 - alpha) * g^2;"
+    "  effective rate lr / √s, lr / √v",
     "Duchi, Hazan & Singer 2011; Tieleman & Hinton 2012",
 )
 def adagrad_rate() -> Any:
-    """AdaGrad's rate dies, RMSProp's lives: one remembers all gradients, the other the last ones.
+    """AdaGrad's rate dies, RMSProp's lives: it remembers only the last gradients.
 
     The rate that an element really moves with, under noisy gradients of size 1 that shrink to a
-    tenth after 2,000 steps. AdaGrad's sum only grows, so that its rate falls like 1/sqrt(t) and
+    tenth after 2,000 steps. AdaGrad's sum only grows, so that its rate falls like 1/√t and
     never comes back. RMSProp forgets: its rate stays, and rises when gradients become small.
     """
     rng = np.random.default_rng(0)
@@ -366,10 +371,10 @@ def adagrad_rate() -> Any:
     figure, ax = canvas(size=(9, 4.2))
     for (name, rate), color in zip(rates.items(), (RED, BLUE), strict=True):
         ax.semilogy(steps, rate, color=color, lw=2)
-        ax.annotate(name, (4000, rate[-1]), (-4, 8), color=color, ha="right",
+        ax.annotate(name, (4000, rate[-1]), (-4, 12), color=color, ha="right",
                     textcoords="offset points")  # fmt: skip
     ax.semilogy(steps[:2000], 0.1 / np.sqrt(steps[:2000]), ":", color="k")
-    ax.text(1000, 0.0022, "0.1/sqrt(t)", color="k")
+    ax.text(1000, 0.0022, "0.1/√t", color="k")
     ax.axvline(2000, color=GREY, lw=1)
     ax.text(2020, 0.25, "from here gradients are a tenth", color=GREY)
     ax.set_ylim(1e-3, 0.4)
@@ -380,7 +385,7 @@ def adagrad_rate() -> Any:
 
 @figure(
     "How does a feature learn that occurs once in a hundred examples?",
-    "AdaGrad: x_i <- x_i - lr * g_i / sqrt(sum of g_i^2 so far), element by element",
+    "AdaGrad: x_i ← x_i - lr * g_i / sqrt(sum of g_i^2 so far), element by element",
     "Duchi, Hazan & Singer 2011",
 )
 def sparse() -> Any:
@@ -434,7 +439,7 @@ def bias_correction() -> Any:
 
     The step that each form takes, as a multiple of its learning rate, under gradients that are
     always 1 (lines) or noisy (dots). Both averages start at 0: m recovers within some ten steps, v
-    only after a thousand, and a step is m/sqrt(v).
+    only after a thousand, and a step is m/√v.
     """
     rng = np.random.default_rng(0)
     noisy = 1 + 0.5 * rng.standard_normal(100)
@@ -464,7 +469,7 @@ def bias_correction() -> Any:
 @figure(
     "Can Adam converge to the wrong place?",
     "f_t(x) = 1010 x at every 101st step, else -10 x, on [-1, 1]: the sum falls to its minimum"
-    " at x = -1. AMSGrad: v_max <- max(v_max, v)",
+    " at x = -1. AMSGrad: v_max ← max(v_max, v)",
     "Reddi, Kale & Kumar 2018, section 5",
 )
 def amsgrad() -> Any:
@@ -473,7 +478,7 @@ def amsgrad() -> Any:
     The counter-example of the AMSGrad paper. The rare large gradient is right, but Adam divides it
     by its own size and soon forgets it, while the many small wrong ones push on. AMSGrad keeps the
     largest v it has seen, and the small ones then count for little. The parameter is put back into
-    [-1, 1] after each step; lr = 0.5/sqrt(t), betas = (0.9, 0.99).
+    [-1, 1] after each step; lr = 0.5/√t, betas = (0.9, 0.99).
     """
     steps = 100_000
     figure, ax = canvas(size=(9, 4))
@@ -594,9 +599,9 @@ def noisy_digits() -> demo.Digits:
     return data
 
 
-def train_digits(lr: fs.schedules.Schedule, epochs: int, batch: int = 8) -> list[float]:
+def train_digits(lr: fs.schedules.Schedule, epochs: int, batch: int, seed: int) -> list[float]:
     """Training loss after each epoch of SGD with momentum on `noisy_digits`."""
-    data, params, rng = noisy_digits(), demo.init(), np.random.default_rng(1)
+    data, params, rng = noisy_digits(), demo.init(seed), np.random.default_rng(seed)
     grads = params.zeros_like()
     opt = fs.SGD(params, lr=lr, momentum=0.9)
     losses = [demo.loss_and_gradient(params, data.train_x, data.train_y, grads)]
@@ -618,25 +623,27 @@ def train_digits(lr: fs.schedules.Schedule, epochs: int, batch: int = 8) -> list
 def digits() -> Any:
     """Under step decay the loss falls in stages, under cosine smoothly; both end below constant.
 
-    A small network on handwritten digits, momentum 0.9, batches of 8, the same start. Labels of one
-    image in ten are wrong, so that gradients stay noisy: at a constant rate the loss stops at a
-    floor that the noise sets, and each cut of the rate lowers the floor at once.
+    A small network on handwritten digits, momentum 0.9, batches of 8; means of five runs. Labels of
+    one image in ten are wrong, so that gradients stay noisy: at a constant rate the loss stops at a
+    floor that the noise sets, and each cut of the rate (dotted) lowers the floor at once.
     """
-    epochs, per_epoch = 24, len(demo.Digits.load().train_y) // 8
+    epochs, batch = 24, 8
+    per_epoch = len(demo.Digits.load().train_y) // batch
     total = epochs * per_epoch
     runs = {
-        "constant": (fs.schedules.Constant(0.05), RED),
-        "step decay": (fs.schedules.Step(0.05, every=total // 3, factor=0.2), ORANGE),
-        "cosine": (fs.schedules.Cosine(0.05, total), BLUE),
+        "constant": (fs.schedules.Constant(0.08), RED, "o"),
+        "step decay": (fs.schedules.Step(0.08, every=total // 4, factor=0.3), ORANGE, "v"),
+        "cosine": (fs.schedules.Cosine(0.08, total), BLUE, "s"),
     }
     figure, (top, below) = canvas(2, 1, size=(9, 6), sharex=True, height_ratios=(3, 1))
-    for name, (lr, color) in runs.items():
-        losses = train_digits(lr, epochs)
-        top.plot(losses, color=color, lw=2, label=f"{name}: {losses[-1]:.2f} in the end")
+    for name, (lr, color, marker) in runs.items():
+        losses = np.mean([train_digits(lr, epochs, batch, seed) for seed in range(5)], axis=0)
+        top.plot(losses, color=color, marker=marker, ms=4, lw=2,
+                 label=f"{name}: {losses[-1]:.2f} in the end")  # fmt: skip
         below.plot(np.arange(total) / per_epoch, lr(range(total)), color=color, lw=2)
-    for cut in (8, 16):
+    for cut in (6, 12, 18):
         top.axvline(cut, color=ORANGE, lw=1, ls=":")
-    top.set_ylim(0, 0.9)
+    top.set_ylim(0, 1)
     top.legend()
     top.set_ylabel("training loss")
     below.set_ylabel("rate")
@@ -686,13 +693,13 @@ def squared_error(p: fs.FlatBuffer, x: Any, y: Any, grads: fs.FlatBuffer) -> flo
 
 @figure(
     "Where does the stable rate come from in a network, whose curvature changes as it learns?",
-    "gradient descent is stable below lr = 2/lambda_max of the Hessian where it stands",
+    "gradient descent is stable below lr = 2/λ_max of the Hessian where it stands",
     "Cohen et al. 2021, Gradient descent on neural networks typically occurs at the edge of"
     " stability",
     squared_error,
 )
 def edge() -> Any:
-    """Training sharpens the loss until 2/lambda_max is the learning rate, and then stays there.
+    """Training sharpens the loss until 2/λ_max is the learning rate, and then stays there.
 
     The largest Hessian eigenvalue of a small tanh network on 400 digits, by Lanczos' method, during
     full-batch gradient descent at two rates. It rises while that is stable, up to 2/lr, the dashed

@@ -27,7 +27,6 @@ h1 { line-height: 1.2; } h2 { line-height: 1.3; margin: 0 0 .4rem; font-size: 1.
 a { color: var(--link); } nav ol { columns: 22rem; column-gap: 3.5rem; padding-left: 1.6rem; }
 nav li { break-inside: avoid; margin-bottom: .3rem; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.8rem; }
-.question { color: var(--soft); font-style: italic; margin: 0; }
 figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; background: #fff;
   border-radius: 6px; }
 .equation, .highlight { background: var(--panel); border-radius: 6px; }
@@ -45,9 +44,8 @@ $dark
 <body>
 <h1>Training by gradient descent, in figures</h1>
 <p>Why gradient descent stalls, which learning rate makes it converge, and what momentum, schedules
-and adaptive methods change. Each figure is drawn by the code below it, with
-<code>import numpy as np</code>, <code>import fusedstep as fs</code> and the few helpers of
-<code>fusedstep.gallery</code>.</p>
+and adaptive methods change. Each figure is drawn by the function below it, which runs after
+<code>from fusedstep.gallery.figures import *</code> and returns a matplotlib figure.</p>
 <nav aria-label="figures"><ol>
 $contents
 </ol></nav>
@@ -60,10 +58,9 @@ $sections
 """)
 
 _SECTION = Template("""<section id="$name">
-<p class="question">$question</p>
-<h2>$title</h2>
+<h2>$question</h2>
 <figure>
-<img src="$name.png" alt="$title" loading="lazy">
+<a href="$name.png"><img src="$name.png" alt="$title" loading="lazy"></a>
 <figcaption>$caption</figcaption>
 </figure>
 <p class="equation">$equation</p>
