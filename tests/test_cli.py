@@ -245,6 +245,13 @@ def test_plot_knows_every_schedule(tmp_path):
         assert main(["plot", name, "--lr", "0.1", *options.split(), *output]) == 0
 
 
+def test_plot_takes_counts_in_exponent_form_and_any_length(tmp_path):
+    output = ["-o", str(tmp_path / "long.png")]
+    assert main(["plot", "cosine", "--lr", "1e-1", "--total", "1e6", *output]) == 0
+    assert main(["plot", "step", "--lr", "0.1", "--every", str(2**52), *output]) == 0
+    assert main(["plot", "inversesqrt", "--lr", "0.1", "--timescale", "1e308", *output]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -254,16 +261,17 @@ def test_plot_knows_every_schedule(tmp_path):
         (["cosine", "--total", "9"], "cosine needs --lr"),
         (["cosine", "--lr", "nan", "--total", "9"], "lr must be finite and >= 0, got nan"),
         (["cosine", "--lr=-1", "--total", "9"], "lr must be finite and >= 0, got -1"),
-        (["cosine", "--lr", "x", "--total", "9"], "lr must be a number finite and >= 0, got 'x'"),
+        (["cosine", "--lr", "x", "--total", "9"], "lr must be a finite number >= 0, got 'x'"),
         (["cosine", "--lr", "1", "--total=-9"], "total must be an integer from 1 to 2^53, got -9"),
         (["cosine", "--lr", "1", "--total", "9.5"], "total must be an integer >= 1, got 9.5"),
         (["cosine", "--lr", "1", "--total", "9", "--every", "3"], "--every must be given to a"),
         (["cosine", "--lr", "1", "--total", "9", "--start", "3"], "--start needs --warmup"),
-        (["cosine", "--lr", "1", "--total", "9", "--warmup=-3"], "steps must be an integer"),
+        (["cosine", "--lr", "1", "--total", "9", "--warmup=-3"], "--warmup must be an integer"),
         (["cosine", "--lr", "1", "--total", "9", "--steps", "0"], "steps must be an integer"),
         (["wsd", "--lr", "1", "--total", "9", "--decay", "12"], "decay must be <= total (9)"),
         (["constant", "--lr", "1", "-o", "/no/such/folder/x.png"], "/no/such/folder"),
         (["constant", "--lr", "1", "-o", "x.notaformat"], "x.notaformat"),
+        (["constant", "--lr", "1", "-o", "x.pgf"], "cannot write x.pgf: its ending must be one of"),
     ],
 )
 def test_plot_says_what_is_wrong_and_writes_nothing(

@@ -292,12 +292,15 @@ def test_steps_out_of_range_are_refused(schedule, t):
         schedule(t)
 
 
-@pytest.mark.parametrize("t", [1.0, "1", None, True, [1.5], ["a"], np.array(True)], ids=repr)
+@pytest.mark.parametrize(
+    "t", [1.0, "1", None, True, [1.5], ["a"], np.array(True), [[1, 2], [3]]], ids=repr
+)
 def test_steps_that_are_no_integers_are_refused(t):
     with pytest.raises(TypeError, match=r"^t must be an int or an array of ints"):
         S.Constant(0.1)(t)
 
 
+NAN, INF = math.nan, math.inf
 rate = st.floats(0, 10)
 count = st.integers(1, 10_000)
 
@@ -310,7 +313,7 @@ count = st.integers(1, 10_000)
 def test_decays_are_exact_at_their_ends_monotone_and_bounded(lr, end, total, t, power, shape):
     found = [S.Linear(lr, total, end), S.Cosine(lr, total, end)]
     found.append(S.Polynomial(lr, total, end, power))
-    if shape != "exponential" or min(lr, end) > 0:
+    if shape != "exponential" or (lr > 0 and 0 < end / lr < INF):
         found.append(S.WSD(lr, total, max(1, total // 3), end, shape))
     for one in found:
         assert one(0) == lr
@@ -369,6 +372,23 @@ def test_there_is_no_drift(lr, decay, t):
     assert S.Exponential(lr, decay)(t) == pytest.approx(float(reference), rel=1e-14, abs=1e-307)
 
 
+@pytest.mark.parametrize("schedule", [S.Exponential(0.0, 2.0), S.Step(0.0, 1, 2.0)], ids=repr)
+def test_nothing_grows_out_of_0(schedule):
+    assert schedule(10**9) == 0
+    np.testing.assert_array_equal(schedule([0, 1, 10**9]), 0)
+
+
+def test_no_other_class_takes_a_schedule_s_name():
+    with pytest.raises(TypeError, match="must not be named as one of ours, got 'Cosine'"):
+        type("Cosine", (S.Schedule,), {})
+    saved = S.Cosine(0.1, 10).to_dict()
+    assert type(S.from_dict(saved)) is S.Cosine
+
+
+def test_numpy_s_strings_become_strings():
+    assert type(S.WSD(0.1, 3, 2, shape=np.str_("cosine")).shape) is str
+
+
 def test_half_waves_and_powers_are_exact_where_they_can_be():
     assert [_core.cospi(x) for x in (0, 0.5, 1, 1.5, 2, 2**60, -0.5)] == [1, 0, -1, 0, 1, 1, 0]
     assert _core.cospi(1 / 3) == 0.5
@@ -381,8 +401,6 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
 
 
 # -- refusals --------------------------------------------------------------------------------------
-
-NAN, INF = math.nan, math.inf
 
 
 @pytest.mark.parametrize(
@@ -406,6 +424,11 @@ NAN, INF = math.nan, math.inf
         (lambda: S.MultiStep(0.1, [1, 2.0]), TypeError, r"milestones\[1\] must be an integer"),
         (lambda: S.MultiStep(0.1, 5), TypeError, "milestones must be a sequence"),
         (lambda: S.MultiStep(0.1, "12"), TypeError, "milestones must be a sequence"),
+        (lambda: S.MultiStep(0.1, {3: 1}), TypeError, "milestones must be a sequence"),
+        (lambda: S.MultiStep(0.1, np.ones((1, 2), int)), TypeError, r"milestones\[0\] must be an"),
+        (lambda: S.Cosine(0.1, np.array([3])), TypeError, "total must be an integer >= 1"),
+        (lambda: S.Cosine(0.1, np.array(True)), TypeError, "total must be an integer >= 1"),
+        (lambda: S.WSD(2e-198, 3, 3, 1e300, "exponential"), ValueError, "end / lr must be finite"),
         (lambda: S.Exponential(0.1, -0.5), ValueError, "decay must"),
         (lambda: S.Exponential.percent(0.1, 101), ValueError, "alpha must"),
         (lambda: S.Exponential.percent(0.1, NAN), ValueError, "alpha must"),
@@ -435,7 +458,7 @@ NAN, INF = math.nan, math.inf
         (lambda: S.ReduceOnPlateau(0.1, patience=-1), ValueError, "patience must"),
         (lambda: S.ReduceOnPlateau(0.1, mode="low"), ValueError, "mode must be one of"),
         (lambda: S.ReduceOnPlateau(0.1, progress=3), TypeError, "progress must be None or"),
-        (lambda: S.ReduceOnPlateau(0.1).step("x"), TypeError, "metric must"),
+        (lambda: S.ReduceOnPlateau(0.1).step("x"), TypeError, "metric must be a number or NaN"),
         (lambda: S.ReduceOnPlateau(0.1).step(-INF), ValueError, "metric must not be infinitely"),
         (lambda: S.Constant(0.1).warmup(-1), ValueError, "steps must be an integer from 0"),
         (lambda: S.Constant(0.1).warmup(2.5), TypeError, "steps must be an integer"),
@@ -452,6 +475,7 @@ NAN, INF = math.nan, math.inf
         (lambda: S.from_dict(3), TypeError, "values must be a dict, got 3"),
         (lambda: S.from_dict({}), ValueError, r"values\['type'\] must be one of"),
         (lambda: S.from_dict({"type": "Os"}), ValueError, r"values\['type'\] must be one of"),
+        (lambda: S.from_dict({"type": "_Cycle"}), ValueError, r"values\['type'\] must be one of"),
         (lambda: S.from_dict({"type": "Constant", "lr": 1, "x": 2}), ValueError, r"got \['x'\]"),
         (lambda: S.from_dict({"type": "Constant", "lr": -1}), ValueError, "lr must"),
         (lambda: S.Cosine.from_dict(S.Constant(1).to_dict()), ValueError, r"one of \['Cosine'\]"),
@@ -488,6 +512,36 @@ def test_plot_draws_what_the_schedule_says(monkeypatch):
     assert ax.lines[1].get_label() == "flat"
     assert ax.lines[1].get_xdata()[-1] == 7
     assert len(S.Constant(0.1).plot(steps=10**9, ax=ax).lines[2].get_xdata()) <= 10_001
+    plt.close("all")
+
+
+@pytest.mark.parametrize("steps", [100_000, 10**9])
+def test_plot_shows_a_wave_however_long_the_picture(steps):
+    import matplotlib.pyplot as plt
+
+    drawn = S.Cyclic(0.1, 0.9, step_size_up=5).plot(steps).lines[0]
+    assert drawn.get_xdata()[[0, -1]].tolist() == [0, steps]
+    assert len(drawn.get_xdata()) <= 10_001
+    assert np.percentile(drawn.get_ydata(), [5, 95]) == pytest.approx([0.1, 0.9], abs=0.17)
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        S.Step(0.1, 2**52),
+        S.Cyclic(0.1, 0.2, 2**52),
+        S.MultiStep(0.1, [2**53]),
+        S.Linear(0.1, 2**53).warmup(2**53),
+        S.CosineRestarts(0.1, 10**9, 10**6),
+        S.InverseSqrt(0.1, 1e308),
+    ],
+    ids=repr,
+)
+def test_plot_ends_where_steps_do(schedule):
+    import matplotlib.pyplot as plt
+
+    assert schedule.plot().lines[0].get_xdata()[-1] == LAST
     plt.close("all")
 
 

@@ -39,13 +39,12 @@ def _count(text: str) -> int:
 
 
 def _value(text: str) -> Any:
-    """An option of `plot` as an int, a float or a string, for the schedule to judge."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    """An option of `plot` as an int (1e3 too), a float or a string, for the schedule to judge."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if abs(number) <= 2**53 and number.is_integer() else number
 
 
 def _add_plot(commands: Any) -> None:
@@ -149,7 +148,8 @@ def _check_output(path: str | None, picture: bool = False) -> None:
     if picture:
         from matplotlib.backend_bases import FigureCanvasBase
 
-        formats = FigureCanvasBase.get_supported_filetypes()
+        known = FigureCanvasBase.get_supported_filetypes()
+        formats = [one for one in known if one != "pgf"]  # which needs LaTeX
         if os.path.splitext(path)[1].lstrip(".").lower() not in formats:
             raise OSError(f"cannot write {path}: its ending must be one of {', '.join(formats)}")
 
@@ -198,9 +198,11 @@ def _plot(args: argparse.Namespace) -> None:
     try:
         drawn = {name: _schedule(name, given, used) for name in args.schedules}
         if args.warmup is not None:
-            start = args.start or 0.0
+            start = 0.0 if args.start is None else args.start
+            if not isinstance(args.warmup, int) or args.warmup < 0:
+                raise _Usage(f"--warmup must be an integer >= 0, got {args.warmup}")
             drawn = {name: one.warmup(args.warmup, start) for name, one in drawn.items()}
-        steps = max(one.span for one in drawn.values()) if args.steps is None else args.steps
+        steps = max(one._shown for one in drawn.values()) if args.steps is None else args.steps
         if unused := sorted(given.keys() - used):
             raise _Usage(f"--{unused[0].replace('_', '-')} must be given to a schedule that has it,"
                          f" got {', '.join(args.schedules)}")  # fmt: skip

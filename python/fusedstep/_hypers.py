@@ -90,7 +90,8 @@ def _number(name: str, value: Any, hyper: Hyper) -> float:
     except OverflowError:
         number = math.inf
     if number is None:
-        raise TypeError(f"{name} must be a number {hyper.rule}, got {value!r}")
+        kind = f"a number {hyper.rule}".replace("number finite and", "finite number")
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
     if not hyper.accepts(number):
         raise ValueError(f"{name} must be {hyper.rule}, got {value!r}")
     return number
@@ -131,11 +132,23 @@ def is_scheduled(value: Any) -> bool:
     return callable(value) or (isinstance(value, tuple) and any(map(callable, value)))
 
 
-def at_step(value: Any, t: int) -> Any:
-    """A hyperparameter with what its schedules return for step `t` in their place."""
+def at_step(name: str, value: Any, t: int, hyper: Hyper) -> Any:
+    """A scheduled hyperparameter with what its schedules return for step `t` in their place.
+
+    A number may be infinite where torch's may; what a schedule returns has then overflown.
+    """
     if isinstance(value, tuple):
-        return tuple(at_step(half, t) for half in value)
-    return value(t) if callable(value) else value
+        return tuple(_now(f"{name}[{i}]", half, t, hyper) for i, half in enumerate(value))
+    return _now(name, value, t, hyper)
+
+
+def _now(name: str, value: Any, t: int, hyper: Hyper) -> float:
+    if not callable(value):
+        return _number(name, value, hyper)
+    number = _number(name, value(t), hyper)
+    if number == math.inf:
+        raise ValueError(f"{name} must be finite, got {number} from its schedule at step {t}")
+    return number
 
 
 def kept_schedules(current: Any, loaded: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
@@ -69,11 +69,21 @@ def _number_that_is(rule: str, accepts: Callable[[float], bool]) -> Callable[[st
     return lambda name, value: _number(name, value, Hyper(rule, accepts, ""))
 
 
+def _index(value: Any) -> int | None:
+    """An integer of any kind as an int; None for a bool, an array or anything else."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return None if getattr(value, "ndim", 0) else operator.index(value)
+    except TypeError:
+        return None
+
+
 def _integer_from(low: int) -> Callable[[str, Any], int]:
     def read(name: str, value: Any) -> int:
-        if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        number = _index(value)
+        if number is None:
             raise TypeError(f"{name} must be an integer >= {low}, got {value!r}")
-        number = operator.index(value)
         if not low <= number <= _LAST:
             raise ValueError(f"{name} must be an integer from {low} to 2^53, got {value!r}")
         return number
@@ -86,7 +96,7 @@ def _count_or_none(name: str, value: Any) -> int | None:
 
 
 def _milestones(name: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
     found = tuple(_integer_from(0)(f"{name}[{i}]", one) for i, one in enumerate(value))
     if not found or any(a >= b for a, b in pairwise(found)):
@@ -136,9 +146,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             raise TypeError(f"{name} must be one of {get_args(hint)}, got {value!r}")
         if value not in get_args(hint):
             raise ValueError(f"{name} must be one of {get_args(hint)}, got {value!r}")
-    elif hint is bool and not isinstance(value, bool | np.bool_):
+        return str(value)  # not NumPy's
+    if hint is bool and not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-    elif hint is Schedule and not isinstance(value, Schedule):
+    if hint is Schedule and not isinstance(value, Schedule):
         raise TypeError(f"{name} must be a schedule, got {value!r}")
     return bool(value) if hint is bool else value
 
@@ -165,6 +176,11 @@ def _between(a: float, b: float, weight: _Value) -> _Value:
     value = a + (b - a) * weight
     value = _least(value, b) if a < b else _pick(value < b, b, value)
     return _pick(weight == 1, b, value)
+
+
+def _geometric(first: float, ratio: float, n: _Value) -> _Value:
+    """first * ratio^n; 0 from 0, however large the power."""
+    return first * _core.power(ratio, n) if first else n * 0.0
 
 
 def _half_wave(x: _Value) -> _Value:
@@ -222,7 +238,11 @@ class Schedule:
     __array_ufunc__: ClassVar[None] = None  # a NumPy number times a schedule is ours to make
 
     def __init_subclass__(cls) -> None:
-        Schedule._types[cls.__name__] = cls
+        name = cls.__name__
+        if cls.__module__ != __name__ and name in __all__:
+            raise TypeError(f"a schedule's class must not be named as one of ours, got {name!r}")
+        if not name.startswith("_"):
+            Schedule._types[name] = cls
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))
@@ -248,22 +268,27 @@ class Schedule:
     def __call__(self, t: Any) -> NDArray[np.float64]: ...
     def __call__(self, t: Any) -> Any:
         """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps."""
-        if type(t) is not int and (isinstance(t, np.ndarray) or np.ndim(t)):
-            given = np.asarray(t)
-            if given.dtype.kind not in "iu" and given.size:
-                raise TypeError(f"t must be an int or an array of ints, got {given.dtype}")
-            if given.size and (given.min() < 0 or given.max() > _LAST):
-                raise ValueError(f"t must be from 0 to 2^53, got {given.min()} to {given.max()}")
-            result = np.empty(given.shape)
-            result[...] = self._at(given.astype(np.int64))
-            return result
         if type(t) is not int:  # which optimizers pass
-            if isinstance(t, bool | np.bool_) or not hasattr(t, "__index__"):
-                raise TypeError(f"t must be an int or an array of ints, got {t!r}")
-            t = operator.index(t)
+            number = None if isinstance(t, np.ndarray) else _index(t)
+            if number is None:
+                return self._at_each(t)
+            t = number
         if not 0 <= t <= _LAST:
             raise ValueError(f"t must be from 0 to 2^53, got {t}")
         return float(self._at(t))
+
+    def _at_each(self, t: Any) -> NDArray[np.float64]:
+        try:
+            given = np.asarray(t)
+        except ValueError:  # a ragged list
+            given = np.array(None)
+        if given.dtype.kind not in "iu" and given.size:
+            raise TypeError(f"t must be an int or an array of ints, got {t!r}")
+        if given.size and (given.min() < 0 or given.max() > _LAST):
+            raise ValueError(f"t must be from 0 to 2^53, got {given.min()} to {given.max()}")
+        result = np.empty(given.shape)
+        result[...] = self._at(given.astype(np.int64))
+        return result
 
     def warmup(self, steps: int, start: float = 0.0) -> Schedule:
         """Rises (or falls) linearly from `start` to this schedule's first value, then follows it.
@@ -354,7 +379,7 @@ class Schedule:
         Returns:
             The Axes.
         """
-        last = self.span if steps is None else _integer_from(1)("steps", steps)
+        last = self._shown if steps is None else _integer_from(1)("steps", steps)
         if ax is None:
             try:
                 import matplotlib.pyplot as plt
@@ -366,9 +391,17 @@ class Schedule:
             ax.set_xlabel("step")
             ax.set_ylabel("value")
             ax.grid(alpha=0.3)
-        every = np.unique(np.linspace(0, last, min(last, 10_000) + 1).astype(np.int64))
-        ax.plot(every, self(every), **{"label": repr(self), **line})
+        t = np.arange(min(last, 10_000) + 1)
+        if last > 10_000:  # one at random of each stretch: equal strides can hide a wave
+            ends = np.linspace(0, last, 10_000).astype(np.int64)
+            within = np.random.default_rng(0).integers(ends[:-1], ends[1:])
+            t = np.unique([0, *within, last])
+        ax.plot(t, self(t), **{"label": repr(self), **line})
         return ax
+
+    @property
+    def _shown(self) -> int:
+        return min(self.span, _LAST)
 
 
 from_dict = Schedule.from_dict
@@ -394,7 +427,7 @@ class Warmup(Schedule):
         return _split(t, self.steps, self._rise, self.schedule._at)
 
     def _rise(self, t: _T) -> _Value:
-        return _between(self.start, self.schedule(0), t / self.steps)
+        return _between(self.start, self.schedule._at(0), t / self.steps)
 
     @property
     def span(self) -> int:
@@ -528,7 +561,7 @@ class Step(Schedule):
     factor: Rate = 0.1
 
     def _at(self, t: _T) -> _Value:
-        return self.lr * _core.power(self.factor, t // self.every)
+        return _geometric(self.lr, self.factor, t // self.every)
 
     @property
     def span(self) -> int:
@@ -561,7 +594,7 @@ class MultiStep(Schedule):
     factor: Rate = 0.1
 
     def _at(self, t: _T) -> _Value:
-        return self.lr * _core.power(self.factor, _count_passed(self.milestones, t))
+        return _geometric(self.lr, self.factor, _count_passed(self.milestones, t))
 
     @property
     def span(self) -> int:
@@ -600,7 +633,7 @@ class Exponential(Schedule):
         return cls(lr, 1 - rule("alpha", alpha) / 100)
 
     def _at(self, t: _T) -> _Value:
-        return self.lr * _core.power(self.decay, t)
+        return _geometric(self.lr, self.decay, t)
 
     @property
     def span(self) -> int:
@@ -803,7 +836,7 @@ class InverseSqrt(Schedule):
     @property
     def span(self) -> int:
         """Down to about a third."""
-        return min(_LAST, math.ceil(8 * self.timescale))
+        return math.ceil(min(8 * self.timescale, _LAST))
 
 
 @dataclass(frozen=True)
@@ -846,6 +879,8 @@ class WSD(Schedule):
             for name in ("lr", "end"):
                 if getattr(self, name) == 0:
                     raise ValueError(f"{name} must be > 0 with shape='exponential', got 0.0")
+            if not 0 < self.end / self.lr < math.inf:
+                raise ValueError(f"end / lr must be finite and > 0, got {self.end} / {self.lr}")
 
     def _at(self, t: _T) -> _Value:
         return _split(t, self.total - self.decay, lambda t: self.lr, self._fall)
@@ -853,7 +888,7 @@ class WSD(Schedule):
     def _fall(self, t: _T) -> _Value:
         x = _least(t, self.decay) / self.decay
         if self.shape == "exponential":
-            return _pick(x == 1, self.end, self.lr * _core.power(self.end / self.lr, x))
+            return _pick(x == 1, self.end, _geometric(self.lr, self.end / self.lr, x))
         if self.shape == "linear":
             weight = _remaining(t, self.decay)
         else:
@@ -927,21 +962,26 @@ class OneCycle(_Cycle):
         return self._along(t, high, low, high, high)
 
     def _along(self, t: _T, first: float, top: float, third: float, last: float) -> _Value:
-        """From value to value at the ends of the phases, which as in torch need not be integers."""
-        ends = [0.0, self.pct_start * self.total - 1, self.total - 1.0]
-        values = [first, top, last]
-        if self.three_phase:
-            ends.insert(2, 2 * self.pct_start * self.total - 2)
-            values.insert(2, third)
+        """From value to value at the ends of the phases."""
+        values = [first, top, third, last] if self.three_phase else [first, top, last]
         result: _Value = last
-        for i in reversed(range(len(ends) - 1)):
-            begin, end = ends[i], ends[i + 1]
+        for i in reversed(range(len(values) - 1)):
+            begin, end = self._ends[i], self._ends[i + 1]
+            if not isinstance(t, np.ndarray) and t > end:
+                continue
             x = _least((t - begin) / (end - begin), 1.0) if end > begin else t * 0.0 + 1.0
             a, b = values[i], values[i + 1]
             cosine = self.anneal == "cos"
             here = _between(b, a, _half_wave(x)) if cosine else _between(a, b, x)
             result = _pick(t <= end, here, result)
         return result
+
+    @cached_property
+    def _ends(self) -> tuple[float, ...]:
+        """The steps at which phases begin and end, which as in torch need not be integers."""
+        rise = self.pct_start * self.total - 1
+        back = (2 * self.pct_start * self.total - 2,) if self.three_phase else ()
+        return 0.0, rise, *back, self.total - 1.0
 
     @property
     def span(self) -> int:
@@ -963,7 +1003,7 @@ class Cyclic(_Cycle):
         step_size_up: steps of the rise; an integer >= 1.
         step_size_down: steps of the fall; an integer >= 1, or None for as many as of the rise.
         mode: "triangular", "triangular2" or "exp_range".
-        gamma: in (0, 1]; used by "exp_range" alone.
+        gamma: in (0, 1]; 1 in the other modes, which do not use it.
         base_momentum, max_momentum: in [0, 1).
 
     Example:
@@ -975,8 +1015,8 @@ class Cyclic(_Cycle):
         Smith 2017, https://arxiv.org/abs/1506.01186
 
     Differs from:
-        `torch.optim.lr_scheduler.CyclicLR`, which sets the momentum by itself and takes a
-        function for the scale.
+        `torch.optim.lr_scheduler.CyclicLR`, which sets the momentum by itself, takes a function for
+        the scale, and ignores `gamma` in the modes that do not use it.
     """
 
     base_lr: Rate
@@ -1022,7 +1062,9 @@ class ReduceOnPlateau(Schedule):
 
     `step(metric)` tells it the metric, once per epoch or as often as that is known; `schedule(t)`
     is the present rate, whatever t. Its state is `progress`, part of equality, repr and `to_dict`;
-    all else is immutable, and the hash is of the arguments.
+    all else is immutable, and the hash is of the arguments. Optimizers and
+    `fusedstep.torch.LRScheduler` save it in their `state_dict`, and put it back into the schedule
+    that they were given.
 
     Args:
         lr: the first value; finite and >= 0.
@@ -1045,7 +1087,8 @@ class ReduceOnPlateau(Schedule):
         0.25
 
     Differs from:
-        `torch.optim.lr_scheduler.ReduceLROnPlateau` in nothing but the way it is attached.
+        `torch.optim.lr_scheduler.ReduceLROnPlateau` in the way it is attached, and refuses a metric
+        that is infinitely good.
     """
 
     lr: Rate
@@ -1064,7 +1107,7 @@ class ReduceOnPlateau(Schedule):
 
     def step(self, metric: float) -> float:
         """Takes in a metric (NaN is no better than any) and returns the rate from now on."""
-        value = _number("metric", metric, Hyper("", lambda x: True, ""))
+        value = _number("metric", metric, Hyper("or NaN", lambda x: True, ""))
         rate, best, bad, cooling = self.progress or (self.lr, None, 0, 0)
         if self._is_better(value, best):
             if math.isinf(value):
@@ -1078,8 +1121,11 @@ class ReduceOnPlateau(Schedule):
             lower = max(rate * self.factor, self.min_lr)
             rate = lower if rate - lower > self.eps else rate
             cooling, bad = self.cooldown, 0
-        object.__setattr__(self, "progress", (rate, best, bad, cooling))
+        self._go_on((rate, best, bad, cooling))
         return rate
+
+    def _go_on(self, progress: tuple[float, float | None, int, int] | None) -> None:
+        object.__setattr__(self, "progress", progress)
 
     def _is_better(self, value: float, best: float | None) -> bool:
         sign = 1 if self.mode == "min" else -1
@@ -1088,3 +1134,30 @@ class ReduceOnPlateau(Schedule):
         share = self.threshold_mode == "rel"
         bar = best * (1 - sign * self.threshold) if share else best - sign * self.threshold
         return sign * value < sign * bar
+
+
+def plateaus(values: Iterable[Any]) -> list[ReduceOnPlateau]:
+    """The schedules with a state among hyperparameters, and within them."""
+    found: list[ReduceOnPlateau] = []
+    for value in values:
+        if isinstance(value, ReduceOnPlateau):
+            found.append(value)
+        elif isinstance(value, Schedule):
+            found += plateaus(getattr(value, name) for name in value._arguments())
+        elif isinstance(value, tuple):
+            found += plateaus(value)
+    return found
+
+
+def restored(own: Any, saved: Schedule) -> Any:
+    """`own` with the progress of `saved` if that is all they differ in, else `saved`."""
+    mine, theirs = plateaus([own]), plateaus([saved])
+    before = [one.progress for one in mine]
+    if len(mine) == len(theirs):
+        for one, other in zip(mine, theirs, strict=True):
+            one._go_on(other.progress)
+        if own == saved:
+            return own
+        for one, progress in zip(mine, before, strict=True):
+            one._go_on(progress)
+    return saved
