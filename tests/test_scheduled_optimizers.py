@@ -162,6 +162,71 @@ def test_reduce_on_plateau_drives_a_rate_between_steps():
     assert opt.step(values(1)).lr == 0.125
 
 
+def plateau_optimizer():
+    """Two plateaus, one of them inside another schedule, in two groups."""
+    rate = S.ReduceOnPlateau(0.5, factor=0.5, patience=0)
+    decay = S.ReduceOnPlateau(0.25, factor=0.5, patience=0)
+    group = fs.Group(next(iter(SHAPES)), weight_decay=(decay * 0.5).warmup(1))
+    return rate, decay, fs.AdamW(values(0), lr=rate, groups=[group])
+
+
+@pytest.mark.parametrize("told", [0, 2])
+def test_a_checkpoint_has_the_progress_of_reduce_on_plateau(told):
+    rate, decay, straight = plateau_optimizer()
+    straight.step(values(1))
+    for loss in (2.0, 3.0)[:told]:
+        rate.step(loss)
+        decay.step(-loss)
+        decay.step(loss)
+    saved = copy.deepcopy(straight.state_dict())
+    again_rate, again_decay, again = plateau_optimizer()
+    again.load_state_dict(saved)
+    for one, other in zip(straight.params.values(), again.params.values(), strict=True):
+        np.copyto(other, one)
+    assert (again_rate, again_decay) == (rate, decay)
+    for plateau in (rate, again_rate):
+        plateau.step(9.0)
+    assert straight.step(values(2)).lr == again.step(values(2)).lr
+    assert contents(straight) == contents(again)
+
+
+@pytest.mark.parametrize(
+    ("plateaus", "error", "message"),
+    [
+        (3, ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
+        ([[None]], ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
+        ([[None], [None, 3]], TypeError, "progress must be None or"),
+        ([[(0.1, None, 0, 0)], [None, (-1.0, None, 0, 0)]], ValueError, r"progress\[0\] must be"),
+    ],
+)
+def test_a_progress_that_does_not_fit_changes_nothing(plateaus, error, message):
+    rate, decay, opt = plateau_optimizer()
+    rate.step(1.0)
+    before = contents(opt), rate.progress, decay.progress
+    with pytest.raises(error, match=message):
+        opt.load_state_dict({**opt.state_dict(), "plateaus": plateaus})
+    assert (contents(opt), rate.progress, decay.progress) == before
+
+
+def test_a_checkpoint_without_progress_leaves_reduce_on_plateau_where_it_is():
+    rate, _, opt = plateau_optimizer()
+    saved = opt.state_dict()
+    del saved["plateaus"]
+    rate.step(1.0)
+    opt.load_state_dict(saved)
+    assert rate.progress == (0.5, 1.0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
+def test_an_infinite_value_of_a_schedule_is_refused(name):
+    opt = fs.SGD(values(0), **{name: S.Exponential(1.0, 1e10) * 1e300})
+    opt.step(values(1))
+    before = contents(opt)
+    with pytest.raises(ValueError, match=f"{name} must be finite, got inf from its schedule at"):
+        opt.step(values(1))
+    assert contents(opt) == before
+
+
 @pytest.mark.parametrize(
     ("cls", "name", "make", "error", "message"),
     [

@@ -127,6 +127,8 @@ def test_state_dict_carries_the_schedules_but_no_callables():
     saved = pickle.loads(pickle.dumps(scheduler.state_dict()))
     assert "optimizer" not in saved
     assert saved["schedules"] == {"lr": [COSINE.to_dict(), None]}
+    alone = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE)
+    assert alone.state_dict()["schedules"] == {"lr": COSINE.to_dict()}
     other = LRScheduler(
         torch.optim.SGD([{"params": [a, b]}, {"params": [c]}], lr=0.1),
         [S.Constant(1.0), lambda t: 0.75],
@@ -146,6 +148,64 @@ def test_a_plateau_s_state_is_saved():
     again.load_state_dict(scheduler.state_dict())
     assert again.schedules == scheduler.schedules
     assert again.schedules[0] is not scheduler.schedules[0]
+
+
+def test_a_plateau_goes_on_in_the_object_that_was_given():
+    def make():
+        plateau = S.ReduceOnPlateau(0.5, factor=0.5, patience=0)
+        opt = torch.optim.SGD([group(0.1), group(0.1)], weight_decay=0.1)
+        return plateau, LRScheduler(opt, plateau, weight_decay=[plateau * 0.5, plateau])
+
+    plateau, scheduler = make()
+    plateau.step(1.0)
+    saved = pickle.loads(pickle.dumps(scheduler.state_dict()))
+    plateau, scheduler = make()
+    scheduler.load_state_dict(saved)
+    assert plateau.progress == (0.5, 1.0, 0, 0)
+    plateau.step(2.0)
+    scheduler.optimizer.step()
+    scheduler.step()
+    groups = scheduler.optimizer.param_groups
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.25, 0.125), (0.25, 0.25)]
+
+
+def test_a_schedule_of_another_kind_is_loaded_as_one_object_for_all_groups():
+    def make(schedule):
+        return LRScheduler(torch.optim.SGD([group(0.1), group(0.1)]), schedule)
+
+    plateau = S.ReduceOnPlateau(0.5, patience=0)
+    plateau.step(1.0)
+    own = S.ReduceOnPlateau(0.5, patience=3)
+    scheduler = make([own, own])
+    scheduler.load_state_dict(make([plateau, plateau]).state_dict())
+    assert own.progress is None
+    first, second = scheduler.schedules
+    assert first is second
+    assert first == plateau
+
+
+def test_a_group_that_is_added_follows_the_one_schedule():
+    opt = torch.optim.SGD(model(), lr=0.1)
+    scheduler = LRScheduler(opt, COSINE)
+    opt.add_param_group(group(0.7))
+    train(opt, scheduler, 2)
+    assert scheduler.get_last_lr() == [COSINE(2)] * 2
+
+
+def test_a_group_without_a_schedule_of_its_own_is_an_error_that_changes_nothing():
+    opt = torch.optim.SGD(model(), lr=0.1, momentum=0.9)
+    scheduler = LRScheduler(opt, [COSINE], momentum=[CYCLE.momentum])
+    opt.add_param_group(group(0.7))
+    before = [(g["lr"], g["momentum"]) for g in opt.param_groups]
+    with pytest.raises(ValueError, match="schedule must be one for each of 2 groups, got 1"):
+        train(opt, scheduler, 1)
+    assert [(g["lr"], g["momentum"]) for g in opt.param_groups] == before
+    assert scheduler.last_epoch == 0
+
+
+def test_a_scheduled_momentum_must_be_a_beta_where_it_is_one():
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
+        LRScheduler(torch.optim.Adam(model()), COSINE, momentum=lambda t: 1.0)
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, ft.SGD])
@@ -177,6 +237,7 @@ def test_a_rate_in_a_tensor_stays_that_tensor():
     train(opt, scheduler, 2)
     assert opt.param_groups[0]["lr"] is lr
     assert lr == torch.tensor(COSINE(2))
+    assert opt.param_groups[0]["initial_lr"] == torch.tensor(0.1)
 
 
 def test_a_copy_goes_its_own_way():
@@ -245,7 +306,7 @@ def test_a_value_out_of_range_leaves_the_rate():
 
 
 @pytest.mark.parametrize(
-    "schedules", [{}, {"lr": []}, {"lr": [None, None]}, {"lr": [None], "momentum": [None]}]
+    "schedules", [3, {}, {"lr": []}, {"lr": [None]}, {"lr": None, "momentum": None}]
 )
 def test_load_state_dict_refuses_other_schedules(schedules):
     scheduler = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE)
@@ -253,6 +314,24 @@ def test_load_state_dict_refuses_other_schedules(schedules):
     with pytest.raises(ValueError, match=r"state_dict\['schedules'\] must be for"):
         scheduler.load_state_dict(saved)
     assert scheduler.last_epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (None, TypeError, "state_dict must be a dict, got NoneType"),
+        ({"schedules": {"lr": 3}}, TypeError, "values must be a dict, got 3"),
+        ({"last_epoch": "x"}, TypeError, r"state_dict\['last_epoch'\] must be an integer >= -1"),
+        ({"last_epoch": -5}, ValueError, r"state_dict\['last_epoch'\] must be an integer from -1"),
+    ],
+)
+def test_load_state_dict_refuses_what_is_no_state(change, error, message):
+    scheduler = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE)
+    saved = change and {**scheduler.state_dict(), **change}
+    before = dict(vars(scheduler))
+    with pytest.raises(error, match=message):
+        scheduler.load_state_dict(saved)
+    assert vars(scheduler) == before
 
 
 def test_torch_classes_point_to_it():

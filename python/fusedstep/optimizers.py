@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
@@ -26,6 +27,7 @@ from fusedstep._hypers import (
     kept_schedules,
 )
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
+from fusedstep.schedules import ReduceOnPlateau, plateaus
 
 # A number, 0-d arrays and tensors included, or a schedule: a callable of the step, from 0.
 Rate = SupportsFloat | Callable[[int], SupportsFloat]
@@ -351,7 +353,7 @@ class Optimizer:
     def _native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:
         """`_native` in the step after `t` others, but for the rate."""
         now = {
-            name: self._check(name, at_step(value, t))
+            name: at_step(name, value, t, self._hyper_table[name])
             if name != "lr" and is_scheduled(value)
             else value
             for name, value in hypers.items()
@@ -397,7 +399,7 @@ class Optimizer:
             native, lr = group._native, group._hypers["lr"]
             assert native is not None
             if callable(lr):
-                rate = self._check("lr", lr(self._steps))
+                rate = at_step("lr", lr, self._steps, self._hyper_table["lr"])
                 native = [*native[:_LR], rate, *native[_LR + 1 :]]
             natives.append(native)
         return natives
@@ -477,7 +479,8 @@ class Optimizer:
 
         As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
         is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
-        stored as its value in the last step, or before the first step as the one it begins with.
+        stored as its value in the last step, or before the first step as the one it begins with;
+        where there are `ReduceOnPlateau`, `plateaus` has the progress of each group's.
 
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
@@ -501,7 +504,13 @@ class Optimizer:
             for group, native in zip(self._groups, natives, strict=True)
             if group._params
         ]
-        return {"state": state, "param_groups": groups, "step": self._steps}
+        whole = {"state": state, "param_groups": groups, "step": self._steps}
+        progress = [[one.progress for one in found] for found in self._plateaus()]
+        return {**whole, "plateaus": progress} if any(progress) else whole
+
+    def _plateaus(self) -> list[list[ReduceOnPlateau]]:
+        """The schedules that have a state, for each group that has parameters."""
+        return [plateaus(group._hypers.values()) for group in self._groups if group._params]
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
@@ -533,7 +542,8 @@ class Optimizer:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
 
         Checkpoints of `torch.optim` are taken too. A hyperparameter that is a schedule stays one,
-        and goes on at the loaded step. Hyperparameters that the dict lacks stay as they are.
+        and goes on at the loaded step, a `ReduceOnPlateau` with the loaded progress.
+        Hyperparameters that the dict lacks stay as they are.
 
         Raises:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
@@ -549,6 +559,7 @@ class Optimizer:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
         steps = self._staged_steps(state_dict)
+        progress = self._staged_progress(state_dict)
         natives = [self._native_at(values, steps) for values in hypers]
         uses = [self._uses(native) for native in natives]
         staged = {
@@ -572,6 +583,25 @@ class Optimizer:
             group._hypers = values
             group._edited()
             group._native = native
+        for plateau, reached in progress:
+            plateau._go_on(reached)
+
+    def _staged_progress(self, state_dict: Mapping[str, Any]) -> list[tuple[ReduceOnPlateau, Any]]:
+        """Each schedule that has a state, and the one it had, where the dict has any."""
+        own = self._plateaus()
+        if "plateaus" not in state_dict or not any(own):
+            return []
+        saved = state_dict["plateaus"]
+        if not isinstance(saved, list) or list(map(len, saved)) != list(map(len, own)):
+            raise ValueError(
+                f"state_dict['plateaus'] must have the progress of {list(map(len, own))}"
+                f" ReduceOnPlateau in the groups, got {saved!r}"
+            )
+        return [
+            (plateau, replace(plateau, progress=reached).progress)  # which checks it
+            for mine, theirs in zip(own, saved, strict=True)
+            for plateau, reached in zip(mine, theirs, strict=True)
+        ]
 
     def _staged_steps(self, state_dict: Mapping[str, Any]) -> int:
         """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from fusedstep._hypers import HYPERS, check
-from fusedstep.schedules import Schedule, _integer_from
+from fusedstep._hypers import HYPERS, at_step
+from fusedstep.schedules import Schedule, _integer_from, restored
 
 _Function = Callable[[int], Any]
+_Given = _Function | list[_Function]  # one for all groups, or one for each
 
 
 class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
@@ -23,7 +24,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     Args:
         optimizer: a `torch.optim.Optimizer`, torch's own, ours, or another.
-        schedule: a schedule or a callable of the step, or one for each parameter group.
+        schedule: a schedule or a callable of the step, or one for each parameter group. One alone
+            holds for groups that are added later too.
         last_epoch: -1 to begin with step 0, else the last step that was taken.
         momentum: a schedule, or one for each group, of `momentum` or, where groups have `betas`,
             of its first half; such as `OneCycle.momentum` (default None: left alone).
@@ -70,8 +72,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         last_epoch = _integer_from(-1)("last_epoch", last_epoch)
         groups = optimizer.param_groups
         given = {"lr": schedule, "momentum": momentum, "weight_decay": weight_decay}
-        self._schedules = {
-            name: _one_per_group(_argument(name), value, len(groups))
+        self._schedules: dict[str, _Given] = {
+            name: _checked(_argument(name), value)
             for name, value in given.items()
             if value is not None or name == "lr"
         }
@@ -80,22 +82,16 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             raise ValueError(
                 f"schedule must be one for each group where their lr differ, got {rates}"
             )
-        for name in self._schedules:
-            for i, group in enumerate(groups):
-                if _key(name, group) not in group:
-                    raise ValueError(
-                        f"{name} must be a hyperparameter of each group, got param_groups[{i}]"
-                        " without it"
-                    )
-        _values(self._schedules, last_epoch + 1)
-        for group in groups:
-            group.setdefault("initial_lr", group["lr"])  # torch demands it of those who resume
+        _values(self._schedules, groups, last_epoch + 1)
+        for group in groups:  # torch demands it of those who resume
+            rate = group["lr"]  # a tensor is written to
+            group.setdefault("initial_lr", rate.clone() if torch.is_tensor(rate) else rate)
         super().__init__(optimizer, last_epoch)
 
     @property
     def schedules(self) -> list[_Function]:
         """The learning rates' schedules, one for each parameter group."""
-        return list(self._schedules["lr"])
+        return _per_group("lr", self._schedules["lr"], len(self.optimizer.param_groups))
 
     def step(self, epoch: int | None = None) -> None:
         """Sets the values of the next step; one that raises has counted nothing."""
@@ -108,9 +104,10 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     def get_lr(self) -> list[Any]:
         """The rates at `last_epoch`; sets the other scheduled hyperparameters on the way."""
-        values = _values(self._schedules, self.last_epoch)
+        groups = self.optimizer.param_groups
+        values = _values(self._schedules, groups, self.last_epoch)
         for name in self._schedules.keys() - {"lr"}:
-            for group, value in zip(self.optimizer.param_groups, values[name], strict=True):
+            for group, value in zip(groups, values[name], strict=True):
                 key = _key(name, group)
                 group[key] = (value, *group[key][1:]) if key == "betas" else value
         return values["lr"]
@@ -119,45 +116,74 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         """Counts, rates and schedules as plain numbers, lists and dicts; callables are left out."""
         state: dict[str, Any] = super().state_dict()
         state["schedules"] = {
-            name: [one.to_dict() if isinstance(one, Schedule) else None for one in schedules]
-            for name, schedules in state.pop("_schedules").items()
+            name: [_to_dict(one) for one in given] if isinstance(given, list) else _to_dict(given)
+            for name, given in state.pop("_schedules").items()
         }
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a `state_dict`, its schedules too; those it left out stay as they are.
 
-        The schedules are new objects: a `ReduceOnPlateau` is told its metrics through `schedules`.
+        A schedule that differs in nothing, or only in how far a `ReduceOnPlateau` has come, stays
+        the object that it is and goes on from there.
 
         Raises:
-            ValueError: schedules for other hyperparameters or another number of groups.
+            TypeError, ValueError: not such a dict, or of other hyperparameters or another number of
+                groups; nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state = dict(state_dict)
-        saved = state.pop("schedules", {})
-        shape = {name: len(schedules) for name, schedules in self._schedules.items()}
-        if {name: len(schedules) for name, schedules in saved.items()} != shape:
-            raise ValueError(f"state_dict['schedules'] must be for {shape}, got {saved}")
-        loaded = {
-            name: [
-                own if one is None else Schedule.from_dict(one)
-                for own, one in zip(self._schedules[name], schedules, strict=True)
-            ]
-            for name, schedules in saved.items()
-        }
-        super().load_state_dict({**state, "_schedules": loaded})
+        if "last_epoch" in state:
+            _integer_from(-1)("state_dict['last_epoch']", state["last_epoch"])
+        saved = state.pop("schedules", None)
+        shape = {name: _shape(given) for name, given in self._schedules.items()}
+        if not isinstance(saved, Mapping) or {n: _shape(v) for n, v in saved.items()} != shape:
+            raise ValueError(f"state_dict['schedules'] must be for {shape}, got {saved!r}")
+        staged = [
+            (own, None if values is None else Schedule.from_dict(values))
+            for name in shape
+            for own, values in zip(
+                _as_list(self._schedules[name]), _as_list(saved[name]), strict=True
+            )
+        ]
+        # One object in several places stays one.
+        now = {id(own): own if new is None else restored(own, new) for own, new in staged}
+        super().load_state_dict(
+            {
+                **state,
+                "_schedules": {
+                    name: [now[id(one)] for one in given]
+                    if isinstance(given, list)
+                    else now[id(given)]
+                    for name, given in self._schedules.items()
+                },
+            }
+        )
 
 
 def _argument(name: str) -> str:
     return "schedule" if name == "lr" else name
 
 
-def _one_per_group(name: str, value: Any, n: int) -> list[_Function]:
-    found = [value] * n if callable(value) else value
-    if not isinstance(found, list | tuple) or not all(callable(one) for one in found):
+def _checked(name: str, value: Any) -> _Given:
+    """A schedule, or a list of them."""
+    found = value if callable(value) else list(value) if isinstance(value, list | tuple) else None
+    if found is None or not all(map(callable, _as_list(found))):
         raise TypeError(f"{name} must be a schedule or one for each group, got {value!r}")
-    if len(found) != n:
-        raise ValueError(f"{name} must be one for each of {n} groups, got {len(found)}")
-    return list(found)
+    return found
+
+
+def _as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
+
+
+def _shape(given: Any) -> str:
+    return f"{len(given)} groups" if isinstance(given, list) else "all groups"
+
+
+def _to_dict(schedule: _Function) -> dict[str, Any] | None:
+    return schedule.to_dict() if isinstance(schedule, Schedule) else None
 
 
 def _key(name: str, group: Mapping[str, Any]) -> str:
@@ -165,8 +191,28 @@ def _key(name: str, group: Mapping[str, Any]) -> str:
     return "betas" if name == "momentum" and "betas" in group else name
 
 
-def _values(schedules: Mapping[str, list[_Function]], t: int) -> dict[str, list[float]]:
+def _per_group(name: str, given: _Given, n: int) -> list[_Function]:
+    found = given if isinstance(given, list) else [given] * n
+    if len(found) != n:
+        raise ValueError(f"{_argument(name)} must be one for each of {n} groups, got {len(found)}")
+    return found
+
+
+def _values(
+    schedules: Mapping[str, _Given], groups: Sequence[Mapping[str, Any]], t: int
+) -> dict[str, list[float]]:
+    """The values of step `t` for each group, before any is set."""
+    for name in schedules:
+        for i, group in enumerate(groups):
+            if _key(name, group) not in group:
+                raise ValueError(
+                    f"{name} must be a hyperparameter of each group, got param_groups[{i}]"
+                    " without it"
+                )
     return {
-        name: [check(name, one(t), HYPERS[name]) for one in functions]
-        for name, functions in schedules.items()
+        name: [
+            at_step(name, one, t, HYPERS[_key(name, group)])
+            for one, group in zip(_per_group(name, given, len(groups)), groups, strict=True)
+        ]
+        for name, given in schedules.items()
     }
