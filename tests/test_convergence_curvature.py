@@ -7,6 +7,7 @@ import torch
 import fusedstep as fs
 import fusedstep.torch as ft
 from fusedstep.convergence import curvature, safe_lr
+from fusedstep.schedules import Linear
 
 SPECTRA = {
     "spread": np.linspace(-5.0, 10.0, 120),
@@ -31,7 +32,7 @@ def test_curvature_lies_within_its_error_of_the_truth(name, dtype):
     values = SPECTRA[name]
     matrix = turned(values)
     x = np.random.default_rng(1).standard_normal(values.size).astype(dtype)
-    found = curvature(lambda x: (matrix @ x).astype(dtype), x)
+    found = curvature(lambda x: (matrix @ x).astype(dtype), x, tol=1e-4)
     assert abs(found.largest - values.max()) <= found.largest_error
     assert abs(found.smallest - values.min()) <= found.smallest_error
     size = np.abs(values).max()
@@ -41,7 +42,7 @@ def test_curvature_lies_within_its_error_of_the_truth(name, dtype):
 
 
 def test_curvature_error_shows_a_curvature_that_changes_within_the_difference():
-    # Half a step h = 1 away f'' is 3x^2 + 3h^2/... : the error must cover what h itself changes.
+    # The difference over h is f'' + h^2 = 0.03 + 0.25: the error must cover what h itself adds.
     x = np.array([0.1])
     found = curvature(lambda x: x**3, x, step=0.5)
     assert abs(found.largest - 3 * 0.1**2) > 0.1
@@ -64,7 +65,7 @@ def test_curvature_asks_for_more_only_as_far_as_it_is_told():
 def network(dtype=torch.float64):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    inputs, labels = torch.randn(32, 5, dtype=dtype), torch.randint(0, 3, (32,))
+    inputs, labels = torch.randn(32, 5).to(dtype), torch.randint(0, 3, (32,))
     model = model.to(dtype)
     return model, lambda *_: torch.nn.functional.cross_entropy(model(inputs), labels)
 
@@ -170,7 +171,7 @@ def test_preconditioned_rate_is_that_of_the_scaled_hessian(name):
     opt = getattr(fs, name)(x, lr=1e-3, **ADAPTIVE[name])
     for _ in range(5):
         opt.step(matrix @ x + rng.standard_normal(40))
-    (divisor,) = opt._denominators()
+    ((_, divisor),) = opt._denominators()
     root = 1 / np.sqrt(divisor)
     want = 2 / np.linalg.eigvalsh(root[:, None] * matrix * root)[-1]
     rate = safe_lr(lambda x: matrix @ x, x, opt, preconditioned=True)
@@ -211,6 +212,10 @@ def test_curvature_refuses_by_name():
         ([], ValueError, "params must have at least one element"),
         (np.ones(3, np.float16), TypeError, r"params\[0\] must be float32 or float64, got float16"),
         (np.ones(3, int), TypeError, r"params\[0\] must be float32 or float64"),
+        (np.array([1.0, np.nan]), ValueError, r"params\[0\] must be finite"),
+        (np.array([1.0, np.inf]), ValueError, r"params\[0\] must be finite"),
+        ([x, x], ValueError, r"params\[1\] must not share memory with params\[0\]"),
+        ({"a": x[:2], "b": x[1:]}, ValueError, r"params\[b\] must not share memory with params\[a"),
         ("x", TypeError, "params must be"),
         (3.0, TypeError, "params must be"),
     ):
@@ -223,12 +228,14 @@ def test_curvature_refuses_by_name():
         (lambda x: 1.0, TypeError, "grads must be"),
         (lambda x: x * np.nan, ValueError, "grads must be finite"),
         (lambda x: None, TypeError, r"grads\[0\] must be"),
+        (lambda x: x * 1j, TypeError, r"grads\[0\] must"),
+        (lambda x: x.astype(int), TypeError, r"grads\[0\] must be floating-point numbers, got int"),
     ):
         with pytest.raises(error, match=message):
             curvature(function, x)
     for name, values in {
         "step": (0.0, -1.0, np.nan, "a"), "tol": (0.0, np.inf, None),
-        "max_products": (0, 1.5, True),
+        "max_products": (0, 1.5, True), "seed": (-1, "a", None),
     }.items():  # fmt: skip
         for value in values:
             with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
@@ -240,6 +247,9 @@ def test_curvature_refuses_by_name():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="loss of no dimensions"):
         curvature(lambda p: p * 2, p)
+    for bad, kind in ((torch.ones(3), "Tensor"), (np.ones(3), "ndarray")):
+        with pytest.raises(TypeError, match=rf"params\[1\] must be a tensor that .*, got {kind}"):
+            curvature(lambda q: q[0].square().sum(), [p, bad])
 
 
 def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
@@ -264,5 +274,117 @@ def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
         safe_lr(grad, x, sgd, preconditioned=True)
     with pytest.raises(TypeError, match="optimizer must be one of fusedstep's, got Adam"):
         safe_lr(grad, x, torch.optim.Adam([torch.nn.Parameter(torch.ones(3))]), preconditioned=True)
-    with pytest.raises(ValueError, match=r"optimizer must hold params of shapes \[\(4,\)\]"):
-        safe_lr(lambda y: 2 * y, np.ones(4), adam, preconditioned=True)
+    for other in (np.ones(4), np.ones(3), [x, np.ones(3)]):
+        with pytest.raises(
+            ValueError, match=r"optimizer must hold params\[[01]\], got one of other"
+        ):
+            safe_lr(lambda y: y, other, adam, preconditioned=True)
+    plain = fs.SGD(x)
+    plain.step(x.copy())
+    with pytest.raises(TypeError, match="one that divides its steps, got SGD"):
+        safe_lr(grad, x, plain, preconditioned=True)
+    p = torch.nn.Parameter(torch.ones(3))
+    for opt, error, message in (
+        (ft.Adagrad([p]), ValueError, r"params\[0\] must have been stepped"),
+        (ft.SGD([p]), TypeError, "one that divides its steps, got SGD"),
+    ):
+        with pytest.raises(error, match=message):
+            safe_lr(lambda p: (p * p).sum(), p, opt, preconditioned=True)
+
+
+def test_preconditioned_rate_goes_by_the_parameters_not_by_their_order():
+    a, b = np.ones(3), np.full(3, 2.0)
+    opt = fs.Adam({"a": a, "b": b})
+    opt.step({"a": np.ones(3), "b": np.full(3, 100.0)})
+
+    def grad(p):
+        return {key: {"a": 1.0, "b": 100.0}[key] * p[key] for key in p}
+
+    forward = safe_lr(grad, {"a": a, "b": b}, opt, preconditioned=True)
+    assert forward == pytest.approx(2, rel=1e-6)
+    assert safe_lr(grad, {"b": b, "a": a}, opt, preconditioned=True) == pytest.approx(forward)
+    assert safe_lr(lambda x: 100 * x, b, opt, preconditioned=True) == pytest.approx(2, rel=1e-6)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_preconditioned_rate_is_known_after_a_checkpoint_is_loaded(scheduled):
+    betas = (0.9, Linear(0.9, total=10, end=0.99)) if scheduled else (0.9, 0.95)
+    x = np.array([1.0, 2.0, 3.0])
+    opt = fs.Adam(x, betas=betas)
+    for _ in range(3):
+        opt.step(np.array([1.0, 10.0, 100.0]))
+    before = safe_lr(lambda x: 2 * x, x, opt, preconditioned=True)
+    again = fs.Adam(x, betas=betas)
+    again.load_state_dict(opt.state_dict())
+    assert safe_lr(lambda x: 2 * x, x, again, preconditioned=True) == before
+
+
+def test_denominators_are_those_of_each_group_and_count():
+    params = {"a": np.ones(2), "b": np.ones(2)}
+    tensors = [torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+    neutral = fs.Adam(params, betas=(0.0, 0.9), groups=[fs.Group("b", betas=(0.0, 0.5), eps=0.5)])
+    drop_in = ft.Adam(
+        [{"params": [tensors[0]]}, {"params": [tensors[1]], "betas": (0.0, 0.5), "eps": 0.5}],
+        betas=(0.0, 0.9),
+    )
+    for g in (None, np.full(2, 2.0), np.full(2, 3.0)):  # b is stepped twice, a three times
+        neutral.step({"a": np.full(2, 4.0), "b": g})
+        tensors[0].grad = torch.full((2,), 4.0, dtype=torch.float64)
+        tensors[1].grad = None if g is None else torch.from_numpy(g)
+        drop_in.step()
+    v = (0.5 * 0.5 * 4 + 0.5 * 9) / (1 - 0.25)  # of b, with its bias correction
+    for opt in (neutral, drop_in):
+        (_, a), (_, b) = opt._denominators()
+        np.testing.assert_allclose(a, 4, rtol=1e-6)
+        np.testing.assert_allclose(b, np.sqrt(v) + 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 33, 200])
+def test_a_loss_without_curvature_has_none(n):
+    x = np.ones(n)
+    for slope in (lambda x: np.ones(n), lambda x: np.zeros(n)):
+        found = curvature(slope, x)
+        assert abs(found.largest) <= found.largest_error < 1e-9
+        assert abs(found.smallest) <= found.smallest_error < 1e-9
+    p, q = torch.ones(n, requires_grad=True), torch.ones(2, requires_grad=True)
+    found = curvature(lambda p: p.sum(), p)
+    assert (found.largest, found.smallest) == (0, 0)
+    assert safe_lr(lambda p: p.sum(), p) == np.inf
+    mixed = curvature(lambda both: both[0].square().sum() + both[1].sum(), [p, q])
+    assert (mixed.largest, mixed.smallest) == pytest.approx((2, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize("torch_too", [False, True])
+def test_a_loss_that_curves_alike_in_all_directions(torch_too):
+    p = torch.ones(50, requires_grad=True) if torch_too else np.ones(50)
+    found = curvature((lambda p: 1.5 * (p * p).sum()) if torch_too else (lambda x: 3 * x), p)
+    for value, error in (
+        (found.largest, found.largest_error),
+        (found.smallest, found.smallest_error),
+    ):
+        assert abs(value - 3) <= error < 1e-4
+
+
+def test_float32_errors_are_of_float32():
+    scale = np.linspace(0.1, 10, 5).astype(np.float32)
+    found = curvature(lambda x: scale * x, np.zeros(5, np.float32))
+    assert abs(found.largest - 10) <= found.largest_error < 1e-4
+    single, double = (
+        curvature(loss, list(model.parameters()), tol=1e-9)
+        for model, loss in map(network, (torch.float32, torch.float64))
+    )
+    assert abs(single.largest - double.largest) <= single.largest_error < 1e-5
+    assert abs(single.smallest - double.smallest) <= single.smallest_error < 1e-5
+
+
+def test_max_products_is_a_bound_for_each_end():
+    values = SPECTRA["logarithmic"]
+    calls = []
+
+    def grad(x):
+        calls.append(1)
+        return values * x
+
+    with pytest.raises(RuntimeError, match="max_products=7"):
+        curvature(grad, np.ones(values.size), tol=1e-9, max_products=7)
+    assert len(calls) == 1 + 2 * 7

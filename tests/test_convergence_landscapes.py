@@ -141,8 +141,13 @@ def test_trajectory_refuses_by_name():
         ((make, land, (1, np.nan), 5), ValueError, "start must be finite"),
         ((make, land, (), 5), ValueError, "start must have"),
         ((make, land, "ab", 5), TypeError, "start must be"),
-        ((make, land, (1, 1, 1), 5), ValueError, "x must have shape"),
-        ((make, land, (1, 1), -5), ValueError, "steps must be an integer >= 0, got -5"),
+        ((make, land, (1, 1, 1), 5), ValueError, "start must be a point of the landscape: x must"),
+        (
+            (lambda x: fs.SGD(x.copy()), land, (1, 1), 5),
+            ValueError,
+            "opt must make an optimizer of",
+        ),
+        ((make, land, (1, 1), -5), ValueError, "steps must be an integer from 0 to .*, got -5"),
         ((make, land, (1, 1), 2.5), TypeError, "steps must be an integer >= 0, got 2.5"),
         ((make, land, (1, 1), True), TypeError, "steps must be"),
     ):
@@ -159,3 +164,8 @@ def test_trajectory_refuses_by_name():
     y = np.array([5.0, 5.0])
     with pytest.raises(ValueError, match="lookahead needs momentum > 0"):
         trajectory(fs.SGD(y, lr=0.1), land, (1, 1), 1, lookahead=True)
+    assert y.tolist() == [5, 5]
+    for opt in (fs.Adam(y), fs.SGD(y, momentum=0.9, nesterov=True)):
+        with pytest.raises((TypeError, ValueError), match="lookahead"):
+            trajectory(opt, land, (1, 1), 1, lookahead=True)
+        assert y.tolist() == [5, 5]

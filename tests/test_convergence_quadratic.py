@@ -160,6 +160,17 @@ def test_predicted_error_where_the_two_roots_are_one():
     assert contraction < ratios.min() <= ratios.max() < contraction * 1.03
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_predicted_error_beyond_the_range_of_a_double_is_infinite(momentum):
+    q = Quadratic([10.0, 1.0, 5.0])
+    error = q.predicted_error([1.0, 1.0, 0.0], 0.5, 2000, momentum)
+    assert abs(error[0]) == np.inf
+    assert abs(error[1]) < 1e-40
+    assert error[2] == 0
+    extreme = Quadratic([1e-200, 1e200])
+    assert extreme.best_contraction == 1.0
+
+
 def test_predicted_error_takes_an_int_or_an_array_of_steps():
     q = random_quadratic(7)
     x0 = np.ones(5)
@@ -214,8 +225,8 @@ def test_quadratic_keeps_copies_that_cannot_be_written():
         ([np.nan, 1.0], ValueError, "A must be finite, got nan"),
         ([np.inf, 1.0], ValueError, "A must be finite, got inf"),
         ("matrix", TypeError, "A must be an array of real numbers"),
-        ([1j], TypeError, "A must be an array of real numbers, got complex"),
-        ([[1.0], [1.0, 2.0]], TypeError, "A must be an array of numbers"),
+        ([1j], TypeError, r"A must be an array of real numbers, got \[1j\]"),
+        ([[1.0], [1.0, 2.0]], TypeError, "A must be an array of real numbers"),
         (None, TypeError, "A must be"),
     ],
 )
@@ -251,6 +262,14 @@ def test_quadratic_refuses_other_arguments_by_name():
         q.predicted_error([1.0, 1.0], 0.1, 1.5)
     with pytest.raises(ValueError, match=r"^t must"):
         q.predicted_error([1.0, 1.0], 0.1, -1)
+    with pytest.raises(ValueError, match=r"^t must be from 0 to 2\^53"):
+        q.predicted_error([1.0, 1.0], 0.1, 2**60)
+    for t in ([[1], [2, 3]], [1.0], 10**20):
+        with pytest.raises((TypeError, ValueError), match=r"^t must"):
+            q.predicted_error([1.0, 1.0], 0.1, t)
+    for x in ("ab", [1j, 2], [None, 2], [[1], [2, 3]]):
+        with pytest.raises(TypeError, match=r"^x must be an array of real numbers"):
+            q.gradient(x)
     with pytest.raises(ValueError, match=r"^steps must"):
         q.simulate([1.0, 1.0], 0.1, -1)
     with pytest.raises(ValueError, match=r"^x must"):

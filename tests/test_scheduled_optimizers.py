@@ -411,7 +411,8 @@ def test_denominator_is_what_the_step_divided_by(name, steps):
         earlier = copy.deepcopy(opt.state)
         grads = values(t + 1, np.float64)
         opt.step(grads)
-    for (key, p), found in zip(params.items(), opt._denominators(), strict=True):
+    for (key, p), (held, found) in zip(params.items(), opt._denominators(), strict=True):
+        assert held is p
         expected = 0.1 * grads[key] / (before[key] - p)
         if name == "Adadelta":  # whose numerator is that of the step before
             a, now = (s[key]["acc_delta"] for s in (earlier, opt.state))

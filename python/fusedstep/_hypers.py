@@ -6,6 +6,7 @@ One table for every optimizer: a name means the same and is checked the same whe
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,9 @@ def _any(doc: str) -> Hyper:
     return Hyper("finite", math.isfinite, doc)
 
 
+FINITE = Hyper("finite", math.isfinite, "")
+POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
+
 # The ranges are torch.optim's; what torch leaves open must still be a finite number.
 HYPERS: dict[str, Hyper] = {
     "lr": Hyper(">= 0", _at_least_0, "learning rate", scheduled=True),
@@ -79,7 +83,7 @@ PAIRS = {
 }
 
 
-def _number(name: str, value: Any, hyper: Hyper) -> float:
+def as_number(name: str, value: Any, hyper: Hyper) -> float:
     if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
         value = value.detach()
     scalar = not isinstance(value, str | bytes | bool | np.bool_ | list | tuple)
@@ -90,15 +94,39 @@ def _number(name: str, value: Any, hyper: Hyper) -> float:
     except OverflowError:
         number = math.inf
     if number is None:
-        kind = f"a number {hyper.rule}".replace("number finite and", "finite number")
+        rule = hyper.rule.replace(" and", "")
+        kind = f"a number {rule}".replace("number finite", "finite number")
         raise TypeError(f"{name} must be {kind}, got {value!r}")
     if not hyper.accepts(number):
         raise ValueError(f"{name} must be {hyper.rule}, got {value!r}")
     return number
 
 
+LAST = 2**53  # integers up to here are exact as doubles
+
+
+def as_index(value: Any) -> int | None:
+    """An integer of any kind as an int; None for a bool, an array or anything else."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return None if getattr(value, "ndim", 0) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_integer(name: str, value: Any, low: int) -> int:
+    """`value` as an int from `low` to 2^53, or TypeError or ValueError."""
+    number = as_index(value)
+    if number is None:
+        raise TypeError(f"{name} must be an integer >= {low}, got {value!r}")
+    if not low <= number <= LAST:
+        raise ValueError(f"{name} must be an integer from {low} to 2^53, got {value!r}")
+    return number
+
+
 def _half(name: str, value: Any, hyper: Hyper, schedules: bool) -> Any:
-    return value if schedules and callable(value) else _number(name, value, hyper)
+    return value if schedules and callable(value) else as_number(name, value, hyper)
 
 
 def check(name: str, value: Any, hyper: Hyper, schedules: bool = False) -> Any:
@@ -144,8 +172,8 @@ def at_step(name: str, value: Any, t: int, hyper: Hyper) -> Any:
 
 def _now(name: str, value: Any, t: int, hyper: Hyper) -> float:
     if not callable(value):
-        return _number(name, value, hyper)
-    number = _number(name, value(t), hyper)
+        return as_number(name, value, hyper)
+    number = as_number(name, value(t), hyper)
     if number == math.inf:
         raise ValueError(f"{name} must be finite, got {number} from its schedule at step {t}")
     return number

@@ -201,6 +201,7 @@ class Optimizer:
     _hyper_table: ClassVar[dict[str, Hyper]] = HYPERS
     _carried: ClassVar[tuple[str, ...]] = ()  # state_dict names of what a rule's clock carries
     _counts_steps: ClassVar[bool] = True  # torch keeps `step` in the state
+    _ahead = False  # whether the parameters stand at a look-ahead point
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
@@ -269,8 +270,8 @@ class Optimizer:
 
     @classmethod
     def _denominator(cls, group: Mapping[str, Any], t: int, state: Mapping[str, Array]) -> Array:
-        """What update t divided each element's step by; TypeError where a rule does not divide."""
-        raise TypeError(f"optimizer must be one that divides its steps, got {cls.__name__}")
+        """What update t divided each element's step by, for rules that divide."""
+        raise NotImplementedError
 
     # -- parameters and groups --------------------------------------------------------------------
 
@@ -396,13 +397,17 @@ class Optimizer:
                 break
         natives = []
         for group in self._groups:
-            native, lr = group._native, group._hypers["lr"]
-            assert native is not None
-            if callable(lr):
-                rate = at_step("lr", lr, self._steps, self._hyper_table["lr"])
-                native = [*native[:_LR], rate, *native[_LR + 1 :]]
-            natives.append(native)
+            assert group._native is not None
+            natives.append(self._with_rate(group._native, group, self._steps))
         return natives
+
+    def _with_rate(self, native: list[float], group: ParamGroup, t: int) -> list[float]:
+        """`native`, and where the rate follows a schedule that of step t in its place."""
+        lr = group._hypers["lr"]
+        if not callable(lr):
+            return native
+        rate = at_step("lr", lr, t, self._hyper_table["lr"])
+        return [*native[:_LR], rate, *native[_LR + 1 :]]
 
     # -- public -----------------------------------------------------------------------------------
 
@@ -498,7 +503,7 @@ class Optimizer:
                     array = isinstance(value, np.ndarray)
                     entry[name] = torch.from_numpy(value) if array else torch.tensor(float(value))
             state[i] = entry
-        natives = self._used or self._current()
+        natives = self._last_natives()
         groups = [
             {**group, **self._fixed, **self._followed(group, native)}
             for group, native in zip(self._groups, natives, strict=True)
@@ -521,19 +526,62 @@ class Optimizer:
             if is_scheduled(value)
         }
 
-    def _denominators(self) -> list[Array]:
-        """`_denominator` of each parameter, in float64; ValueError before the first step."""
+    def _last_natives(self) -> list[list[float]]:
+        """The groups as the last step read them, or as the first will."""
+        if self._used:
+            return self._used
+        t = max(self._steps - 1, 0)
+        return [self._with_rate(self._native_at(g._hypers, t), g, t) for g in self._groups]
+
+    @classmethod
+    def _check_divides(cls) -> None:
+        if cls._denominator.__func__ is Optimizer._denominator.__func__:  # type: ignore[attr-defined]  # a class method has one
+            raise TypeError(f"optimizer must be one that divides its steps, got {cls.__name__}")
+
+    def _denominators(self) -> list[tuple[Any, Array]]:
+        """Each parameter with its `_denominator`, in float64; ValueError before the first step."""
+        self._check_divides()
+        natives = self._last_natives()
         found = []
-        for i, clock in enumerate(self._table.clocks()):
+        for i, (param, clock) in enumerate(
+            zip(self._params.values(), self._table.clocks(), strict=True)
+        ):
             if not self._started(clock):
                 raise ValueError(f"params[{self._names[i]}] must have been stepped, got no update")
             group = self._groups[self._group_of[i]]
-            now = {**group, **self._followed(group, self._used[self._group_of[i]])}
+            now = {**group, **self._followed(group, natives[self._group_of[i]])}
             state = {
                 n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
             }
-            found.append(self._denominator(now, clock[0], state))
+            found.append((param, self._denominator(now, clock[0], state)))
         return found
+
+    def _keep(self) -> Callable[[], None]:
+        """What puts back states, counts and hyperparameters, in place, as they are now.
+
+        Raises:
+            RuntimeError: the optimizer is stepping in another thread.
+        """
+        clocks = self._table.clocks()
+        states = {name: list(arrays) for name, arrays in self._states.items()}
+        arrays = [a for found in states.values() for a in found if a is not None]
+        saved = [array.copy() for array in arrays]
+        steps, used = self._steps, self._used
+        hypers = [dict(group._hypers) for group in self._groups]
+        progress = [(one, one.progress) for found in self._plateaus() for one in found]
+
+        def put_back() -> None:
+            self._table.set_states(list(states.values()), clocks)
+            self._states, self._steps, self._used = states, steps, used
+            for array, values in zip(arrays, saved, strict=True):
+                np.copyto(array, values)
+            for group, values in zip(self._groups, hypers, strict=True):
+                group._hypers = dict(values)
+                group._edited()
+            for plateau, reached in progress:
+                plateau._go_on(reached)
+
+        return put_back
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[0] > 0
@@ -549,6 +597,8 @@ class Optimizer:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
                 changed then.
         """
+        if self._ahead:
+            raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         for key in ("state", "param_groups"):
@@ -693,6 +743,8 @@ class Optimizer:
         return int(scalars["step"]), first, second
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._ahead:
+            raise RuntimeError("copies must be made after a lookahead, not inside it")
         state = {**self.__dict__, "_table": self._table.clocks()}
         del state["_tensors"]
         if self._buffer is not None:
@@ -779,7 +831,6 @@ class SGD(Optimizer):
 
     _rule = "sgd"
     _counts_steps = False
-    _ahead = False  # whether the parameters stand at the look-ahead point
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ on every machine: powers and cosines are the core's own. Optimizers call it befo
 from __future__ import annotations
 
 import math
-import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -33,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedstep import _core
-from fusedstep._hypers import Hyper, _number
+from fusedstep._hypers import FINITE, LAST, POSITIVE, Hyper, as_index, as_integer, as_number
+from fusedstep._plot import new_axes
 
 __all__ = [
     "WSD",
@@ -53,8 +53,6 @@ __all__ = [
     "from_dict",
 ]
 
-_LAST = 2**53  # steps up to here are exact as doubles
-
 # Inside a schedule t is an int or an int64 array, and a value a float or an array: the equations
 # below are written for both, and give both the same bits.
 _T = Any
@@ -66,39 +64,21 @@ _S = TypeVar("_S", bound="Schedule")
 
 
 def _number_that_is(rule: str, accepts: Callable[[float], bool]) -> Callable[[str, Any], float]:
-    return lambda name, value: _number(name, value, Hyper(rule, accepts, ""))
-
-
-def _index(value: Any) -> int | None:
-    """An integer of any kind as an int; None for a bool, an array or anything else."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return None if getattr(value, "ndim", 0) else operator.index(value)
-    except TypeError:
-        return None
+    return lambda name, value: as_number(name, value, Hyper(rule, accepts, ""))
 
 
 def _integer_from(low: int) -> Callable[[str, Any], int]:
-    def read(name: str, value: Any) -> int:
-        number = _index(value)
-        if number is None:
-            raise TypeError(f"{name} must be an integer >= {low}, got {value!r}")
-        if not low <= number <= _LAST:
-            raise ValueError(f"{name} must be an integer from {low} to 2^53, got {value!r}")
-        return number
-
-    return read
+    return lambda name, value: as_integer(name, value, low)
 
 
 def _count_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else _integer_from(1)(name, value)
+    return None if value is None else as_integer(name, value, 1)
 
 
 def _milestones(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
-    found = tuple(_integer_from(0)(f"{name}[{i}]", one) for i, one in enumerate(value))
+    found = tuple(as_integer(f"{name}[{i}]", one, 0) for i, one in enumerate(value))
     if not found or any(a >= b for a, b in pairwise(found)):
         raise ValueError(f"{name} must be increasing integers, at least one, got {value!r}")
     return found
@@ -111,9 +91,9 @@ def _progress(name: str, value: Any) -> tuple[float, float | None, int, int] | N
         raise TypeError(f"{name} must be None or (rate, best, bad, cooling), got {value!r}")
     best = value[1]
     if best is not None:
-        best = _number_that_is("finite", math.isfinite)(f"{name}[1]", best)
+        best = as_number(f"{name}[1]", best, FINITE)
     rate = _number_that_is("finite and >= 0", _is_rate)(f"{name}[0]", value[0])
-    counts = [_integer_from(0)(f"{name}[{i}]", value[i]) for i in (2, 3)]
+    counts = [as_integer(f"{name}[{i}]", value[i], 0) for i in (2, 3)]
     return rate, best, counts[0], counts[1]
 
 
@@ -122,7 +102,7 @@ def _is_rate(x: float) -> bool:
 
 
 Rate = Annotated[float, _number_that_is("finite and >= 0", _is_rate)]
-Positive = Annotated[float, _number_that_is("finite and > 0", lambda x: 0 < x < math.inf)]
+Positive = Annotated[float, lambda name, value: as_number(name, value, POSITIVE)]
 Share = Annotated[float, _number_that_is("in [0, 1]", lambda x: 0 <= x <= 1)]
 Fall = Annotated[float, _number_that_is("in [0, 1)", lambda x: 0 <= x < 1)]
 Decay = Annotated[float, _number_that_is("in (0, 1]", lambda x: 0 < x <= 1)]
@@ -269,11 +249,11 @@ class Schedule:
     def __call__(self, t: Any) -> Any:
         """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps."""
         if type(t) is not int:  # which optimizers pass
-            number = None if isinstance(t, np.ndarray) else _index(t)
+            number = None if isinstance(t, np.ndarray) else as_index(t)
             if number is None:
                 return self._at_each(t)
             t = number
-        if not 0 <= t <= _LAST:
+        if not 0 <= t <= LAST:
             raise ValueError(f"t must be from 0 to 2^53, got {t}")
         return float(self._at(t))
 
@@ -284,7 +264,7 @@ class Schedule:
             given = np.array(None)
         if given.dtype.kind not in "iu" and given.size:
             raise TypeError(f"t must be an int or an array of ints, got {t!r}")
-        if given.size and (given.min() < 0 or given.max() > _LAST):
+        if given.size and (given.min() < 0 or given.max() > LAST):
             raise ValueError(f"t must be from 0 to 2^53, got {given.min()} to {given.max()}")
         result = np.empty(given.shape)
         result[...] = self._at(given.astype(np.int64))
@@ -379,18 +359,10 @@ class Schedule:
         Returns:
             The Axes.
         """
-        last = self._shown if steps is None else _integer_from(1)("steps", steps)
+        last = self._shown if steps is None else as_integer("steps", steps, 1)
         if ax is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "plot needs matplotlib: pip install 'fusedstep[plot]'", name="matplotlib"
-                ) from error
-            ax = plt.subplots(layout="constrained")[1]
-            ax.set_xlabel("step")
-            ax.set_ylabel("value")
-            ax.grid(alpha=0.3)
+            ax = new_axes()
+            ax.set(xlabel="step", ylabel="value")
         t = np.arange(min(last, 10_000) + 1)
         if last > 10_000:  # one at random of each stretch: equal strides can hide a wave
             ends = np.linspace(0, last, 10_000).astype(np.int64)
@@ -401,7 +373,7 @@ class Schedule:
 
     @property
     def _shown(self) -> int:
-        return min(self.span, _LAST)
+        return min(self.span, LAST)
 
 
 from_dict = Schedule.from_dict
@@ -640,7 +612,7 @@ class Exponential(Schedule):
         """Down to one percent."""
         if not 0 < self.decay < 1:
             return 100
-        return min(_LAST, math.ceil(math.log(0.01) / math.log(self.decay)))
+        return min(LAST, math.ceil(math.log(0.01) / math.log(self.decay)))
 
 
 @dataclass(frozen=True)
@@ -794,7 +766,7 @@ class CosineRestarts(Schedule):
     @cached_property
     def _lengths(self) -> tuple[int, ...]:
         lengths = [self.period]
-        while lengths[-1] <= _LAST:
+        while lengths[-1] <= LAST:
             lengths.append(lengths[-1] * self.mult)
         return tuple(lengths[:-1])
 
@@ -836,7 +808,7 @@ class InverseSqrt(Schedule):
     @property
     def span(self) -> int:
         """Down to about a third."""
-        return math.ceil(min(8 * self.timescale, _LAST))
+        return math.ceil(min(8 * self.timescale, LAST))
 
 
 @dataclass(frozen=True)
@@ -1107,7 +1079,7 @@ class ReduceOnPlateau(Schedule):
 
     def step(self, metric: float) -> float:
         """Takes in a metric (NaN is no better than any) and returns the rate from now on."""
-        value = _number("metric", metric, Hyper("or NaN", lambda x: True, ""))
+        value = as_number("metric", metric, Hyper("or NaN", lambda x: True, ""))
         rate, best, bad, cooling = self.progress or (self.lr, None, 0, 0)
         if self._is_better(value, best):
             if math.isinf(value):

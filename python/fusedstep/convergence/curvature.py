@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fusedstep._hypers import Hyper, check
+from fusedstep._hypers import POSITIVE, as_integer, check
 from fusedstep.buffers import as_array
+from fusedstep.convergence.arrays import Array
 from fusedstep.optimizers import in_order, name_params
-
-Array = NDArray[np.float64]
 
 # Up to this many parameters the whole Hessian is formed, of which nothing is left to estimate.
 _DENSE = 32
 
-_POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
+_BASIS = 20  # vectors that Lanczos' method keeps, as SciPy does of itself for one eigenvalue
+
+# A gradient is right to some units of rounding, as the sums in it are: this many are assumed.
+_UNITS = 8
 
 
 class Curvature(NamedTuple):
@@ -53,21 +55,24 @@ def curvature(
     Args:
         grad_fn: called as `grad_fn(params)`; returns the gradients in any form that
             `Optimizer.step` takes: an array, a sequence or dict of arrays, a FlatBuffer, which may
-            be the same ones each time. It must be deterministic: one batch, no dropout. Or, with
-            torch parameters, it returns the loss, a tensor of no dimensions: products are exact
-            then, by double backward.
+            be the same ones each time. It must be deterministic and change nothing: one batch, no
+            dropout, batch normalisation in `eval` mode. Or, with torch parameters, it returns the
+            loss, a tensor of no dimensions: products are exact then, by double backward.
         params: an array, a sequence or dict of arrays, a FlatBuffer, or torch CPU tensors; float32
             or float64. They are moved while `grad_fn` is called, and are what they were afterwards,
             to the bit, also when it raises.
         optimizer: measures the Hessian along an optimizer's scaled directions instead, D^-1/2 H
             D^-1/2, D being what its last step was divided by (for Adam
             `sqrt(v)/sqrt(1 - beta2^t) + eps`). One of ours, `fusedstep.torch`'s included, that
-            holds `params` and has taken a step.
+            holds these very `params` and has taken a step. Weight decay counts only where it is
+            part of `grad_fn`.
         step: the length h of a finite difference; by default `eps^(1/3) * (1 + |p|)` for the
             parameters' type.
-        tol: relative accuracy asked of Lanczos' method.
+        tol: Lanczos' method goes on until the norm of H v - lambda v is this share of lambda, the
+            eigenvalue farther from 0, or of the distance of both for the other; the eigenvalue
+            itself is mostly far more accurate.
         max_products: how many Hessian-vector products it may take for each end.
-        seed: of the random start vector.
+        seed: of the random start vector; an integer >= 0.
 
     Returns:
         `Curvature`. Its errors are the norm of H v - lambda v, within which an eigenvalue of a
@@ -75,9 +80,9 @@ def curvature(
         of gradients and parameters over h.
 
     Raises:
-        TypeError, ValueError: params without an element or of another dtype, gradients of another
-            number, shape or kind, or not finite; an optimizer that does not divide, or has not
-            stepped.
+        TypeError, ValueError: params without an element, of another dtype, not finite, or that
+            share memory; gradients of another number, shape or kind, or not finite; an optimizer
+            that does not divide, has not stepped, or holds other parameters.
         RuntimeError: no convergence within `max_products`.
         ModuleNotFoundError: SciPy is not installed.
 
@@ -93,12 +98,10 @@ def curvature(
         Lanczos 1950, https://doi.org/10.6028/jres.045.026; Pearlmutter 1994 (exact products)
     """
     if step is not None:
-        step = check("step", step, _POSITIVE)
-    tol = check("tol", tol, _POSITIVE)
-    if isinstance(max_products, bool) or not isinstance(max_products, int | np.integer):
-        raise TypeError(f"max_products must be an integer >= 1, got {max_products!r}")
-    if max_products < 1:
-        raise ValueError(f"max_products must be an integer >= 1, got {max_products}")
+        step = check("step", step, POSITIVE)
+    tol = check("tol", tol, POSITIVE)
+    max_products = as_integer("max_products", max_products, 1)
+    seed = as_integer("seed", seed, 0)
     with _Hessian(grad_fn, params, step, optimizer) as hessian:
         if hessian.n <= _DENSE:
             return _dense(hessian)
@@ -115,7 +118,10 @@ def safe_lr(
     optimizer: Any = None,
     *,
     preconditioned: bool = False,
-    **options: Any,
+    step: float | None = None,
+    tol: float = 1e-4,
+    max_products: int = 1000,
+    seed: int = 0,
 ) -> float:
     """The largest learning rate at which gradient descent is stable here, 2/lambda_max.
 
@@ -130,7 +136,7 @@ def safe_lr(
         grad_fn, params: as for `curvature`.
         optimizer: with `preconditioned`, as for `curvature`.
         preconditioned: measures along the optimizer's scaled directions.
-        **options: as for `curvature`.
+        step, tol, max_products, seed: as for `curvature`.
 
     Returns:
         The rate; infinity where no direction curves upwards.
@@ -155,7 +161,10 @@ def safe_lr(
             f"optimizer must be given with preconditioned=True and only then, got {optimizer!r}"
             f" with preconditioned={preconditioned}"
         )
-    largest = curvature(grad_fn, params, optimizer=optimizer, **options).largest
+    largest = curvature(
+        grad_fn, params, optimizer=optimizer, step=step, tol=tol, max_products=max_products,
+        seed=seed,
+    ).largest  # fmt: skip
     return 2 / largest if largest > 0 else math.inf
 
 
@@ -176,6 +185,9 @@ class _Hessian:
                 raise TypeError(f"params[{key}] must be float32 or float64, got {array.dtype}")
             if not array.flags.writeable:
                 raise ValueError(f"params[{key}] must be writable, got a read-only array")
+            if not np.isfinite(array).all():
+                raise ValueError(f"params[{key}] must be finite, got NaN or infinity")
+        _check_apart(dict(zip(self._named, self._arrays, strict=True)))
         self.n = sum(array.size for array in self._arrays)
         if self.n == 0:
             raise ValueError("params must have at least one element, got none")
@@ -183,8 +195,9 @@ class _Hessian:
         if optimizer is not None:
             self._scale = 1 / np.sqrt(self._denominator(optimizer))
         self.products = 0
-        self.method = "finite differences"
+        self.method, self._is_exact = "finite differences", False
         self._step = step
+        self._eps = max(float(np.finfo(array.dtype).eps) for array in self._arrays)
         self._rounding = 0.0, 0.0
 
     def __enter__(self) -> _Hessian:
@@ -206,19 +219,26 @@ class _Hessian:
         if torch is not None and isinstance(result, torch.Tensor) and result.requires_grad:
             if result.ndim:
                 raise ValueError(f"grad_fn must return a loss of no dimensions, got {result.shape}")
-            self.method = "exact products"
+            for key, one in self._named.items():
+                if not isinstance(one, torch.Tensor) or not one.requires_grad:
+                    raise TypeError(
+                        f"params[{key}] must be a tensor that requires grad where grad_fn returns a"
+                        f" loss, got {type(one).__name__}"
+                    )
+            self.method, self._is_exact = "exact products", True
             self._tensors = list(self._named.values())
             self._slopes = torch.autograd.grad(
                 result, self._tensors, create_graph=True, materialize_grads=True
             )
+            self._rounding = 0.0, _UNITS * self._eps
             return
         slope = float(np.linalg.norm(self._flat(result)))
-        eps = max(float(np.finfo(array.dtype).eps) for array in self._arrays)
+        eps = self._eps
         size = math.sqrt(sum(float((a.astype(np.float64) ** 2).sum()) for a in self._saved))
         if self._step is None:
             self._step = float(np.cbrt(eps) * (1 + size))
         # What the rounding of gradients and of shifted parameters makes of a difference.
-        self._rounding = eps * slope / self._step, eps * size / self._step
+        self._rounding = eps * slope / self._step, eps * (size / self._step + _UNITS)
 
     def noise(self, value: float) -> float:
         """How far rounding may move an eigenvalue of about `value`."""
@@ -234,7 +254,7 @@ class _Hessian:
             return np.zeros(self.n)
         self.products += 1
         unit = direction / length
-        product = self._exact(unit) if self.method[0] == "e" else self._difference(unit, stretch)
+        product = self._exact(unit) if self._is_exact else self._difference(unit, stretch)
         result: Array = self._scale * product * length
         return result
 
@@ -244,9 +264,13 @@ class _Hessian:
             torch.as_tensor(part, dtype=tensor.dtype).reshape(tensor.shape)
             for part, tensor in zip(self._parts(v), self._tensors, strict=True)
         ]
+        curved = [i for i, slope in enumerate(self._slopes) if slope.requires_grad]
+        if not curved:  # the loss is linear
+            return np.zeros(self.n)
         found = torch.autograd.grad(
-            self._slopes, self._tensors, parts, retain_graph=True, materialize_grads=True
-        )
+            [self._slopes[i] for i in curved], self._tensors, [parts[i] for i in curved],
+            retain_graph=True, materialize_grads=True,
+        )  # fmt: skip
         return self._flat(list(found))
 
     def _difference(self, v: Array, stretch: float) -> Array:
@@ -279,6 +303,8 @@ class _Hessian:
             array = as_array(grad, f"grads[{key}]")
             if array.shape != shape:
                 raise ValueError(f"grads[{key}] must have shape {shape}, got {array.shape}")
+            if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+                raise TypeError(f"grads[{key}] must be floating-point numbers, got {array.dtype}")
             part[...] = array.ravel()
         if not np.isfinite(flat).all():
             raise ValueError("grads must be finite around params, got NaN or infinity")
@@ -287,13 +313,11 @@ class _Hessian:
     def _denominator(self, optimizer: Any) -> Array:
         if not hasattr(optimizer, "_denominators"):
             raise TypeError(f"optimizer must be one of fusedstep's, got {type(optimizer).__name__}")
-        found = optimizer._denominators()
-        if [one.shape for one in found] != self._shapes:
-            raise ValueError(
-                f"optimizer must hold params of shapes {self._shapes},"
-                f" got {[one.shape for one in found]}"
-            )
-        flat = np.concatenate([one.ravel() for one in found])
+        held = {_place(as_array(p, "params")): found for p, found in optimizer._denominators()}
+        for key, array in zip(self._named, self._arrays, strict=True):
+            if array.size and _place(array) not in held:
+                raise ValueError(f"optimizer must hold params[{key}], got one of other parameters")
+        flat = np.concatenate([held[_place(a)].ravel() for a in self._arrays if a.size])
         if not (flat > 0).all():
             raise ValueError(f"optimizer must divide by numbers > 0, got {flat.min()}")
         return flat
@@ -303,8 +327,10 @@ def _dense(hessian: _Hessian) -> Curvature:
     """From all columns of the Hessian; off by no more than what changes it (Weyl 1912)."""
     identity = np.eye(hessian.n)
     matrix = np.stack([hessian.times(column) for column in identity], -1)
-    doubled = np.stack([hessian.times(column, 2.0) for column in identity], -1)
-    off = float(np.linalg.norm(matrix - doubled, 2) + np.linalg.norm(matrix - matrix.T, 2) / 2)
+    off = float(np.linalg.norm(matrix - matrix.T, 2) / 2)
+    if not hessian._is_exact:
+        doubled = np.stack([hessian.times(column, 2.0) for column in identity], -1)
+        off += float(np.linalg.norm(matrix - doubled, 2))
     values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
     off += hessian.noise(float(np.abs(values).max()))
     return Curvature(
@@ -321,21 +347,29 @@ def _outermost(
     next to 0 would have to be found to a share of itself.
     """
     try:
-        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+        from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "curvature needs SciPy: pip install 'fusedstep[convergence]'", name="scipy"
         ) from error
-    n = hessian.n
-    shifted = LinearOperator(
-        (n, n), matvec=lambda v: hessian.times(v) - shift * v.ravel(), dtype=np.float64
-    )
+    n, before = hessian.n, hessian.products
     start = rng.standard_normal(n)
-    basis = min(n, 20)
-    rounds = max(1, max_products // basis)  # each of at most this many products
+    moved = hessian.times(start) - shift * start
+    if np.linalg.norm(moved) <= hessian.noise(shift) * np.linalg.norm(start):
+        return shift, hessian.noise(shift)  # nothing but rounding: all eigenvalues are alike
+
+    def times(v: Array) -> Array:
+        if hessian.products - before >= max_products:
+            raise _Exhausted
+        product: Array = hessian.times(v) - shift * v.ravel()
+        return product
+
+    shifted = LinearOperator((n, n), matvec=times, dtype=np.float64)
     try:
-        _, vectors = eigsh(shifted, k=1, which="LM", v0=start, tol=tol, ncv=basis, maxiter=rounds)
-    except ArpackNoConvergence:
+        _, vectors = eigsh(
+            shifted, k=1, which="LM", v0=start, tol=tol, ncv=min(n, _BASIS), maxiter=max_products
+        )
+    except (_Exhausted, ArpackError):  # ARPACK's own when all its rounds are over
         raise RuntimeError(
             f"curvature must converge within max_products={max_products}: allow more, or a larger"
             f" tol than {tol:g}"
@@ -344,6 +378,31 @@ def _outermost(
     product = hessian.times(vector)
     value = float(vector @ product)
     off = np.linalg.norm(product - value * vector)
-    if hessian.method == "finite differences":
+    if not hessian._is_exact:
         off += np.linalg.norm(hessian.times(vector, 2.0) - product)
     return value, float(off) + hessian.noise(value)
+
+
+class _Exhausted(Exception):
+    """All products are taken."""
+
+
+def _place(array: Any) -> tuple[int, tuple[int, ...]]:
+    return array.ctypes.data, array.shape
+
+
+def _bounds(array: Any) -> tuple[int, int]:
+    """The first byte of an array and the one after its last."""
+    reaches = [stride * (n - 1) for stride, n in zip(array.strides, array.shape, strict=True)]
+    begin = array.ctypes.data + sum(min(reach, 0) for reach in reaches)
+    return begin, begin + sum(map(abs, reaches)) + array.itemsize
+
+
+def _check_apart(arrays: dict[Any, Any]) -> None:
+    """Raises ValueError where two arrays share memory: it would be moved twice."""
+    found = sorted(
+        (*_bounds(array), str(key), array) for key, array in arrays.items() if array.size
+    )
+    for (_, end, one, first), (begin, _, other, second) in pairwise(found):
+        if begin < end and np.shares_memory(first, second):
+            raise ValueError(f"params[{other}] must not share memory with params[{one}]")

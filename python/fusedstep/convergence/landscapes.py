@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fusedstep._hypers import Hyper, check
+from fusedstep._hypers import FINITE, POSITIVE, check
+from fusedstep.convergence.arrays import Array, as_points
 
 __all__ = [
     "ALL",
@@ -23,12 +22,9 @@ __all__ = [
     "two_minima",
 ]
 
-Array = NDArray[np.float64]
 _Function = Callable[[Array, Array], Array]
 _Gradient = Callable[[Array, Array], tuple[Array, Array]]
 Point = tuple[float, float]
-
-_POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,7 @@ class Landscape:
 
 
 def _split(x: Any) -> tuple[Array, Array]:
-    points = np.asarray(x, np.float64)
-    if points.ndim == 0 or points.shape[-1] != 2:
-        raise ValueError(f"x must have shape (..., 2), got {points.shape}")
+    points = as_points("x", x, 2)
     return points[..., 0], points[..., 1]
 
 
@@ -86,7 +80,7 @@ def ravine(condition: float = 50.0) -> Landscape:
     Curvature 1 along x and `condition` along y: gradient descent diverges from a rate of
     `2/condition` on, and below it crawls along x.
     """
-    kappa = check("condition", condition, _POSITIVE)
+    kappa = check("condition", condition, POSITIVE)
     return Landscape(
         "ravine", (-10.0, 1.0), ((0.0, 0.0),), (-11.0, 3.0), (-2.0, 2.0),
         f"A quadratic {kappa:g} times as curved across as along.",
@@ -131,8 +125,8 @@ def rosenbrock(a: float = 1.0, b: float = 100.0) -> Landscape:
     Reference:
         Rosenbrock 1960, https://doi.org/10.1093/comjnl/3.3.175
     """
-    a = check("a", a, Hyper("finite", math.isfinite, ""))
-    b = check("b", b, _POSITIVE)
+    a = check("a", a, FINITE)
+    b = check("b", b, POSITIVE)
     return Landscape(
         "Rosenbrock", (-1.2, 1.0), ((a, a * a),), (-2.0, 2.0), (-1.0, 3.0),
         f"A bent valley whose floor leads to the minimum at ({a:g}, {a * a:g}).",

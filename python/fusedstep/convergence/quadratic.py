@@ -8,14 +8,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 import fusedstep as fs
-from fusedstep._hypers import Hyper, check
+from fusedstep._hypers import FINITE, LAST, POSITIVE, Hyper, check
+from fusedstep.convergence.arrays import Array, as_finite, as_points
+from fusedstep.convergence.trajectories import trajectory
 
-Array = NDArray[np.float64]
-
-_RATE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
 _MOMENTUM = Hyper("in [0, 1)", lambda x: 0 <= x < 1, "")
 
 
@@ -38,25 +36,6 @@ class MomentumOptimum(NamedTuple):
     lr: float
     momentum: float
     contraction: float  # of the error by each step, in the long run
-
-
-def as_floats(value: Any, name: str, ndim: tuple[int, ...]) -> Array:
-    """`value` as a finite float64 array of its own, or TypeError or ValueError."""
-    try:
-        given = np.asarray(value)
-    except ValueError as error:  # a ragged list
-        raise TypeError(f"{name} must be an array of numbers, got {value!r}") from error
-    if given.dtype.kind not in "iuf" and given.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be an array of real numbers, got {given.dtype}")
-    if given.ndim not in ndim or given.size == 0:
-        wanted = " or ".join(map(str, ndim))
-        raise ValueError(
-            f"{name} must have {wanted} dimensions and an element, got shape {given.shape}"
-        )
-    array: Array = given.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {float(array[~np.isfinite(array)][0])}")
-    return array
 
 
 class Quadratic:
@@ -96,7 +75,7 @@ class Quadratic:
     """
 
     def __init__(self, A: Any, b: Any = None, c: float = 0.0) -> None:  # A as in f
-        matrix = as_floats(A, "A", (1, 2))
+        matrix = as_finite("A", A, (1, 2))
         n = matrix.shape[0]
         if matrix.ndim == 2:
             if matrix.shape != (n, n):
@@ -116,11 +95,11 @@ class Quadratic:
                 "A must be positive definite, got a matrix whose smallest eigenvalue is"
                 f" {eigenvalues[0]:g}"
             )
-        shift = np.zeros(n) if b is None else as_floats(b, "b", (1,))
+        shift = np.zeros(n) if b is None else as_finite("b", b, (1,))
         if shift.shape != (n,):
             raise ValueError(f"b must have shape {(n,)}, got {shift.shape}")
         self.A, self.b = matrix, shift
-        self.c: float = check("c", c, Hyper("finite", math.isfinite, ""))
+        self.c: float = check("c", c, FINITE)
         self.eigenvalues: Array = eigenvalues
         self.eigenvectors: Array = eigenvectors
         for array in (self.A, self.b, self.eigenvalues, self.eigenvectors):
@@ -138,7 +117,7 @@ class Quadratic:
 
     def value(self, x: Any) -> Any:
         """f at `x`, an array (..., n); a float for one point."""
-        points = self._points(x)
+        points = as_points("x", x, self.n)
         values = 0.5 * (points * self._times(points)).sum(-1) + points @ self.b + self.c
         return float(values) if values.ndim == 0 else values
 
@@ -146,14 +125,8 @@ class Quadratic:
 
     def gradient(self, x: Any) -> Array:
         """The gradient at `x`, of its shape (..., n)."""
-        slope: Array = self._times(self._points(x)) + self.b
+        slope: Array = self._times(as_points("x", x, self.n)) + self.b
         return slope
-
-    def _points(self, x: Any) -> Array:
-        points = np.asarray(x, np.float64)
-        if points.ndim == 0 or points.shape[-1] != self.n:
-            raise ValueError(f"x must have shape (..., {self.n}), got {points.shape}")
-        return points
 
     def _times(self, points: Array) -> Array:
         product: Array = points * self.A if self.A.ndim == 1 else points @ self.A
@@ -198,8 +171,8 @@ class Quadratic:
     @property
     def best_contraction(self) -> float:
         """(kappa - 1)/(kappa + 1), what each step at the best rate leaves of the error."""
-        kappa = self.condition_number
-        return (kappa - 1) / (kappa + 1)
+        low, high = self.eigenvalues[0], self.eigenvalues[-1]
+        return float((high - low) / (high + low))
 
     # -- and with momentum ------------------------------------------------------------------------
 
@@ -259,7 +232,7 @@ class Quadratic:
         return found
 
     def _checked(self, lr: float, momentum: float) -> tuple[float, float]:
-        return check("lr", lr, _RATE), check("momentum", momentum, _MOMENTUM)
+        return check("lr", lr, POSITIVE), check("momentum", momentum, _MOMENTUM)
 
     def _roots(self, lr: float, momentum: float) -> Any:
         """The two roots of each direction, (n, 2) complex; one of them 0 without momentum."""
@@ -281,15 +254,22 @@ class Quadratic:
             momentum: in [0, 1).
 
         Returns:
-            An array of t's shape and a last axis of n.
+            An array of t's shape and a last axis of n; infinite, or where directions mix NaN, when
+            the error is beyond the range of a double.
+
+        Raises:
+            TypeError, ValueError: an argument of another kind, shape or range.
         """
         rate, mu = self._checked(lr, momentum)
         start = self._start(x0)
-        steps = np.asarray(t)
-        if steps.dtype.kind not in "iu":
+        try:
+            steps = np.asarray(t)
+        except ValueError:  # a ragged list
+            steps = np.asarray(None)
+        if steps.dtype.kind not in "iu" and not isinstance(t, int):
             raise TypeError(f"t must be an int or an array of ints, got {t!r}")
-        if steps.size and steps.min() < 0:
-            raise ValueError(f"t must be >= 0, got {steps.min()}")
+        if steps.size and not 0 <= steps.min() <= steps.max() <= LAST:
+            raise ValueError(f"t must be from 0 to 2^53, got {steps.min()} to {steps.max()}")
         error = (start - self.minimiser) @ self.eigenvectors
         # (e, v) <- [[1 - lr*lambda, -lr*mu], [lambda, mu]] (e, v); powers of the matrix are right
         # also where its two roots are one, and an eigendecomposition has no two vectors.
@@ -302,20 +282,38 @@ class Quadratic:
             0,
         )
         result = np.empty((*steps.shape, self.n))
-        for place in np.ndindex(steps.shape):
-            powers = np.linalg.matrix_power(matrix, int(steps[place]))
-            result[place] = self.eigenvectors @ (powers[:, 0, 0] * error)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for place in np.ndindex(steps.shape):
+                along = _power(matrix, int(steps[place]))[:, 0, 0] * error
+                along[error == 0] = 0
+                result[place] = self._turned(along)
+        return result
+
+    def _turned(self, along: Array) -> Array:
+        """From the coordinates of the eigenvectors to x's."""
+        if self.A.ndim == 2:
+            return self.eigenvectors @ along
+        result = np.empty(self.n)  # without the zeros of a product, which infinity makes NaN
+        result[self.eigenvectors.argmax(0)] = along
         return result
 
     def simulate(self, x0: Any, lr: float, steps: int, momentum: float = 0.0) -> Array:
         """The iterates x_0 ... x_steps, (steps + 1, n), by `fusedstep.SGD` in float64."""
         rate, mu = self._checked(lr, momentum)
-        from fusedstep.convergence.trajectories import trajectory
-
         return trajectory(lambda x: fs.SGD(x, lr=rate, momentum=mu), self, self._start(x0), steps)
 
     def _start(self, x0: Any) -> Array:
-        start = as_floats(x0, "x0", (1,))
+        start = as_finite("x0", x0, (1,))
         if start.shape != (self.n,):
             raise ValueError(f"x0 must have shape {(self.n,)}, got {start.shape}")
         return start
+
+
+def _power(matrix: Array, t: int) -> Array:
+    """The t-th power of each 2 x 2 matrix, also where one of them overflows on the way."""
+    power = np.linalg.matrix_power(matrix, t)
+    lost = ~np.isfinite(power).all((-1, -2))
+    if lost.any():  # there, of the matrix over its spectral radius, which is put back at the end
+        radius = np.abs(np.linalg.eigvals(matrix[lost])).max(-1)[:, None, None]
+        power[lost] = np.linalg.matrix_power(matrix[lost] / radius, t) * radius**t
+    return power

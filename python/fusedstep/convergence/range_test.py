@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fusedstep._hypers import Hyper, check
+from fusedstep._hypers import POSITIVE, Hyper, as_integer, check
+from fusedstep._plot import new_axes
 from fusedstep.buffers import FlatBuffer, as_array
+from fusedstep.convergence.arrays import Array
 from fusedstep.optimizers import Optimizer
-
-Array = NDArray[np.float64]
-
-_RATE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +27,8 @@ class RangeTest:
         smoothed: their bias-corrected running average, float64 (k,).
         steepest: the rate at which the smoothed loss falls fastest against log lr; None if it
             never falls.
-        divergence: the rate at which the loss blew up; None if it never did.
+        divergence: the rate from which on the loss rose until it blew up, each above the mean of
+            the three before it; None if it never blew up.
     """
 
     lrs: Array
@@ -42,13 +40,7 @@ class RangeTest:
     def plot(self, ax: Any = None) -> Any:
         """Draws losses against rates, with both points; needs matplotlib. Returns the Axes."""
         if ax is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    "plot needs matplotlib: pip install 'fusedstep[plot]'", name="matplotlib"
-                ) from error
-            ax = plt.subplots(layout="constrained")[1]
+            ax = new_axes()
         ax.semilogx(self.lrs, self.losses, ".", color="0.7", label="loss of each step")
         ax.semilogx(self.lrs, self.smoothed, lw=2, label="smoothed")
         for rate, style, what in (
@@ -59,11 +51,10 @@ class RangeTest:
                 ax.axvline(rate, color="0.3", ls=style, label=f"{what} at {rate:.2g}")
         finite = self.smoothed[np.isfinite(self.smoothed)]
         if finite.size:  # the blow-up would flatten all else
-            low, first = float(finite.min()), float(finite[0])
+            low, first = float(self.losses[np.isfinite(self.losses)].min()), float(finite[0])
             margin = max(first - low, 1e-12)
             ax.set_ylim(low - 0.1 * margin, first + 0.5 * margin)
-        ax.set_xlabel("learning rate")
-        ax.set_ylabel("loss")
+        ax.set(xlabel="learning rate", ylabel="loss")
         ax.legend()
         return ax
 
@@ -86,16 +77,21 @@ def lr_range_test(
         step_fn: `step_fn(lr)` takes one training step at the rate, on a batch of its own, and
             returns the loss, a number.
         params: what is put back afterwards, bit for bit: an optimizer, ours, `fusedstep.torch`'s or
-            torch's (its parameters, states, counts and hyperparameters); a torch module
-            (parameters and buffers); arrays, tensors, a FlatBuffer; or a list or dict of such.
+            torch's (its parameters, their gradients, states, counts, hyperparameters and
+            `ReduceOnPlateau`s); a torch module (parameters, gradients and buffers); arrays,
+            tensors, a FlatBuffer; or a list or dict of such. Nothing else is: data loaders and
+            random generators go on from where they are.
         start, end: the first and the last rate; finite, 0 < start < end.
-        steps: how many rates; an integer >= 2.
+        steps: how many rates; an integer >= 2. Their number decides how finely the points are
+            found: ten for each factor of 10 is little, a hundred plenty.
         smoothing: of the running average of the loss, in [0, 1); 0 is none.
         stop: ends the test where the smoothed loss exceeds `stop` times the lowest so far, or the
             loss is not finite; > 1. With losses below 0 it exceeds it by `stop - 1` times its size.
 
     Returns:
-        A `RangeTest`. A rate some 3 to 10 times below `divergence`, or `steepest`, is a good start.
+        A `RangeTest`. `steepest`, or a rate some 3 to 10 times below `divergence`, is a good start.
+        Without any noise too large a rate shows late: a direction that has come to rest must first
+        grow again.
 
     Raises:
         TypeError, ValueError: an argument of another kind or out of range. What `step_fn` raises is
@@ -122,22 +118,21 @@ def lr_range_test(
     """
     if not callable(step_fn):
         raise TypeError(f"step_fn must be callable, got {step_fn!r}")
-    start, end = check("start", start, _RATE), check("end", end, _RATE)
+    start, end = check("start", start, POSITIVE), check("end", end, POSITIVE)
     if start >= end:
         raise ValueError(f"start must be < end ({end}), got {start}")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-        raise TypeError(f"steps must be an integer >= 2, got {steps!r}")
-    if steps < 2:
-        raise ValueError(f"steps must be an integer >= 2, got {steps}")
+    steps = as_integer("steps", steps, 2)
     smoothing = check("smoothing", smoothing, Hyper("in [0, 1)", lambda x: 0 <= x < 1, ""))
     stop = check("stop", stop, Hyper("finite and > 1", lambda x: 1 < x < math.inf, ""))
     restore = _keep(params, "params")
+    if not restore:
+        raise ValueError("params must have something to put back, got none")
 
     lrs = start * (end / start) ** (np.arange(steps) / (steps - 1))
     lrs[-1] = end
     losses: list[float] = []
     smoothed: list[float] = []
-    divergence = None
+    blew_up = False
     average = 0.0
     try:
         for i, lr in enumerate(lrs.tolist()):
@@ -147,15 +142,27 @@ def lr_range_test(
             smoothed.append(average / (1 - smoothing ** (i + 1)))
             lowest = min(smoothed)
             if not math.isfinite(loss) or smoothed[-1] > lowest + (stop - 1) * abs(lowest):
-                divergence = lr
+                blew_up = True
                 break
     finally:
         for put_back in restore:
             put_back()
     tried = lrs[: len(losses)]
     return RangeTest(
-        tried, np.array(losses), np.array(smoothed), _steepest(tried, smoothed), divergence
+        tried,
+        np.array(losses),
+        np.array(smoothed),
+        _steepest(tried, smoothed),
+        _turn(tried, losses) if blew_up else None,
     )
+
+
+def _turn(lrs: Array, losses: list[float]) -> float:
+    """The rate from which on the loss rises: the averages that stop the test come too late."""
+    last = len(losses) - 1
+    while last > 1 and not losses[last - 1] <= np.mean(losses[max(last - 4, 0) : last - 1]):
+        last -= 1
+    return float(lrs[last])
 
 
 def _steepest(lrs: Array, smoothed: list[float]) -> float | None:
@@ -168,53 +175,73 @@ def _steepest(lrs: Array, smoothed: list[float]) -> float | None:
     return float(np.exp(rates[slope.argmin()])) if slope.min() < 0 else None
 
 
+# -- what is put back -----------------------------------------------------------------------------
+
+
 def _keep(thing: Any, name: str) -> list[Callable[[], Any]]:
-    """Functions that put `thing` back as it is now."""
+    """Functions that put `thing` back as it is now, in place."""
     if isinstance(thing, FlatBuffer):
         thing = thing.flat
+    elif isinstance(thing, Optimizer):
+        return [*_keep(thing.params, name), thing._keep()]
+    elif hasattr(thing, "param_groups") and hasattr(thing, "state"):  # torch's
+        return [*_keep_groups(thing), *_keep_nested(thing.state, _UNKEPT)]
+    elif hasattr(thing, "named_buffers") and hasattr(thing, "modules"):  # a torch module
+        held = [h for m in thing.modules() for h in (m._parameters, m._buffers)]
+        return [f for one in held for f in _keep_nested(one, _UNKEPT)]
     elif isinstance(thing, Mapping):
         return [f for key, one in thing.items() for f in _keep(one, f"{name}[{key}]")]
-    elif isinstance(thing, list | tuple):
+    elif isinstance(thing, Iterable) and not (
+        isinstance(thing, str | bytes) or hasattr(thing, "__dlpack__")
+    ):
         return [f for i, one in enumerate(thing) for f in _keep(one, f"{name}[{i}]")]
-    if isinstance(thing, Optimizer):
-        return [*_keep(thing.params, name), _keep_optimizer(thing)]
-    if hasattr(thing, "load_state_dict") and hasattr(thing, "param_groups"):  # torch's
-        held = [param for group in thing.param_groups for param in group["params"]]
-        return [*_keep(held, name), _keep_state(thing)]
-    if hasattr(thing, "load_state_dict") and hasattr(thing, "parameters"):  # a torch module
-        return _keep([*thing.parameters(), *thing.buffers()], name)
     if hasattr(thing, "detach"):
-        return [_keep_tensor(thing)]
+        return _keep_tensor(thing)
     array = as_array(thing, name)
+    if array.size == 0:
+        return []
     if not array.flags.writeable:
         raise ValueError(f"{name} must be writable to be put back, got a read-only array")
     saved = array.copy()
     return [lambda: np.copyto(array, saved)]
 
 
-def _keep_tensor(tensor: Any) -> Callable[[], Any]:
-    held = tensor.detach()
-    saved = held.clone()
-    return lambda: held.copy_(saved)
+def _keep_tensor(tensor: Any) -> list[Callable[[], Any]]:
+    """The values of a tensor, and of its gradient."""
+    held, saved = tensor.detach(), tensor.detach().clone()
+    kept: list[Callable[[], Any]] = [lambda: held.copy_(saved)]
+    if tensor.is_leaf and tensor.requires_grad:
+        grad = tensor.grad
+        kept.append(lambda: setattr(tensor, "grad", grad))
+        if grad is not None:
+            kept += _keep_tensor(grad)
+    return kept
 
 
-def _keep_state(optimizer: Any) -> Callable[[], Any]:
-    saved = copy.deepcopy(optimizer.state_dict())
-    return lambda: optimizer.load_state_dict(saved)
+def _keep_groups(optimizer: Any) -> list[Callable[[], Any]]:
+    groups = optimizer.param_groups
+    kept = _keep([param for group in groups for param in group["params"]], "params")
+    return kept + [f for group in groups for f in _keep_nested(group, {"params"})]
 
 
-def _keep_optimizer(optimizer: Optimizer) -> Callable[[], Any]:
-    """As `_keep_state`, schedules included, which a state_dict holds as their last values."""
-    hypers = [dict(group) for group in optimizer.param_groups]
-    used = optimizer._used
-    put_back_state = _keep_state(optimizer)
+_UNKEPT: frozenset[str] = frozenset()
+
+
+def _keep_nested(held: Any, without: Set[str]) -> list[Callable[[], Any]]:
+    """A dict of tensors, numbers, dicts of them, ...: the same objects with the same values."""
+    before = {key: value for key, value in held.items() if key not in without}
+    kept: list[Callable[[], Any]] = []
+    for key, value in before.items():
+        if isinstance(value, dict):
+            kept += _keep_nested(value, _UNKEPT)
+        elif hasattr(value, "detach"):
+            kept += _keep_tensor(value)
+        elif not isinstance(value, int | float | str | tuple | type(None)):
+            before[key] = copy.deepcopy(value)
 
     def put_back() -> None:
-        put_back_state()
-        for group, values in zip(optimizer.param_groups, hypers, strict=True):
-            for key, value in values.items():
-                if key != "params":
-                    group[key] = value
-        optimizer._used = used
+        for key in [key for key in held if key not in before and key not in without]:
+            del held[key]
+        held.update(before)
 
-    return put_back
+    return [put_back, *kept]

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fusedstep as fs
+from fusedstep._hypers import as_integer
 from fusedstep.buffers import as_array
+from fusedstep.convergence.arrays import as_finite
 
 
 def trajectory(
@@ -47,38 +49,41 @@ def trajectory(
                [ 1.  ,  0.5 ],
                [ 0.5 , -0.25]])
     """
-    from fusedstep.convergence.quadratic import as_floats
-
     if not callable(getattr(landscape, "gradient", None)):
         raise TypeError(f"landscape must have a method gradient(x), got {landscape!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-        raise TypeError(f"steps must be an integer >= 0, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"steps must be an integer >= 0, got {steps}")
+    steps = as_integer("steps", steps, 0)
     if not isinstance(lookahead, bool):
         raise TypeError(f"lookahead must be True or False, got {lookahead!r}")
-    point = as_floats(start, "start", (1,))
-    gradient = np.asarray(landscape.gradient(point))
+    point = as_finite("start", start, (1,))
+    try:
+        gradient = np.asarray(landscape.gradient(point))
+    except ValueError as error:
+        raise ValueError(f"start must be a point of the landscape: {error}") from None
     if gradient.shape != point.shape:
         raise ValueError(
             f"start must have the shape of the landscape's points, got {point.shape} with a"
             f" gradient {gradient.shape}"
         )
+    if lookahead and isinstance(opt, fs.Optimizer):
+        _check_lookahead(opt)
     if isinstance(opt, fs.Optimizer):
         params = [as_array(param, "params") for param in opt.params.values()]
         if len(params) != 1 or params[0].shape != point.shape:
             shapes = [param.shape for param in params]
             raise ValueError(f"opt must have one parameter of shape {point.shape}, got {shapes}")
+        params[0][...] = point
         point = params[0]
-        point[...] = as_floats(start, "start", (1,))
     elif callable(opt):
         opt = opt(point)
         if not isinstance(opt, fs.Optimizer):
             raise TypeError(f"opt must make a fusedstep optimizer, got {opt!r}")
+        made = [as_array(param, "params") for param in opt.params.values()]
+        if len(made) != 1 or not np.shares_memory(made[0], point):
+            raise ValueError(f"opt must make an optimizer of the array it is given, got {opt!r}")
+        if lookahead:
+            _check_lookahead(opt)
     else:
         raise TypeError(f"opt must be an optimizer or make one of an array, got {opt!r}")
-    if lookahead and not isinstance(opt, fs.SGD):
-        raise TypeError(f"opt must be SGD with momentum for lookahead, got {type(opt).__name__}")
 
     path = np.empty((steps + 1, *point.shape))
     path[0] = point
@@ -88,3 +93,11 @@ def trajectory(
         opt.step(gradient.astype(point.dtype))
         path[t + 1] = point
     return path
+
+
+def _check_lookahead(opt: fs.Optimizer) -> None:
+    """Raises where `opt.lookahead()` would, with the parameters as they are."""
+    if not isinstance(opt, fs.SGD):
+        raise TypeError(f"opt must be SGD with momentum for lookahead, got {type(opt).__name__}")
+    with opt.lookahead():
+        pass

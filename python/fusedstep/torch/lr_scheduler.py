@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fusedstep._hypers import HYPERS, at_step
-from fusedstep.schedules import Schedule, _integer_from, restored
+from fusedstep._hypers import HYPERS, as_integer, at_step
+from fusedstep.schedules import Schedule, restored
 
 _Function = Callable[[int], Any]
 _Given = _Function | list[_Function]  # one for all groups, or one for each
@@ -69,7 +69,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
             )
-        last_epoch = _integer_from(-1)("last_epoch", last_epoch)
+        last_epoch = as_integer("last_epoch", last_epoch, -1)
         groups = optimizer.param_groups
         given = {"lr": schedule, "momentum": momentum, "weight_decay": weight_decay}
         self._schedules: dict[str, _Given] = {
@@ -135,7 +135,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state = dict(state_dict)
         if "last_epoch" in state:
-            _integer_from(-1)("state_dict['last_epoch']", state["last_epoch"])
+            as_integer("state_dict['last_epoch']", state["last_epoch"], -1)
         saved = state.pop("schedules", None)
         shape = {name: _shape(given) for name, given in self._schedules.items()}
         if not isinstance(saved, Mapping) or {n: _shape(v) for n, v in saved.items()} != shape:

@@ -247,9 +247,10 @@ class Optimizer(torch.optim.Optimizer):
                 return str(group["param_names"][i - self._indices(k).start])
         return str(i)
 
-    def _denominators(self) -> list[Any]:
-        """What the last update divided each parameter's step by, as float64 arrays."""
-        found: list[Any] = []
+    def _denominators(self) -> list[tuple[Any, Any]]:
+        """Each parameter with what its last update divided by, as a float64 array."""
+        self._spec._check_divides()
+        found: list[tuple[Any, Any]] = []
         for group in self.param_groups:
             hypers = {**self._extra, **self._spec._fixed, **self._given, **group}
             for param in group["params"]:
@@ -259,11 +260,11 @@ class Optimizer(torch.optim.Optimizer):
                     for name, value in entry.items()
                     if self._is_array(name)
                 }
-                if not state:
+                t = int(entry.get("step", 0))
+                if not t:
                     label = self._name(len(found))
                     raise ValueError(f"params[{label}] must have been stepped, got no update")
-                t = int(entry["step"]) if "step" in entry else 0
-                found.append(self._spec._denominator(hypers, t, state))
+                found.append((param, self._spec._denominator(hypers, t, state)))
         return found
 
     def share_memory(self) -> None:
