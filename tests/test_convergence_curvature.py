@@ -279,6 +279,11 @@ def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
             ValueError, match=r"optimizer must hold params\[[01]\], got one of other"
         ):
             safe_lr(lambda y: y, other, adam, preconditioned=True)
+    still = fs.Adam(x, eps=0)
+    still.step(np.zeros(3))  # 0/0
+    x[...] = 1
+    with pytest.raises(ValueError, match=r"optimizer must divide by numbers > 0, got 0.0"):
+        safe_lr(grad, x, still, preconditioned=True)
     plain = fs.SGD(x)
     plain.step(x.copy())
     with pytest.raises(TypeError, match="one that divides its steps, got SGD"):
@@ -375,6 +380,42 @@ def test_float32_errors_are_of_float32():
     )
     assert abs(single.largest - double.largest) <= single.largest_error < 1e-5
     assert abs(single.smallest - double.smallest) <= single.smallest_error < 1e-5
+
+
+def test_errors_of_mixed_parameters_are_of_the_coarser():
+    params = [np.zeros(3), np.zeros(3, np.float32)]
+    found = curvature(lambda p: [2 * p[0], 2 * p[1]], params)
+    assert found.largest_error > 1e-7
+
+
+@pytest.mark.parametrize("n", [5, 60])
+def test_errors_are_no_smaller_than_rounding(n):
+    scale = np.ones(n, np.float32)
+    scale[0] = 100
+    found = curvature(lambda x: scale * x, np.zeros(n, np.float32))
+    assert abs(found.largest - 100) <= found.largest_error
+    assert found.largest_error > 100 * np.finfo(np.float32).eps
+
+
+def test_the_default_step_balances_rounding_and_curvature():
+    """Errors of 1e-9 are eps^(2/3), which no much smaller or larger step gives."""
+    found = curvature(np.sin, np.full(3, 1.0))
+    assert abs(found.largest - np.cos(1.0)) <= found.largest_error < 1e-8
+    assert abs(found.largest - np.cos(1.0)) < 2e-9
+    far = curvature(lambda x: 2 * x, np.full(3, 1e6))
+    assert abs(far.largest - 2) < 1e-9
+
+
+def test_seeds_and_products_are_what_is_said():
+    values, calls = SPECTRA["logarithmic"], []
+
+    def grad(x):
+        calls.append(1)
+        return values * x
+
+    first = curvature(grad, np.ones(values.size), tol=0.3)
+    assert len(calls) == 1 + 2 * first.products
+    assert curvature(grad, np.ones(values.size), tol=0.3, seed=1) != first
 
 
 def test_max_products_is_a_bound_for_each_end():

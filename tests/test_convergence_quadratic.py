@@ -235,6 +235,15 @@ def test_quadratic_refuses_a_matrix_by_what_is_wrong(a, error, message):
         Quadratic(a)
 
 
+def test_quadratic_forgives_rounding_alone():
+    matrix = np.array([[2.0, 1.0], [1.0 + 1e-12, 3.0]])
+    made = Quadratic(matrix).A
+    assert made[0, 1] == made[1, 0]
+    matrix[1, 0] = 1 + 1e-6
+    with pytest.raises(ValueError, match="A must be symmetric, got A - A' up to 1e-06"):
+        Quadratic(matrix)
+
+
 def test_quadratic_refuses_other_arguments_by_name():
     for b, error in (([1.0], ValueError), ([[1.0, 2.0]], ValueError), ([1.0, np.nan], ValueError),
                      ("ab", TypeError)):  # fmt: skip

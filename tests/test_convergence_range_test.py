@@ -58,6 +58,10 @@ def test_range_test_sweeps_exponentially_from_start_to_end():
                           steps=5)  # fmt: skip
     np.testing.assert_allclose(tried, 0.01 * 100 ** (np.arange(5) / 4), rtol=1e-15)
     assert (tried[0], tried[-1]) == (0.01, 1.0)
+    for n in range(3, 60):  # a power need not end where it should
+        assert (
+            lr_range_test(lambda lr: 1.0, np.ones(1), start=3e-7, end=0.7, steps=n).lrs[-1] == 0.7
+        )
     np.testing.assert_array_equal(found.lrs, tried)
     np.testing.assert_allclose(found.smoothed, 1.0, rtol=1e-15)
     assert found.divergence is None

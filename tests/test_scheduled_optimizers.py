@@ -374,6 +374,29 @@ def test_look_ahead_needs_plain_momentum(hypers):
         opt.lookahead().__enter__()
 
 
+def test_look_ahead_catches_a_backward_after_it():
+    p = torch.ones(3, requires_grad=True)
+    opt = fs.SGD(p, lr=0.1, momentum=0.9)
+    opt.step(torch.ones(3))
+    with opt.lookahead():
+        loss = (p**2).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    outside = (p**2).sum()
+    with opt.lookahead(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outside.backward()
+
+
+def test_what_a_look_ahead_shows_and_what_it_refuses():
+    opt = fs.SGD(values(0), lr=S.Constant(0.25), momentum=0.5)
+    with opt.lookahead():
+        assert opt.state_dict()["param_groups"][0]["lr"] == 0.25
+        for refused in (copy.deepcopy, pickle.dumps, lambda o: o.load_state_dict(o.state_dict())):
+            with pytest.raises(RuntimeError, match=r"must .* after a lookahead, not inside it"):
+                refused(opt)
+    copy.deepcopy(opt).step(values(1))
+
+
 def test_a_step_inside_a_look_ahead_is_refused():
     opt = fs.SGD(values(0), lr=0.25, momentum=0.5)
     opt.step(values(1))
@@ -393,6 +416,7 @@ DIVIDING = {
     "RMSprop": {"lr": 0.1, "centered": True, "alpha": 0.8},
     "Adadelta": {"lr": 0.1},
     "Adam": {"lr": 0.1, "betas": (0.0, 0.9), "amsgrad": True},
+    "Adam plain": {"lr": 0.1, "betas": (0.0, 0.9), "bias_correction": False},
     "AdamW": {"lr": 0.1, "betas": (0.0, 0.9), "weight_decay": 0.0},
     "Adamax": {"lr": 0.1, "betas": (0.0, 0.9)},
     "NAdam": {"lr": 0.1, "betas": (0.0, 0.9)},
@@ -400,12 +424,12 @@ DIVIDING = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 9])  # RAdam divides from the 6th on
+@pytest.mark.parametrize("steps", [1, 5, 6, 9])  # RAdam divides from the 6th on
 @pytest.mark.parametrize("name", DIVIDING)
 def test_denominator_is_what_the_step_divided_by(name, steps):
     """Without momentum the last step was `lr * g / denominator`, whatever the rule."""
     params = values(0, np.float64)
-    opt = getattr(fs, name)(params, **DIVIDING[name])
+    opt = getattr(fs, name.split()[0])(params, **DIVIDING[name])
     for t in range(steps):
         before = copy.deepcopy(params)
         earlier = copy.deepcopy(opt.state)

@@ -371,6 +371,22 @@ def test_look_ahead_over_tensors_is_nesterov(flat):
         torch_form.step()
 
 
+def test_look_ahead_over_tensors_has_each_group_s_reach():
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    groups = [{"params": [a], "lr": 0.5}, {"params": [b], "lr": 0.25, "momentum": 0.75}]
+    opt = ft.SGD(groups, momentum=0.5)
+    train_on_ones(opt)
+    with opt.lookahead():
+        assert [a.item(), b.item()] == [-0.5 - 0.5 * 0.5, -0.25 - 0.25 * 0.75]
+
+
+def train_on_ones(opt):
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    opt.step()
+
+
 def test_look_ahead_over_tensors_refuses_a_step_inside_and_no_momentum():
     params = model()
     opt = ft.SGD(params, lr=0.1, momentum=0.9)

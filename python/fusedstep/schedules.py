@@ -175,7 +175,7 @@ def _count_passed(marks: Sequence[int], t: _T) -> _Value:
     return bisect_right(marks, t)
 
 
-def _take(values: tuple[int, ...], i: _Value) -> _Value:
+def _take(values: tuple[float, ...], i: _Value) -> _Value:
     return np.array(values)[i] if isinstance(i, np.ndarray) else values[i]
 
 
@@ -764,15 +764,16 @@ class CosineRestarts(Schedule):
         return _between(self.end, self.lr, _half_wave(into / length))
 
     @cached_property
-    def _lengths(self) -> tuple[int, ...]:
-        lengths = [self.period]
-        while lengths[-1] <= LAST:
-            lengths.append(lengths[-1] * self.mult)
-        return tuple(lengths[:-1])
+    def _starts(self) -> tuple[int, ...]:
+        starts, length = [0], self.period
+        while starts[-1] + length <= LAST:
+            starts.append(starts[-1] + length)
+            length *= self.mult
+        return tuple(starts)
 
     @cached_property
-    def _starts(self) -> tuple[int, ...]:
-        return tuple(sum(self._lengths[:i]) for i in range(len(self._lengths)))
+    def _lengths(self) -> tuple[float, ...]:  # the last may be too long for an int64
+        return tuple(float(self.period * self.mult**i) for i in range(len(self._starts)))
 
     @property
     def span(self) -> int:
