@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 
 #include "array_table.h"
 #include "dispatch.h"
@@ -26,13 +27,43 @@ py::array allocate(size_t bytes, bool huge) {
   return py::array_t<uint8_t>({bytes}, {1}, data, owner);
 }
 
-// The states that a rule has under these hyperparameters.
-std::vector<bool> used_states(const std::string& name, const std::vector<double>& hypers) {
+using Doubles = py::array_t<double, py::array::c_style>;
+
+// The rule of a name, for which there are as many hyperparameters.
+const Rule& rule_for(const std::string& name, const std::vector<double>& hypers) {
   const Rule& rule = rules()[rule_number(name)];
   if (hypers.size() != rule.hypers.size()) {
     throw py::value_error("hypers must have " + std::to_string(rule.hypers.size()) +
                           " entries, got " + std::to_string(hypers.size()));
   }
+  return rule;
+}
+
+// What update number t divided each element by, from the arrays of its states or None.
+Doubles divisors(const std::string& name, const std::vector<double>& hypers, int64_t t,
+                 const std::vector<std::optional<Doubles>>& states) {
+  const Rule& rule = rule_for(name, hypers);
+  const Doubles* first = nullptr;
+  std::vector<const double*> data;
+  for (const auto& state : states) {
+    if (state && first && state->size() != first->size()) {
+      throw py::value_error("states must have one size");
+    }
+    if (state && !first) first = &*state;
+    data.push_back(state ? state->data() : nullptr);
+  }
+  if (!first || !rule.divisors[0] || states.size() != rule.states.size()) {
+    throw py::value_error(name + " must divide, and have " + std::to_string(rule.states.size()) +
+                          " states, got " + std::to_string(states.size()));
+  }
+  Doubles result(std::vector<py::ssize_t>(first->shape(), first->shape() + first->ndim()));
+  divisors(rule, hypers.data(), t, data.data(), first->size(), result.mutable_data());
+  return result;
+}
+
+// The states that a rule has under these hyperparameters.
+std::vector<bool> used_states(const std::string& name, const std::vector<double>& hypers) {
+  const Rule& rule = rule_for(name, hypers);
   const unsigned uses = used_states(rule, hypers.data());
   std::vector<bool> used;
   for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(uses >> s & 1);
@@ -74,9 +105,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("rules", [] {
     py::dict all;
     for (const Rule& rule : rules())
-      all[py::str(rule.name)] = py::make_tuple(rule.hypers, rule.states);
+      all[py::str(rule.name)] =
+          py::make_tuple(rule.hypers, rule.states, rule.divisors[0] != nullptr);
     return all;
   });
+  m.def("divisors",
+        py::overload_cast<const std::string&, const std::vector<double>&, int64_t,
+                          const std::vector<std::optional<Doubles>>&>(divisors),
+        py::arg("rule"), py::arg("hypers"), py::arg("t"), py::arg("states"));
   m.def("used_states",
         py::overload_cast<const std::string&, const std::vector<double>&>(used_states),
         py::arg("rule"), py::arg("hypers"));

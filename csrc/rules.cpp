@@ -1,9 +1,10 @@
-// Turns the registry into run-time tables. The equations are not compiled here, only the scalars.
+// Turns the registry into run-time tables. Of the equations only the divisors are compiled here.
 #include "rules.h"
 
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #define FUSEDSTEP_TARGET host
 #include "rules/registry.h"
@@ -30,18 +31,42 @@ int prepare(const double* hypers, Clock& clock, double* scalars) {
   return variant;
 }
 
+template <class Step, size_t... kState>
+void divide(const double* scalars, const double* const* states, int64_t n, double* result) {
+  Step step;
+  std::memcpy(&step, scalars, sizeof(step));
+  for (int64_t i = 0; i < n; ++i) {
+    result[i] = step.divisor((states[kState] ? states[kState][i] : 0.0)...);
+  }
+}
+
+template <class Step, size_t... kState>
+constexpr Rule::Divisors divisors_over(std::index_sequence<kState...>) {
+  return divide<Step, kState...>;
+}
+
+template <class Step>
+auto divisors_of(int) -> decltype(&Step::divisor, Rule::Divisors{}) {
+  return divisors_over<Step>(std::make_index_sequence<Step::kStates>{});
+}
+template <class Step>
+Rule::Divisors divisors_of(long) {  // the rule has none
+  return nullptr;
+}
+
 template <class R, int kVariant = 0>
-void add_uses(std::vector<unsigned>& uses) {
+void add_variants(Rule& rule) {
   using Step = typename R::template Step<double, kVariant>;
   static_assert(sizeof(Step) == sizeof(typename R::template Step<double, 0>), "the same scalars");
-  uses.push_back(Step::kHas);
-  if constexpr (kVariant + 1 < R::kVariants) add_uses<R, kVariant + 1>(uses);
+  rule.uses.push_back(Step::kHas);
+  rule.divisors.push_back(divisors_of<Step>(0));
+  if constexpr (kVariant + 1 < R::kVariants) add_variants<R, kVariant + 1>(rule);
 }
 
 template <class R>
 Rule describe() {
-  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, prepare<R>};
-  add_uses<R>(rule.uses);
+  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, prepare<R>, {}};
+  add_variants<R>(rule);
   if (rule.hypers.size() * sizeof(double) != sizeof(typename R::Hypers)) {
     throw std::logic_error(rule.name + ": kHypers and Hypers differ in length");
   }
@@ -64,6 +89,14 @@ unsigned used_states(const Rule& rule, const double* hypers) {
   Clock clock{1, {0, 0}};
   double scalars[kMaxScalars];
   return rule.uses[rule.prepare(hypers, clock, scalars)];
+}
+
+void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,
+              int64_t n, double* result) {
+  Clock clock{t, {0, 0}};
+  double scalars[kMaxScalars];
+  const int variant = rule.prepare(hypers, clock, scalars);
+  rule.divisors[variant](scalars, states, n, result);
 }
 
 int rule_number(const std::string& name) {

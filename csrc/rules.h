@@ -1,4 +1,4 @@
-// The rules as the host sees them: names, states, and the scalars of the next step.
+// The rules as the host sees them: names, states, the scalars of the next step, and divisors.
 #pragma once
 
 #include <string>
@@ -18,6 +18,12 @@ struct Rule {
   // Writes the rule's scalars for update number clock.t, advances what the clock carries, and
   // returns the variant to run.
   int (*prepare)(const double* hypers, Clock& clock, double* scalars);
+
+  // Per variant, what the step divides elements [0, n) by, from their states (null: the variant has
+  // none); null where the rule does not divide.
+  using Divisors = void (*)(const double* scalars, const double* const* states, int64_t n,
+                            double* result);
+  std::vector<Divisors> divisors;
 };
 
 // In registry order, so that the place is the rule's number in Kernels::find.
@@ -25,6 +31,10 @@ const std::vector<Rule>& rules();
 
 // Bit s: the rule has state s under these hyperparameters.
 unsigned used_states(const Rule& rule, const double* hypers);
+
+// What update number t of n elements divided by, under these hyperparameters. The rule divides.
+void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,
+              int64_t n, double* result);
 
 // The number of a rule; throws std::invalid_argument for an unknown name.
 int rule_number(const std::string& name);

@@ -10,6 +10,7 @@ import torch
 
 import fusedstep as fs
 from cases import CASES
+from fusedstep import _core
 from fusedstep import schedules as S
 
 each_class = pytest.mark.parametrize("cls", [getattr(fs, name) for name in CASES])
@@ -450,3 +451,17 @@ def test_rules_that_do_not_divide_have_no_denominator(name):
     opt.step(values(1))
     with pytest.raises(TypeError, match=f"must be one that divides its steps, got {name}"):
         opt._denominators()
+
+
+def test_divisors_of_the_core_refuse_what_is_no_state():
+    one, two = np.ones(1), np.ones(2)
+    for rule, hypers, states, message in (
+        ("sgd", [0.1, 0.9, 0.0, 0.0], [one], "sgd must divide"),
+        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one], "adamax must divide, and have 2 states, got 1"),
+        ("adamax", [0.1, 0.9, 0.99, 1e-8], [None, None], "adamax must divide, and have 2 states"),
+        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one, two], "states must have one size"),
+        ("adamax", [0.1], [one, one], "hypers must have 4 entries, got 1"),
+        ("adamax2", [0.1], [one, one], "rule must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _core.divisors(rule, hypers, 1, states)

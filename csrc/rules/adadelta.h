@@ -26,10 +26,12 @@ struct Adadelta {
 
     FN void operator()(V& p, V g, V& s, V& a) const {
       s = average(s, g);
-      const V d = sqrt(a + eps) / sqrt(s + eps) * g;
+      const V d = ratio(s, a) * g;
       a = average(a, d);
       p = fnma(lr, d, p);
     }
+    FN V ratio(const V& s, const V& a) const { return sqrt(a + eps) / sqrt(s + eps); }
+    FN V divisor(const V& s, const V& a) const { return V(1) / ratio(s, a); }
   };
 
   static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {

@@ -30,9 +30,12 @@ struct Adam {
     FN void operator()(V& p, V g, V& m, V& v, V& vmax) const {
       m = average(m, g);
       v = square_average(v, g);
-      V second = v;
-      if constexpr (kVariant == kAmsgrad) second = vmax = max(vmax, v);
-      p = fnma(step_size, m / fma(sqrt(second), rsqrt_bias2, eps), p);
+      if constexpr (kVariant == kAmsgrad) vmax = max(vmax, v);
+      p = fnma(step_size, m / divisor(m, v, vmax), p);
+    }
+    FN V divisor(const V&, const V& v, const V& vmax) const {
+      if constexpr (kVariant == kAmsgrad) return fma(sqrt(vmax), rsqrt_bias2, eps);
+      return fma(sqrt(v), rsqrt_bias2, eps);
     }
   };
 

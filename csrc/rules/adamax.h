@@ -26,8 +26,9 @@ struct Adamax {
     FN void operator()(V& p, V g, V& m, V& u) const {
       m = average(m, g);
       u = max(beta2 * u, abs(g) + eps);
-      p = fnma(step_size, m / u, p);
+      p = fnma(step_size, m / divisor(m, u), p);
     }
+    FN V divisor(const V&, const V& u) const { return u; }
   };
 
   static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {

@@ -4,6 +4,8 @@
 //   Step<V, variant>         the per-step scalars, all V; kHas, whose bit i says that the variant
 //                            has state i; and the equation. V is a register on a CPU, one lane in
 //                            CUDA, double on the host
+//   divisor                  in Step, of the states, where the rule divides: what it divides by,
+//                            for the whole of lr; convergence.safe_lr asks for it
 //   prepare                  computes the scalars of update number clock.t and picks the variant
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once

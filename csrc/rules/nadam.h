@@ -30,8 +30,9 @@ struct NAdam {
       m = average(m, g);
       v = square_average(v, g);
       const V direction = fma(grad_size, g, mean_size * m);
-      p = p - direction / fma(sqrt(v), rsqrt_bias2, eps);
+      p = p - direction / divisor(m, v);
     }
+    FN V divisor(const V&, const V& v) const { return fma(sqrt(v), rsqrt_bias2, eps); }
   };
 
   static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {

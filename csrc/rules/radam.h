@@ -1,5 +1,5 @@
 // RAdam: m, v as Adam;  rinf = 2/(1-b2) - 1;  r_t = rinf - 2t*b2^t/(1-b2^t);
-//        r_t > 5: p -= lr/(1-b1^t) * r*sqrt(1-b2^t) * m/(sqrt(v)+eps),
+//        r_t > 5: p -= lr/(1-b1^t) * m / ((sqrt(v)+eps) * u),  u = 1/(r*sqrt(1-b2^t)),
 //                 r = sqrt((r_t-4)(r_t-2)rinf / ((rinf-4)(rinf-2)r_t));
 //        else:    p -= lr/(1-b1^t) * m.
 // Liu et al. 2020, algorithm 2, arXiv:1908.03265
@@ -25,28 +25,31 @@ struct RAdam {
     static constexpr unsigned kHas = 3;
     Average<V> average;
     SquareAverage<V> square_average;
-    V step_size, eps;
+    V step_size, u, eps_u;
 
     FN void operator()(V& p, V g, V& m, V& v) const {
       m = average(m, g);
       v = square_average(v, g);
       V direction = m;
-      if constexpr (kVariant == kRectified) direction = m / (sqrt(v) + eps);
+      if constexpr (kVariant == kRectified) direction = m / divisor(m, v);
       p = fnma(step_size, direction, p);
+    }
+    FN V divisor(const V&, const V& v) const {
+      return kVariant == kRectified ? fma(sqrt(v), u, eps_u) : V(1);
     }
   };
 
   static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const double t = static_cast<double>(clock.t), beta2_t = power(h.beta2, clock.t);
     const double r_inf = 2 / (1 - h.beta2) - 1, r_t = r_inf - 2 * t * beta2_t / (1 - beta2_t);
-    double step_size = h.lr / (1 - power(h.beta1, clock.t));
     const bool rectified = r_t > 5;
+    double u = 1;
     if (rectified) {
-      const double rectifier =
-          (r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) * (1 - beta2_t);
-      step_size *= __builtin_sqrt(rectifier);
+      u = 1 / __builtin_sqrt((r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) *
+                             (1 - beta2_t));
     }
-    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), step_size, h.eps};
+    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2),
+         h.lr / (1 - power(h.beta1, clock.t)), u, h.eps * u};
     return rectified ? kRectified : kUnrectified;
   }
 };

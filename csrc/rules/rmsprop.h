@@ -29,14 +29,16 @@ struct RmsProp {
 
     FN void operator()(V& p, V g, V& v, V& b, V& m) const {
       v = square_average(v, g);
-      V variance = v;
-      if constexpr (kVariant & kCentered) {
-        m = average(m, g);
-        variance = max(V(0), fnma(m, m, v));  // rounding may leave v just below m^2: 0, not NaN
-      }
-      V d = g / (sqrt(variance) + eps);
+      if constexpr (kVariant & kCentered) m = average(m, g);
+      V d = g / divisor(v, b, m);
       if constexpr (kVariant & kMomentum) d = b = fma(mu, b, d);
       p = fnma(lr, d, p);
+    }
+    FN V divisor(const V& v, const V&, const V& m) const {
+      V variance = v;
+      // Rounding may leave v just below m^2: 0, not NaN.
+      if constexpr (kVariant & kCentered) variance = max(V(0), fnma(m, m, v));
+      return sqrt(variance) + eps;
     }
   };
 

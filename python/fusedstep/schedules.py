@@ -274,8 +274,14 @@ class Schedule:
         """Rises (or falls) linearly from `start` to this schedule's first value, then follows it.
 
         Args:
-            steps: length of the warm-up; the schedule's own t = 0 is at t = steps.
-            start: the value at t = 0.
+            steps: length of the warm-up, an integer >= 0; the schedule's own t = 0 is at t = steps.
+            start: the value at t = 0; finite and >= 0.
+
+        Returns:
+            A new schedule.
+
+        Raises:
+            TypeError, ValueError: an argument of another kind or out of range.
 
         Example:
             >>> from fusedstep.schedules import Constant
@@ -289,6 +295,16 @@ class Schedule:
 
     def then(self, other: Schedule, at: int) -> Schedule:
         """This schedule for t < at, from there on `other`, which begins with its own t = 0.
+
+        Args:
+            other: a schedule.
+            at: the step of the join; an integer >= 0.
+
+        Returns:
+            A new schedule.
+
+        Raises:
+            TypeError, ValueError: an argument of another kind or out of range.
 
         Example:
             >>> from fusedstep.schedules import Constant, Linear
@@ -358,6 +374,10 @@ class Schedule:
 
         Returns:
             The Axes.
+
+        Raises:
+            TypeError, ValueError: steps is not an integer >= 1.
+            ModuleNotFoundError: matplotlib is not installed.
         """
         last = self._shown if steps is None else as_integer("steps", steps, 1)
         if ax is None:

@@ -79,6 +79,17 @@ def ravine(condition: float = 50.0) -> Landscape:
 
     Curvature 1 along x and `condition` along y: gradient descent diverges from a rate of
     `2/condition` on, and below it crawls along x.
+
+    Args:
+        condition: the curvature across; finite and > 0.
+
+    Raises:
+        TypeError, ValueError: condition is not such a number.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> landscapes.ravine(condition=10).gradient([1.0, 1.0])
+        array([ 1., 10.])
     """
     kappa = check("condition", condition, POSITIVE)
     return Landscape(
@@ -94,6 +105,11 @@ def saddle() -> Landscape:
 
     The gradient vanishes at the origin, which is a minimum along x and a maximum along y; the
     minima are (0, 1) and (0, -1), of value -1/4.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> landscapes.saddle().value([[0.0, 0.0], [0.0, 1.0]])
+        array([ 0.  , -0.25])
     """
     return Landscape(
         "saddle", (-1.5, 1e-3), ((0.0, 1.0), (0.0, -1.0)), (-2.0, 2.0), (-1.75, 1.75),
@@ -108,6 +124,11 @@ def two_minima() -> Landscape:
 
     `df/dx = (x + 1)(x - 1/5)(x - 1)`: the global minimum is (-1, 0), of value -23/60, a local one
     (1, 0), of value -7/60, and a saddle (1/5, 0) lies between.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> landscapes.two_minima().value([[-1.0, 0.0], [1.0, 0.0]]).round(4)
+        array([-0.3833, -0.1167])
     """
     return Landscape(
         "two minima", (1.6, 1.2), ((-1.0, 0.0), (1.0, 0.0)), (-2.0, 2.0), (-1.5, 1.5),
@@ -122,13 +143,26 @@ def rosenbrock(a: float = 1.0, b: float = 100.0) -> Landscape:
 
     A bent valley, flat along its floor and steep across.
 
+    Args:
+        a: where the minimum is, x = a; finite.
+        b: how steep the walls are; finite and > 0.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a number.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> round(landscapes.rosenbrock(a=1, b=100).value([-1.2, 1.0]), 4)
+        24.2
+
     Reference:
         Rosenbrock 1960, https://doi.org/10.1093/comjnl/3.3.175
     """
     a = check("a", a, FINITE)
     b = check("b", b, POSITIVE)
     return Landscape(
-        "Rosenbrock", (-1.2, 1.0), ((a, a * a),), (-2.0, 2.0), (-1.0, 3.0),
+        "Rosenbrock", (-1.2, 1.0), ((a, a * a),),
+        (min(-2.0, a - 1), max(2.0, a + 1)), (-1.0, max(3.0, a * a + 2)),
         f"A bent valley whose floor leads to the minimum at ({a:g}, {a * a:g}).",
         lambda x, y: (a - x) ** 2 + b * (y - x**2) ** 2,
         lambda x, y: (-2 * (a - x) - 4 * b * x * (y - x**2), 2 * b * (y - x**2)),
@@ -139,6 +173,11 @@ def beale() -> Landscape:
     """Beale's function: `f = (3/2 - x + xy)^2 + (9/4 - x + xy^2)^2 + (21/8 - x + xy^3)^2`.
 
     The minimum is 0 at (3, 1/2); almost flat around it, steep at the corners.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> landscapes.beale().value([0.0, 0.0])
+        14.203125
 
     Reference:
         Beale 1958, On an iterative method of finding a local minimum of a function of more than one
@@ -170,6 +209,11 @@ def plateau() -> Landscape:
 
     Away from the pit the gradient is next to nothing, and no rate that is stable in the pit gets
     there soon; methods that divide by the gradient's size do.
+
+    Example:
+        >>> from fusedstep.convergence import landscapes
+        >>> landscapes.plateau().value([[0.0, 0.0], [9.0, 0.0]])
+        array([0., 1.])
     """
 
     def pit(x: Array, y: Array) -> Array:

@@ -252,7 +252,7 @@ class Optimizer(torch.optim.Optimizer):
         self._spec._check_divides()
         found: list[tuple[Any, Any]] = []
         for group in self.param_groups:
-            hypers = {**self._extra, **self._spec._fixed, **self._given, **group}
+            native = self._spec._native({**self._extra, **self._given, **group})
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 state = {
@@ -264,7 +264,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not t:
                     label = self._name(len(found))
                     raise ValueError(f"params[{label}] must have been stepped, got no update")
-                found.append((param, self._spec._denominator(hypers, t, state)))
+                found.append((param, self._spec._divisor(native, t, state)))
         return found
 
     def share_memory(self) -> None:
@@ -351,8 +351,8 @@ class LookAhead(Optimizer):
         """Nesterov's method in its original form: `with opt.lookahead(): loss(model).backward()`.
 
         Inside, the parameters stand at p - lr * momentum * b; afterwards they are what they were,
-        to the bit. The step that follows takes the gradient found there. Forward and backward both
-        belong inside. See `fusedstep.SGD.lookahead`.
+        to the bit. The step that follows takes the gradient found there, and weight_decay at p.
+        Forward and backward both belong inside. See `fusedstep.SGD.lookahead`.
 
         Raises:
             ValueError: there is no momentum, or `nesterov` is on, which is the other form.
