@@ -178,5 +178,6 @@ def write_gallery(folder):
             f":alt: {entry.title}\n:width: 100%\n\n{entry.caption}\n:::\n"
         )
         (folder / f"code_{entry.name}.md").write_text(
-            f"The code of the figure (source: {entry.source}):\n\n```python\n{entry.code}\n```\n"
+            f"The code of the figure, which runs after `from {gallery.figures.__name__} import *`"
+            f" (source: {entry.source}):\n\n```python\n{entry.code}\n```\n"
         )

@@ -3,6 +3,7 @@
 Its examples run, and its pages are built, by Sphinx (see docs/conf.py).
 """
 
+import inspect
 import re
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_optimizers_and_schedules_are_all_shown(monkeypatch):
     for name, found in shown.items():
         assert generated.example(name, found)(0) >= 0
         assert f"fusedstep.schedules.{name}`" in PAGES["lecture/schedules.md"]
+
+
+def test_optimizers_have_every_section_in_its_order(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generated
+
+    sections = ["Use", "Args", "Raises", "State", "Example", "Reference", "Differs from"]
+    for name, found in generated.optimizer_classes().items():
+        doc = inspect.getdoc(found)
+        assert re.findall(r"^([A-Z][\w ]*):$", doc, re.M) == sections, name
+        state = " ".join(doc.partition("\nState:\n")[2].partition("\n\n")[0].split())
+        moved = re.search(r"A float32 step moves (\d+) bytes", state)
+        assert int(moved[1]) == generated.bytes_moved(name, {}, "float32", "float32"), name
+        assert "4 bytes per element" in state, name
 
 
 def test_bytes_are_the_promised_ones(monkeypatch):

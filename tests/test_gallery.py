@@ -72,7 +72,8 @@ def test_gallery_pictures_say_their_finding_on_one_line_within_the_picture(drawn
     for entry in gallery.FIGURES:
         figure = drawn[entry.name]
         assert figure.get_suptitle() == entry.title
-        box, window = figure._suptitle.get_window_extent(), figure.bbox
+        drawing = figure.canvas.get_renderer()  # a saved figure's title keeps that of its file
+        box, window = figure._suptitle.get_window_extent(drawing), figure.bbox
         assert box.x0 >= 0, entry.name
         assert box.x1 <= window.width, entry.name
 
@@ -179,10 +180,18 @@ def test_nesterov_overshoots_less_and_both_forms_coincide(drawn):
     np.testing.assert_allclose(seen.get_xydata(), ahead.get_xydata()[1:], atol=1e-12)
 
 
-def test_saddle_is_left_in_the_order_that_the_title_says(drawn):
-    waits = [int(name.rsplit(" ", 1)[1]) for name, _ in lines(drawn["saddle"], 1) if "half" in name]
-    plain, momentum, rmsprop, adam = waits
-    assert plain > 1.5 * momentum > 1.5 * adam > rmsprop
+def test_waits_at_the_saddle_grow_with_the_distance_but_for_adaptive_methods(drawn):
+    decades = np.arange(1, 9) * np.log(10)  # the last of the line is the farthest from the ridge
+    for lr in (0.1, 0.9):
+        waits = curve(drawn["saddle"], f"plain, lr {lr}", 1)
+        growth = waits[:-1] - waits[-1]
+        np.testing.assert_allclose(growth[::-1], decades / np.log(1 + lr), atol=2)
+    momentum = curve(drawn["saddle"], "momentum", 1)
+    assert (np.diff(momentum) < 0).all()
+    # Its factor is the larger root of z^2 - (1 + mu + lr) z + mu.
+    assert momentum[0] - momentum[3] == pytest.approx(np.log(1e3) / np.log(1.316), abs=1)
+    for name in ("RMSProp", "Adam"):
+        assert np.ptp(curve(drawn["saddle"], name, 1)) <= 1
 
 
 def test_momentum_leaves_the_local_minimum_and_plain_does_not(drawn):
@@ -213,8 +222,8 @@ def test_rare_features_learn_better_under_adagrad(drawn):
 
 
 def test_adam_without_bias_correction_steps_too_far(drawn):
-    corrected = curve(drawn["bias_correction"], "with bias")
-    plain = curve(drawn["bias_correction"], "without bias")
+    corrected = curve(drawn["bias_correction"], "with bias correction, gradients")
+    plain = curve(drawn["bias_correction"], "without bias correction, gradients")
     np.testing.assert_allclose(corrected, 1, rtol=1e-6)
     assert plain[0] == pytest.approx(0.1 / np.sqrt(0.001), rel=1e-3)
     assert plain.max() == pytest.approx(6.57, abs=0.01)
@@ -228,9 +237,24 @@ def test_amsgrad_ends_at_the_best_point_and_adam_at_the_worst(drawn):
 
 
 def test_adaptive_methods_pass_the_ravine(drawn):
-    ends = {name: y[-1] for name, y in lines(drawn["relatives"], 1)}
-    assert max(ends["Adam"], ends["Nadam"], ends["AdaMax"]) < ends["plain"] < ends["AdaDelta"]
-    assert ends["Nadam"] == min(ends.values())
+    found = drawn["relatives"]
+    names = [name for name, _ in lines(found, 1)]
+    assert names == ["Adam, lr 0.3", "Nadam, lr 0.3", "AdaMax, lr 0.3", "AdaDelta, eps 1e-4",
+                     "plain, lr 0.038"]  # fmt: skip
+    paths = [line.get_xydata() for line in found.axes[0].lines[1:]]  # the first is the minimum
+    apart = [np.abs(steep[::2] - gentle).max()
+             for steep, gentle in zip(paths[::2], paths[1::2], strict=True)]  # fmt: skip
+    assert max(apart[:3]) < 1e-8
+    assert apart[3] < 0.1
+    assert apart[4] > 0.2
+    adam, nadam, adamax = (-curve(found, name).min() for name in names[:3])
+    assert adam > 1.2 * adamax > 2 * nadam > 0
+    ends = {}
+    for name, f in lines(found, 1):
+        assert len(f) == 201
+        assert f[150:].max() < (2e-5 if name[:4] in ("Adam", "Nada", "AdaM") else f[100])
+        ends[name.split(",")[0]] = f[-1]
+    assert ends.pop("AdaDelta") > 1 > max(ends.values())
 
 
 def test_step_decay_falls_at_each_cut_and_cosine_without_jumps_both_below_constant(drawn):
@@ -267,10 +291,24 @@ def test_gallery_refuses_a_place_it_cannot_write_to(tmp_path, capsys, monkeypatc
     taken = tmp_path / "file"
     taken.write_text("mine")
     assert main(["gallery", "-o", str(taken)]) == 2
-    assert "it is a file" in capsys.readouterr().err
+    assert f"gallery: cannot write to {taken}: {taken} is a file" in capsys.readouterr().err
     assert taken.read_text() == "mine"
     assert main(["gallery", "-o", str(taken / "below")]) == 2
-    assert "fusedstep gallery: " in capsys.readouterr().err
+    assert f"{taken} is a file" in capsys.readouterr().err
+    assert main(["gallery", "-o", ""]) == 2
+    assert "fusedstep gallery: --output must name a folder, got ''" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="folder must be a path, got ''"):
+        gallery.write("")
+    with pytest.raises(TypeError, match="folder must be a path, got None"):
+        gallery.write(None)
+
+
+@pytest.mark.parametrize("name", ["index.html", "digits.png"])
+def test_gallery_draws_nothing_where_a_folder_has_a_file_s_name(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    assert main(["gallery", "-o", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path / name}: it is a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_gallery_command_keeps_other_files_and_prints_the_page(tmp_path, capsys, monkeypatch):

@@ -240,6 +240,8 @@ def _gallery(args: argparse.Namespace) -> None:
 
     from fusedstep import gallery
 
+    if not args.output:
+        raise _Usage("--output must name a folder, got ''")
     with _progress(Console(stderr=True)) as progress:
         task = progress.add_task("", total=len(gallery.FIGURES))
         done = iter(range(len(gallery.FIGURES)))
@@ -357,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, _Usage) as error:
         print(f"fusedstep {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as shells count a signal 2
     return 0
 
 

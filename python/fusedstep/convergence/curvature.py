@@ -42,7 +42,7 @@ def curvature(
     optimizer: Any = None,
     step: float | None = None,
     tol: float = 1e-4,
-    max_products: int = 1000,
+    max_products: int = 3000,
     seed: int = 0,
 ) -> Curvature:
     """The largest and the smallest eigenvalue of the Hessian at `params`, without forming it.
@@ -62,7 +62,7 @@ def curvature(
             or float64. They are moved while `grad_fn` is called, and are what they were afterwards,
             to the bit, also when it raises.
         optimizer: measures the Hessian along an optimizer's scaled directions instead, D^-1/2 H
-            D^-1/2, D being what its last step was divided by (for Adam
+            D^-1/2, D being what its steps are divided by at present (for Adam
             `sqrt(v)/sqrt(1 - beta2^t) + eps`). One of ours, `fusedstep.torch`'s included, that
             holds these very `params` and has taken a step. Weight decay counts only where it is
             part of `grad_fn`.
@@ -120,7 +120,7 @@ def safe_lr(
     preconditioned: bool = False,
     step: float | None = None,
     tol: float = 1e-4,
-    max_products: int = 1000,
+    max_products: int = 3000,
     seed: int = 0,
 ) -> float:
     """The largest learning rate at which gradient descent is stable here, 2/lambda_max.

@@ -89,9 +89,9 @@ def lr_range_test(
             loss is not finite; > 1. With losses below 0 it exceeds it by `stop - 1` times its size.
 
     Returns:
-        A `RangeTest`. `steepest`, or a rate some 3 to 10 times below `divergence`, is a good start.
-        Without any noise too large a rate shows late: a direction that has come to rest must first
-        grow again.
+        A `RangeTest`. `steepest`, or a rate some 3 to 10 times below `divergence`, is a good start;
+        nearer to 10 where there is little noise: too large a rate shows late then, as a direction
+        that has come to rest must first grow again.
 
     Raises:
         TypeError, ValueError: an argument of another kind or out of range. What `step_fn` raises is

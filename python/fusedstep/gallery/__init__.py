@@ -50,22 +50,38 @@ def write(folder: str | os.PathLike[str], tick: Callable[[str], object] = lambda
         The path of `index.html`.
 
     Raises:
-        OSError: the folder cannot be made or written to; found before anything is drawn.
+        TypeError, ValueError: folder is no path, or empty.
+        OSError: the folder or a file in it cannot be made or written to; found before anything is
+            drawn.
         ModuleNotFoundError: a package of the extra `gallery` is not installed.
     """
     from fusedstep.gallery.page import page
 
     _check_installed()
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path, got {folder!r}")
+    if not str(folder):
+        raise ValueError("folder must be a path, got ''")
     place = Path(folder)
-    if place.exists() and not place.is_dir():
-        raise NotADirectoryError(f"cannot write to {place}: it is a file")
-    place.mkdir(parents=True, exist_ok=True)
+    pictures = {entry.name: place / f"{entry.name}.png" for entry in FIGURES}
+    index = place / "index.html"
+    for path in [*place.parents, place]:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"cannot write to {place}: {path} is a file")
+    for path in [*pictures.values(), index]:
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a folder")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"cannot write {path}: permission denied")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"cannot make {place}: {error.strerror}") from error
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write to {place}: permission denied")
     for entry in FIGURES:
         tick(entry.name)
-        entry.draw().savefig(place / f"{entry.name}.png", dpi=110)
-    index = place / "index.html"
+        entry.draw().savefig(pictures[entry.name], dpi=110)
     index.write_text(page(FIGURES), encoding="utf-8")
     return str(index)
 

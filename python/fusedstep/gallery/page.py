@@ -28,7 +28,7 @@ a { color: var(--link); } nav ol { columns: 22rem; column-gap: 3.5rem; padding-l
 nav li { break-inside: avoid; margin-bottom: .3rem; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.8rem; }
 figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; background: #fff;
-  border-radius: 6px; }
+  border-radius: 6px; } figcaption { margin-top: .6rem; }
 .equation, .highlight { background: var(--panel); border-radius: 6px; }
 .equation { padding: .5rem .9rem; font-family: ui-monospace, monospace; font-size: .9rem;
   overflow-wrap: anywhere; }

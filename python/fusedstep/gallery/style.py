@@ -35,7 +35,7 @@ def contours(ax: Any, landscape: Any, levels: int = 24) -> None:
     low, high = values.min(), values.max()
     ax.contourf(x, y, values, low + (high - low) * np.linspace(0, 1, levels) ** 2, cmap="Greys_r",
                 alpha=0.45)  # fmt: skip
-    ax.plot(*np.transpose(landscape.minima), "*", color="k", ms=11, mec="w", ls="", zorder=5)
+    ax.plot(*np.transpose(landscape.minima), "*", color="w", ms=14, mec="k", ls="", zorder=5)
     ax.set_xlim(landscape.xlim)
     ax.set_ylim(landscape.ylim)
     ax.set_xlabel("x")
