@@ -73,7 +73,7 @@ def network(dtype=torch.float64):
 def test_curvature_by_torch_is_exact_and_agrees_with_differences_and_dense():
     model, loss = network()
     params = list(model.parameters())
-    exact = curvature(loss, params, tol=1e-9)
+    exact = curvature(loss, model.parameters(), tol=1e-9)
     assert exact.method == "exact products"
     slopes = torch.autograd.grad(loss(), params, create_graph=True)
     flat = torch.cat([s.reshape(-1) for s in slopes])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -176,6 +176,8 @@ class _Hessian:
     ) -> None:
         if not callable(grad_fn):
             raise TypeError(f"grad_fn must be callable, got {grad_fn!r}")
+        if isinstance(params, Iterator):  # a module's parameters()
+            params = list(params)
         self._grad_fn, self._params = grad_fn, params
         self._named = name_params(params)
         self._arrays = [as_array(p, f"params[{key}]") for key, p in self._named.items()]
