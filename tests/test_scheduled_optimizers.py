@@ -252,6 +252,27 @@ def test_a_schedule_that_leaves_the_range_changes_nothing(cls, name, make, error
     assert opt.step(values(2)).step == 2
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_step_that_raises_has_made_no_states(scheduled):
+    begins = {"momentum": lambda t: 0.0 if t == 0 else 0.9} if scheduled else {}
+    opt = fs.SGD(values(0), lr=0.1, **begins)
+    opt.step(values(1))
+    if not scheduled:
+        opt.param_groups[0]["momentum"] = 0.9
+    before = contents(opt)
+    with pytest.raises(ValueError, match="shape"):
+        opt.step({**values(2), "w": np.ones(2, np.float32)})
+    assert not any(opt.state.values())
+    assert contents(opt) == before
+    opt.step(values(2))
+    assert all("momentum_buffer" in state for state in opt.state.values())
+    peer = fs.SGD(values(0), lr=0.1)
+    peer.step(values(1))
+    peer.param_groups[0]["momentum"] = 0.9
+    peer.step(values(2))
+    assert contents(peer) == contents(opt)
+
+
 def test_schedules_that_do_not_go_together_change_nothing():
     opt = fs.SGD(values(0), momentum=S.Linear(0.9, total=2), nesterov=True)
     opt.step(values(1))

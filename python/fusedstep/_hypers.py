@@ -83,16 +83,23 @@ PAIRS = {
 }
 
 
-def as_number(name: str, value: Any, hyper: Hyper) -> float:
+def _as_float(value: Any) -> float | None:
+    """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
     if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
         value = value.detach()
-    scalar = not isinstance(value, str | bytes | bool | np.bool_ | list | tuple)
+    if isinstance(value, str | bytes | bool | np.bool_ | list | tuple):
+        return None
     try:
-        number = float(value) if scalar and np.ndim(value) == 0 else None
+        return None if np.ndim(value) else float(value)
     except (TypeError, ValueError):
-        number = None
+        return None
     except OverflowError:
-        number = math.inf
+        return math.inf
+
+
+def as_number(name: str, value: Any, hyper: Hyper) -> float:
+    """`value` as a float that the rule accepts, or TypeError or ValueError."""
+    number = value if type(value) is float else _as_float(value)
     if number is None:
         rule = hyper.rule.replace(" and", "")
         kind = f"a number {rule}".replace("number finite", "finite number")

@@ -426,15 +426,24 @@ class Optimizer:
                 together; a schedule that returns a value out of range.
             RuntimeError: the optimizer is stepping in another thread.
         """
-        natives = self._current()
-        layout = None if self._buffer is None else self._buffer._layout
-        # An exact type and an identity first: a small step takes a few microseconds in all.
-        if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
-            elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
-        else:
-            ordered = in_order(self._params, grads)
-            elements = self._table.step(ordered, natives)
-            self._announce(i for i in self._tensors if ordered[i] is not None)
+        states = self._states
+        try:
+            natives = self._current()
+            layout = None if self._buffer is None else self._buffer._layout
+            # An exact type and an identity first: a small step takes a few microseconds in all.
+            if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
+                elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
+            else:
+                ordered = in_order(self._params, grads)
+                elements = self._table.step(ordered, natives)
+                self._announce(i for i in self._tensors if ordered[i] is not None)
+        except BaseException:
+            if self._states is not states:  # new ones, for a step that was not taken
+                self._table.set_states(list(states.values()), self._table.clocks())
+                self._states = states
+                for group in self._groups:
+                    group._edited()
+            raise
         self._steps += 1
         self._used = natives
         return StepReport(self._steps, natives[0][_LR], elements)
