@@ -43,18 +43,22 @@ const Rule& rule_for(const std::string& name, const std::vector<double>& hypers)
 Doubles divisors(const std::string& name, const std::vector<double>& hypers, int64_t t,
                  const std::vector<std::optional<Doubles>>& states) {
   const Rule& rule = rule_for(name, hypers);
+  if (!rule.divisors[0]) throw py::value_error("rule must be one that divides, got " + name);
+  if (states.size() != rule.states.size()) {
+    throw py::value_error("states must have " + std::to_string(rule.states.size()) +
+                          " entries, got " + std::to_string(states.size()));
+  }
+  const unsigned uses = used_states(rule, hypers.data());
   const Doubles* first = nullptr;
   std::vector<const double*> data;
-  for (const auto& state : states) {
+  for (size_t s = 0; s < states.size(); ++s) {
+    const auto& state = states[s];
+    if (!state && uses >> s & 1) throw py::value_error("states must have " + rule.states[s]);
     if (state && first && state->size() != first->size()) {
       throw py::value_error("states must have one size");
     }
     if (state && !first) first = &*state;
     data.push_back(state ? state->data() : nullptr);
-  }
-  if (!first || !rule.divisors[0] || states.size() != rule.states.size()) {
-    throw py::value_error(name + " must divide, and have " + std::to_string(rule.states.size()) +
-                          " states, got " + std::to_string(states.size()));
   }
   Doubles result(std::vector<py::ssize_t>(first->shape(), first->shape() + first->ndim()));
   divisors(rule, hypers.data(), t, data.data(), first->size(), result.mutable_data());

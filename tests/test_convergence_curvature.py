@@ -171,7 +171,7 @@ def test_preconditioned_rate_is_that_of_the_scaled_hessian(name):
     opt = getattr(fs, name)(x, lr=1e-3, **ADAPTIVE[name])
     for _ in range(5):
         opt.step(matrix @ x + rng.standard_normal(40))
-    ((_, divisor),) = opt._denominators()
+    ((_, divisor),) = opt._divisors()
     root = 1 / np.sqrt(divisor)
     want = 2 / np.linalg.eigvalsh(root[:, None] * matrix * root)[-1]
     rate = safe_lr(lambda x: matrix @ x, x, opt, preconditioned=True)
@@ -202,7 +202,9 @@ def test_preconditioned_rate_of_the_torch_class_is_the_neutral_one():
 
 
 def test_curvature_refuses_by_name():
-    x = np.ones(3)
+    x, ten = np.ones(3), np.ones(10)
+    interleaved = curvature(lambda p: [3 * p[0], p[1]], [ten[::2], ten[1::2]])
+    assert interleaved.largest == pytest.approx(3, abs=1e-6)
 
     def grad(x):
         return 2 * x
@@ -216,6 +218,7 @@ def test_curvature_refuses_by_name():
         (np.array([1.0, np.inf]), ValueError, r"params\[0\] must be finite"),
         ([x, x], ValueError, r"params\[1\] must not share memory with params\[0\]"),
         ({"a": x[:2], "b": x[1:]}, ValueError, r"params\[b\] must not share memory with params\[a"),
+        ([ten[::2], ten[1:2], ten[4:5]], ValueError, r"params\[2\] must not share memory with pa"),
         ("x", TypeError, "params must be"),
         (3.0, TypeError, "params must be"),
     ):
@@ -247,7 +250,7 @@ def test_curvature_refuses_by_name():
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="loss of no dimensions"):
         curvature(lambda p: p * 2, p)
-    for bad, kind in ((torch.ones(3), "Tensor"), (np.ones(3), "ndarray")):
+    for bad, kind in ((torch.ones(3), "Tensor with requires_grad=False"), (np.ones(3), "ndarray")):
         with pytest.raises(TypeError, match=rf"params\[1\] must be a tensor that .*, got {kind}"):
             curvature(lambda q: q[0].square().sum(), [p, bad])
 
@@ -259,7 +262,7 @@ def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
         return 2 * x
 
     adam = fs.Adam(x)
-    with pytest.raises(ValueError, match="must have been stepped"):
+    with pytest.raises(ValueError, match="must have stepped params"):
         safe_lr(grad, x, adam, preconditioned=True)
     adam.step(x.copy())
     with pytest.raises(ValueError, match="optimizer must be given with preconditioned=True"):
@@ -290,7 +293,7 @@ def test_safe_rate_refuses_an_optimizer_that_does_not_fit():
         safe_lr(grad, x, plain, preconditioned=True)
     p = torch.nn.Parameter(torch.ones(3))
     for opt, error, message in (
-        (ft.Adagrad([p]), ValueError, r"params\[0\] must have been stepped"),
+        (ft.Adagrad([p]), ValueError, r"must have stepped params\[0\]"),
         (ft.SGD([p]), TypeError, "one that divides its steps, got SGD"),
     ):
         with pytest.raises(error, match=message):
@@ -339,7 +342,7 @@ def test_denominators_are_those_of_each_group_and_count():
         drop_in.step()
     v = (0.5 * 0.5 * 4 + 0.5 * 9) / (1 - 0.25)  # of b, with its bias correction
     for opt in (neutral, drop_in):
-        (_, a), (_, b) = opt._denominators()
+        (_, a), (_, b) = opt._divisors()
         np.testing.assert_allclose(a, 4, rtol=1e-6)
         np.testing.assert_allclose(b, np.sqrt(v) + 0.5, rtol=1e-6)
 
@@ -368,6 +371,65 @@ def test_a_loss_that_curves_alike_in_all_directions(torch_too):
         (found.smallest, found.smallest_error),
     ):
         assert abs(value - 3) <= error < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_direction_of_many_is_seen(seed):
+    n = 10_000
+    x = np.random.default_rng(0).standard_normal(n).astype(np.float32)
+    alike = np.ones(n)
+    alike[7] = 0.9
+    found = curvature(lambda p: (alike * p).astype(np.float32), x, seed=seed)
+    assert abs(found.smallest - 0.9) <= found.smallest_error < 1e-2
+    single, slope = np.zeros(n), np.zeros(n)
+    single[3], slope[9] = 1, 1e5
+    rate = safe_lr(lambda p: (single * p + slope).astype(np.float32), x, seed=seed)
+    assert rate == pytest.approx(2, rel=1e-2)
+
+
+def test_preconditioned_rate_is_of_the_present_hyperparameters_in_both_libraries():
+    x = np.array([3.0])
+    p = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    neutral, drop_in = fs.Adam(x), ft.Adam([p])
+    neutral.step(np.array([3.0]))
+    p.grad = torch.tensor([3.0], dtype=torch.float64)
+    drop_in.step()
+
+    def rates():
+        return (
+            safe_lr(lambda x: 2 * x, x, neutral, preconditioned=True),
+            safe_lr(lambda p: (p * p).sum(), p, drop_in, preconditioned=True),
+        )
+
+    assert rates() == pytest.approx((3, 3), rel=1e-6)
+    for opt in (neutral, drop_in):
+        opt.param_groups[0]["eps"] = 1.0
+    assert rates() == pytest.approx((4, 4), rel=1e-6)
+    for opt, one, loss in ((neutral, x, lambda x: 2 * x), (drop_in, p, lambda p: (p * p).sum())):
+        opt.param_groups[0]["amsgrad"] = True
+        with pytest.raises(ValueError, match=r"must have stepped params\[0\] with these"):
+            safe_lr(loss, one, opt, preconditioned=True)
+
+
+def test_preconditioned_rate_needs_only_its_own_parameters_stepped():
+    a, b = np.ones(2), np.ones(2)
+    opt = fs.Adam([a, b])
+    opt.step([np.full(2, 4.0), None])
+    assert safe_lr(lambda x: 2 * x, a, opt, preconditioned=True) == pytest.approx(4, rel=1e-6)
+    with pytest.raises(ValueError, match=r"optimizer must have stepped params\[0\]"):
+        safe_lr(lambda x: 2 * x, b, opt, preconditioned=True)
+    w = np.ones((3, 3))
+    square = fs.Adagrad(w)
+    square.step(np.arange(1.0, 10.0).reshape(3, 3))
+    with pytest.raises(ValueError, match=r"optimizer must hold params\[0\]"):
+        safe_lr(lambda x: x, w.T, square, preconditioned=True)
+
+
+def test_products_are_counted_for_each_end():
+    values = np.linspace(-10, 10, 200)
+    total = curvature(lambda x: values * x, np.ones(200)).products
+    again = curvature(lambda x: values * x, np.ones(200), max_products=3 * total // 4)
+    assert again.products == total
 
 
 def test_float32_errors_are_of_float32():

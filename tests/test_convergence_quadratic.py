@@ -235,6 +235,14 @@ def test_quadratic_refuses_a_matrix_by_what_is_wrong(a, error, message):
         Quadratic(a)
 
 
+def test_quadratic_takes_any_real_numbers():
+    import ml_dtypes
+
+    assert Quadratic(np.array([1, 2], ml_dtypes.bfloat16)).eigenvalues.tolist() == [1, 2]
+    assert Quadratic(np.array([[3, 0], [0, 1]])).eigenvalues.tolist() == [1, 3]
+    assert Quadratic([1e-12, 1.0]).condition_number == 1e12  # a diagonal is exact
+
+
 def test_quadratic_forgives_rounding_alone():
     matrix = np.array([[2.0, 1.0], [1.0 + 1e-12, 3.0]])
     made = Quadratic(matrix).A

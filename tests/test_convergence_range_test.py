@@ -58,6 +58,11 @@ def test_range_test_sweeps_exponentially_from_start_to_end():
                           steps=5)  # fmt: skip
     np.testing.assert_allclose(tried, 0.01 * 100 ** (np.arange(5) / 4), rtol=1e-15)
     assert (tried[0], tried[-1]) == (0.01, 1.0)
+    assert found.steepest is None
+    for value in (0.3, 7.0, 1e-9, -2.0):  # no rounding makes a fall of it
+        flat = lr_range_test(lambda lr, value=value: value, np.ones(1), steps=100)
+        assert flat.steepest is None
+        np.testing.assert_array_equal(flat.smoothed, value)
     for n in range(3, 60):  # a power need not end where it should
         assert (
             lr_range_test(lambda lr: 1.0, np.ones(1), start=3e-7, end=0.7, steps=n).lrs[-1] == 0.7
@@ -65,6 +70,34 @@ def test_range_test_sweeps_exponentially_from_start_to_end():
     np.testing.assert_array_equal(found.lrs, tried)
     np.testing.assert_allclose(found.smoothed, 1.0, rtol=1e-15)
     assert found.divergence is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "turn"),
+    [
+        ([5.0, 4.0, 3.0, 2.0, 100.0], 4),  # at once
+        ([5.0, 4.0, 3.0, 1.0, 2.0, 2.5, 4.0, 9.0], 5),  # 2 is not above the mean of 4, 3, 1
+        ([5.0, 9.0, 3.0, 1.0, 4.0, 2.5, 4.0, 9.0], 6),  # nor 2.5 above that of 3, 1, 4
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1),  # rises from the start
+        ([3.0, 9.0, 2.0, 2.0, 50.0], 4),  # a spike before is none
+        ([np.nan], 0),
+        ([2.0, np.inf], 1),
+        ([1e308, 1e308, 1e308, np.inf], 3),
+    ],
+)
+def test_range_test_finds_where_the_loss_turns(losses, turn):
+    given = iter(losses)
+    found = lr_range_test(lambda lr: next(given), np.ones(1), start=1.0, end=10.0,
+                          steps=max(len(losses), 2), smoothing=0.0)  # fmt: skip
+    assert found.losses.size == len(losses)
+    assert found.divergence == found.lrs[turn]
+
+
+def test_range_test_takes_rates_of_any_span():
+    wide = lr_range_test(lambda lr: 1.0, np.ones(1), start=1e-200, end=1e200, steps=5)
+    np.testing.assert_allclose(wide.lrs, [1e-200, 1e-100, 1, 1e100, 1e200])
+    near = lr_range_test(lambda lr: -lr, np.ones(1), start=1.0, end=np.nextafter(1, 2), steps=5)
+    assert near.lrs[-1] > 1
 
 
 def test_range_test_smooths_without_bias():
@@ -231,6 +264,65 @@ def test_range_test_puts_neutral_optimizers_over_tensors_back_in_full_precision(
     assert opt._table.clocks() == clocks
     assert {k: id(a) for k, a in opt.state["a"].items()} == state
     assert opt.steps == 3
+
+
+def test_range_test_puts_memory_back_that_was_swapped():
+    model = torch.nn.Linear(2, 1)
+    before = [p.detach().clone() for p in model.parameters()]
+    places = [p.data_ptr() for p in model.parameters()]
+    model(torch.ones(2)).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+
+    def step(lr):
+        for p in model.parameters():
+            p.grad.mul_(2)
+            p.data = p.data - lr
+        model.double()
+        return 1.0
+
+    lr_range_test(step, model, steps=3)
+    for p, value, place, grad in zip(model.parameters(), before, places, grads, strict=True):
+        assert p.dtype == torch.float32
+        assert torch.equal(p, value)
+        assert p.data_ptr() == place
+        assert torch.equal(p.grad, grad)
+
+
+def test_range_test_puts_back_what_it_can_beside_an_expanded_buffer():
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("positions", torch.zeros(1, 3).expand(4, 3))
+    opt = torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def step(lr):
+        opt.param_groups[0]["lr"] = lr
+        return 1.0
+
+    lr_range_test(step, [model, opt], steps=3)
+    assert opt.param_groups[0]["lr"] == 0.5
+
+
+def test_range_test_puts_lists_in_states_back():
+    def make():
+        p = torch.nn.Parameter(torch.ones(3))
+        return p, torch.optim.LBFGS([p], lr=0.1, max_iter=2)
+
+    def step(p, opt):
+        def loss():
+            opt.zero_grad()
+            value = (torch.arange(1.0, 4.0) * p**4).sum()
+            value.backward()
+            return value
+
+        return opt.step(loss)
+
+    (p, tested), (q, twin) = make(), make()
+    for one in ((p, tested), (q, twin)):
+        step(*one)
+        step(*one)
+    lr_range_test(lambda lr: step(p, tested), tested, steps=4)
+    for one in ((p, tested), (q, twin)):
+        step(*one)
+    assert torch.equal(p, q)
 
 
 def test_range_test_puts_schedules_with_a_state_back():

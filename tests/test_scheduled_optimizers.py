@@ -197,7 +197,17 @@ def test_a_checkpoint_has_the_progress_of_reduce_on_plateau(told):
         (3, ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
         ([[None]], ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
         ([[None], [None, 3]], TypeError, "progress must be None or"),
-        ([[(0.1, None, 0, 0)], [None, (-1.0, None, 0, 0)]], ValueError, r"progress\[0\] must be"),
+        ([1], ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
+        (
+            [[None], [None, (-1.0, None, 0, 0)]],
+            ValueError,
+            r"state_dict\['plateaus'\]\[1\]\[1\]: progress\[0\] must be",
+        ),
+        (
+            [[(0.1, None, 0, 0)], [None, None]],
+            ValueError,
+            "must be that of the other places of its",
+        ),
     ],
 )
 def test_a_progress_that_does_not_fit_changes_nothing(plateaus, error, message):
@@ -216,6 +226,23 @@ def test_a_checkpoint_without_progress_leaves_reduce_on_plateau_where_it_is():
     rate.step(1.0)
     opt.load_state_dict(saved)
     assert rate.progress == (0.5, 1.0, 0, 0)
+
+
+def test_a_loaded_optimizer_stores_the_values_of_the_last_step():
+    opt = fs.Adam(values(0), lr=S.Linear(0.5, total=10), betas=(S.Linear(0.9, 10, 0.5), 0.99))
+    for seed in range(3):
+        opt.step(values(seed))
+    again = fs.Adam(values(0), lr=S.Linear(0.5, total=10), betas=(S.Linear(0.9, 10, 0.5), 0.99))
+    again.load_state_dict(opt.state_dict())
+    for stored in (opt.state_dict(), again.state_dict()):
+        group = stored["param_groups"][0]
+        assert group["lr"] == S.Linear(0.5, total=10)(2)
+        assert group["betas"] == (S.Linear(0.9, 10, 0.5)(2), 0.99)
+        assert "plateaus" not in stored
+    momentum = S.ReduceOnPlateau(0.9, patience=0)
+    momentum.step(1.0)
+    inside = fs.Adam(values(0), betas=(momentum, 0.99))
+    assert inside.state_dict()["plateaus"] == [[(0.9, 1.0, 0, 0)]]
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])
@@ -457,7 +484,7 @@ def test_denominator_is_what_the_step_divided_by(name, steps):
         earlier = copy.deepcopy(opt.state)
         grads = values(t + 1, np.float64)
         opt.step(grads)
-    for (key, p), (held, found) in zip(params.items(), opt._denominators(), strict=True):
+    for (key, p), (held, found) in zip(params.items(), opt._divisors(), strict=True):
         assert held is p
         expected = 0.1 * grads[key] / (before[key] - p)
         if name == "Adadelta":  # whose numerator is that of the step before
@@ -471,15 +498,15 @@ def test_rules_that_do_not_divide_have_no_denominator(name):
     opt = getattr(fs, name)(values(0), **({"momentum": 0.9} if name == "SGD" else {}))
     opt.step(values(1))
     with pytest.raises(TypeError, match=f"must be one that divides its steps, got {name}"):
-        opt._denominators()
+        opt._divisors()
 
 
 def test_divisors_of_the_core_refuse_what_is_no_state():
     one, two = np.ones(1), np.ones(2)
     for rule, hypers, states, message in (
-        ("sgd", [0.1, 0.9, 0.0, 0.0], [one], "sgd must divide"),
-        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one], "adamax must divide, and have 2 states, got 1"),
-        ("adamax", [0.1, 0.9, 0.99, 1e-8], [None, None], "adamax must divide, and have 2 states"),
+        ("sgd", [0.1, 0.9, 0.0, 0.0], [one], "rule must be one that divides, got sgd"),
+        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one], "states must have 2 entries, got 1"),
+        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one, None], "states must have exp_inf"),
         ("adamax", [0.1, 0.9, 0.99, 1e-8], [one, two], "states must have one size"),
         ("adamax", [0.1], [one, one], "hypers must have 4 entries, got 1"),
         ("adamax2", [0.1], [one, one], "rule must be one of"),

@@ -428,10 +428,17 @@ def test_nothing_grows_out_of_0(schedule):
 
 
 def test_no_other_class_takes_a_schedule_s_name():
-    with pytest.raises(TypeError, match="must not be named as one of ours, got 'Cosine'"):
-        type("Cosine", (S.Schedule,), {})
+    for name in ("Cosine", "Warmup"):
+        with pytest.raises(TypeError, match=f"must not be named as one of ours, got '{name}'"):
+            type(name, (S.Schedule,), {})
     saved = S.Cosine(0.1, 10).to_dict()
     assert type(S.from_dict(saved)) is S.Cosine
+
+
+def test_an_overflow_is_infinite_for_one_step_and_for_many():
+    schedule = S.Constant(1e300) * 1e300
+    assert schedule(0) == INF
+    assert schedule([0, 1]).tolist() == [INF, INF]
 
 
 def test_numpy_s_strings_become_strings():
@@ -479,6 +486,7 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
         (lambda: S.MultiStep(0.1, np.ones((1, 2), int)), TypeError, r"milestones\[0\] must be an"),
         (lambda: S.Cosine(0.1, np.array([3])), TypeError, "total must be an integer >= 1"),
         (lambda: S.Cosine(0.1, np.array(True)), TypeError, "total must be an integer >= 1"),
+        (lambda: S.Cosine(0.1, torch.tensor(True)), TypeError, "total must be an integer >= 1"),
         (lambda: S.WSD(2e-198, 3, 3, 1e300, "exponential"), ValueError, "end / lr must be finite"),
         (lambda: S.Exponential(0.1, -0.5), ValueError, "decay must"),
         (lambda: S.Exponential.percent(0.1, 101), ValueError, "alpha must"),

@@ -184,6 +184,16 @@ def test_a_schedule_of_another_kind_is_loaded_as_one_object_for_all_groups():
     assert first == plateau
 
 
+def test_places_of_one_object_that_a_checkpoint_tells_apart_are_told_apart():
+    def make(schedules):
+        return LRScheduler(torch.optim.SGD([group(0.1), group(0.1)]), schedules)
+
+    own = S.Constant(0.1)
+    scheduler = make([own, own])
+    scheduler.load_state_dict(make([S.Constant(0.1), S.Constant(0.2)]).state_dict())
+    assert scheduler.schedules == [S.Constant(0.1), S.Constant(0.2)]
+
+
 def test_a_group_that_is_added_follows_the_one_schedule():
     opt = torch.optim.SGD(model(), lr=0.1)
     scheduler = LRScheduler(opt, COSINE)
@@ -391,8 +401,12 @@ def test_look_ahead_over_tensors_refuses_a_step_inside_and_no_momentum():
     params = model()
     opt = ft.SGD(params, lr=0.1, momentum=0.9)
     train(opt, LRScheduler(opt, S.Constant(0.1)), 1)
-    with opt.lookahead(), pytest.raises(RuntimeError, match="must come after a lookahead"):
-        opt.step()
+    saved = opt.state_dict()
+    with opt.lookahead():
+        for refused in (opt.step, lambda: copy.deepcopy(opt), lambda: opt.load_state_dict(saved)):
+            with pytest.raises(RuntimeError, match=r"must .* after a lookahead"):
+                refused()
+    assert copy.deepcopy(opt).state_dict()["param_groups"] == saved["param_groups"]
     with pytest.raises(ValueError, match="lookahead needs momentum > 0"):
         ft.SGD(params, lr=0.1).lookahead().__enter__()
     with pytest.raises(ValueError, match="lookahead needs momentum > 0"):

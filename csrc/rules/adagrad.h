@@ -1,4 +1,4 @@
-// Adagrad: s += g^2;  p -= lr*g / ((sqrt(s) + eps) * (1 + (t-1)*lr_decay)).
+// Adagrad: s += g^2;  p -= clr*g / (sqrt(s) + eps),  clr = lr / (1 + (t-1)*lr_decay).
 // Duchi, Hazan, Singer 2011, https://jmlr.org/papers/v12/duchi11a.html
 #pragma once
 
@@ -20,18 +20,19 @@ struct Adagrad {
   struct Step {
     static constexpr int kStates = 1;
     static constexpr unsigned kHas = 1;
-    V lr, slowdown, slow_eps;
+    V clr, eps, slowdown;
 
     FN void operator()(V& p, V g, V& s) const {
       s = fma(g, g, s);
-      p = fnma(lr, g / divisor(s), p);
+      p = fnma(clr, g / root(s), p);
     }
-    FN V divisor(const V& s) const { return fma(sqrt(s), slowdown, slow_eps); }
+    FN V root(const V& s) const { return sqrt(s) + eps; }
+    FN V divisor(const V& s) const { return slowdown * root(s); }  // clr is lr / slowdown
   };
 
   static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const double slowdown = 1 + static_cast<double>(clock.t - 1) * h.lr_decay;
-    s = {h.lr, slowdown, h.eps * slowdown};
+    s = {h.lr / slowdown, h.eps, slowdown};
     return 0;
   }
 };

@@ -1,5 +1,5 @@
 // RAdam: m, v as Adam;  rinf = 2/(1-b2) - 1;  r_t = rinf - 2t*b2^t/(1-b2^t);
-//        r_t > 5: p -= lr/(1-b1^t) * m / ((sqrt(v)+eps) * u),  u = 1/(r*sqrt(1-b2^t)),
+//        r_t > 5: p -= lr/(1-b1^t) * r*sqrt(1-b2^t) * m/(sqrt(v)+eps),
 //                 r = sqrt((r_t-4)(r_t-2)rinf / ((rinf-4)(rinf-2)r_t));
 //        else:    p -= lr/(1-b1^t) * m.
 // Liu et al. 2020, algorithm 2, arXiv:1908.03265
@@ -25,31 +25,33 @@ struct RAdam {
     static constexpr unsigned kHas = 3;
     Average<V> average;
     SquareAverage<V> square_average;
-    V step_size, u, eps_u;
+    V step_size, eps, rectifier;
 
     FN void operator()(V& p, V g, V& m, V& v) const {
       m = average(m, g);
       v = square_average(v, g);
       V direction = m;
-      if constexpr (kVariant == kRectified) direction = m / divisor(m, v);
+      if constexpr (kVariant == kRectified) direction = m / root(v);
       p = fnma(step_size, direction, p);
     }
-    FN V divisor(const V&, const V& v) const {
-      return kVariant == kRectified ? fma(sqrt(v), u, eps_u) : V(1);
+    FN V root(const V& v) const { return sqrt(v) + eps; }
+    FN V divisor(const V&, const V& v) const {  // step_size has the rectifier
+      return kVariant == kRectified ? root(v) / rectifier : V(1);
     }
   };
 
   static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const double t = static_cast<double>(clock.t), beta2_t = power(h.beta2, clock.t);
     const double r_inf = 2 / (1 - h.beta2) - 1, r_t = r_inf - 2 * t * beta2_t / (1 - beta2_t);
+    double step_size = h.lr / (1 - power(h.beta1, clock.t)), rectifier = 1;
     const bool rectified = r_t > 5;
-    double u = 1;
     if (rectified) {
-      u = 1 / __builtin_sqrt((r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) *
-                             (1 - beta2_t));
+      rectifier = __builtin_sqrt((r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t) *
+                                 (1 - beta2_t));
+      step_size *= rectifier;
     }
-    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2),
-         h.lr / (1 - power(h.beta1, clock.t)), u, h.eps * u};
+    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), step_size, h.eps,
+         rectifier};
     return rectified ? kRectified : kUnrectified;
   }
 };

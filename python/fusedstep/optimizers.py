@@ -543,21 +543,25 @@ class Optimizer:
             raise TypeError(f"optimizer must be one that divides its steps, got {cls.__name__}")
 
     @classmethod
-    def _divisor(cls, native: list[float], t: int, state: Mapping[str, Array]) -> Array:
-        """What update t divided each element's step by, from its float64 states."""
+    def _divisor(cls, native: list[float], t: int, state: Mapping[str, Array]) -> Array | None:
+        """What each element's step is divided by after update t, from its float64 states.
+
+        None where there was no update, or none under these hyperparameters.
+        """
+        if t == 0 or any(name not in state for name in cls._uses(native)):
+            return None
         states = [state.get(name) for name in _RULES[cls._rule][1]]
         return _core.divisors(cls._rule, native[_LR:], t, states)
 
-    def _denominators(self) -> list[tuple[Any, Array]]:
-        """Each parameter with its `_divisor`, in float64; ValueError before the first step."""
+    def _divisors(self) -> list[tuple[Any, Array | None]]:
+        """Each parameter with its `_divisor` under the present hyperparameters."""
         self._check_divides()
-        natives = self._last_natives()
+        t = max(self._steps - 1, 0)
+        natives = [self._native_at(group._hypers, t) for group in self._groups]
         found = []
         for i, (param, clock) in enumerate(
             zip(self._params.values(), self._table.clocks(), strict=True)
         ):
-            if not self._started(clock):
-                raise ValueError(f"params[{self._names[i]}] must have been stepped, got no update")
             state = {
                 n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
             }
@@ -649,17 +653,26 @@ class Optimizer:
         own = self._plateaus()
         if "plateaus" not in state_dict or not any(own):
             return []
-        saved = state_dict["plateaus"]
-        if not isinstance(saved, list) or list(map(len, saved)) != list(map(len, own)):
+        saved, counts = state_dict["plateaus"], list(map(len, own))
+        lists = isinstance(saved, list) and all(isinstance(one, list) for one in saved)
+        if not lists or list(map(len, saved)) != counts:
             raise ValueError(
-                f"state_dict['plateaus'] must have the progress of {list(map(len, own))}"
-                f" ReduceOnPlateau in the groups, got {saved!r}"
+                f"state_dict['plateaus'] must have the progress of {counts} ReduceOnPlateau in the"
+                f" groups, got {saved!r}"
             )
-        return [
-            (plateau, replace(plateau, progress=reached).progress)  # which checks it
-            for mine, theirs in zip(own, saved, strict=True)
-            for plateau, reached in zip(mine, theirs, strict=True)
-        ]
+        staged: dict[int, tuple[ReduceOnPlateau, Any]] = {}
+        for i, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
+            for k, (plateau, reached) in enumerate(zip(mine, theirs, strict=True)):
+                where = f"state_dict['plateaus'][{i}][{k}]"
+                try:
+                    progress = replace(plateau, progress=reached).progress
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{where}: {error}") from None
+                if staged.setdefault(id(plateau), (plateau, progress))[1] != progress:
+                    raise ValueError(
+                        f"{where} must be that of the other places of its schedule, got {reached!r}"
+                    )
+        return list(staged.values())
 
     def _staged_steps(self, state_dict: Mapping[str, Any]) -> int:
         """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -223,9 +223,10 @@ class _Hessian:
                 raise ValueError(f"grad_fn must return a loss of no dimensions, got {result.shape}")
             for key, one in self._named.items():
                 if not isinstance(one, torch.Tensor) or not one.requires_grad:
+                    kind = f"{type(one).__name__} with requires_grad=False"
                     raise TypeError(
                         f"params[{key}] must be a tensor that requires grad where grad_fn returns a"
-                        f" loss, got {type(one).__name__}"
+                        f" loss, got {kind if hasattr(one, 'detach') else type(one).__name__}"
                     )
             self.method, self._is_exact = "exact products", True
             self._tensors = list(self._named.values())
@@ -313,12 +314,17 @@ class _Hessian:
         return flat
 
     def _denominator(self, optimizer: Any) -> Array:
-        if not hasattr(optimizer, "_denominators"):
+        if not hasattr(optimizer, "_divisors"):
             raise TypeError(f"optimizer must be one of fusedstep's, got {type(optimizer).__name__}")
-        held = {_place(as_array(p, "params")): found for p, found in optimizer._denominators()}
+        held = {_place(as_array(p, "params")): found for p, found in optimizer._divisors()}
         for key, array in zip(self._named, self._arrays, strict=True):
             if array.size and _place(array) not in held:
                 raise ValueError(f"optimizer must hold params[{key}], got one of other parameters")
+            if array.size and held[_place(array)] is None:
+                raise ValueError(
+                    f"optimizer must have stepped params[{key}] with these hyperparameters, got no"
+                    " such update"
+                )
         flat = np.concatenate([held[_place(a)].ravel() for a in self._arrays if a.size])
         if not (flat > 0).all():
             raise ValueError(f"optimizer must divide by numbers > 0, got {flat.min()}")
@@ -356,15 +362,25 @@ def _outermost(
         ) from error
     n, before = hessian.n, hessian.products
     start = rng.standard_normal(n)
-    moved = hessian.times(start) - shift * start
-    if np.linalg.norm(moved) <= hessian.noise(shift) * np.linalg.norm(start):
-        return shift, hessian.noise(shift)  # nothing but rounding: all eigenvalues are alike
 
     def times(v: Array) -> Array:
         if hessian.products - before >= max_products:
             raise _Exhausted
         product: Array = hessian.times(v) - shift * v.ravel()
         return product
+
+    # ARPACK cannot tell a spectrum that is one value from its rounding. A vector that it is applied
+    # to again and again turns towards any other value, and then it is no more than rounding.
+    noise, moved = hessian.noise(shift), start
+    for _ in range(min(_BASIS, max_products)):
+        length = float(np.linalg.norm(moved))
+        if length == 0:
+            return shift, noise
+        moved = times(moved / length)
+        if np.linalg.norm(moved) > noise:
+            break
+    else:
+        return shift, noise * math.sqrt(n)
 
     shifted = LinearOperator((n, n), matvec=times, dtype=np.float64)
     try:
@@ -389,8 +405,8 @@ class _Exhausted(Exception):
     """All products are taken."""
 
 
-def _place(array: Any) -> tuple[int, tuple[int, ...]]:
-    return array.ctypes.data, array.shape
+def _place(array: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return array.ctypes.data, array.shape, array.strides
 
 
 def _bounds(array: Any) -> tuple[int, int]:
@@ -402,9 +418,11 @@ def _bounds(array: Any) -> tuple[int, int]:
 
 def _check_apart(arrays: dict[Any, Any]) -> None:
     """Raises ValueError where two arrays share memory: it would be moved twice."""
-    found = sorted(
-        (*_bounds(array), str(key), array) for key, array in arrays.items() if array.size
-    )
-    for (_, end, one, first), (begin, _, other, second) in pairwise(found):
-        if begin < end and np.shares_memory(first, second):
-            raise ValueError(f"params[{other}] must not share memory with params[{one}]")
+    open_: list[tuple[int, str, Any]] = []  # end, key and array of those that reach this far
+    bounds = [(*_bounds(array), str(key), array) for key, array in arrays.items() if array.size]
+    for begin, end, key, array in sorted(bounds, key=itemgetter(0)):
+        open_ = [one for one in open_ if one[0] > begin]
+        for _, other, earlier in open_:
+            if np.shares_memory(earlier, array):
+                raise ValueError(f"params[{key}] must not share memory with params[{other}]")
+        open_.append((end, key, array))

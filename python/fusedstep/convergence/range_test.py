@@ -128,8 +128,7 @@ def lr_range_test(
     if not restore:
         raise ValueError("params must have something to put back, got none")
 
-    lrs = start * (end / start) ** (np.arange(steps) / (steps - 1))
-    lrs[-1] = end
+    lrs = np.geomspace(start, end, steps)
     losses: list[float] = []
     smoothed: list[float] = []
     blew_up = False
@@ -138,15 +137,15 @@ def lr_range_test(
         for i, lr in enumerate(lrs.tolist()):
             loss = check("loss", step_fn(lr), Hyper("or NaN", lambda x: True, ""))
             losses.append(loss)
-            average = smoothing * average + (1 - smoothing) * loss
-            smoothed.append(average / (1 - smoothing ** (i + 1)))
+            # The bias-corrected running average, in a form that a constant loss does not move.
+            average += (1 - smoothing) / (1 - smoothing ** (i + 1)) * (loss - average)
+            smoothed.append(average)
             lowest = min(smoothed)
             if not math.isfinite(loss) or smoothed[-1] > lowest + (stop - 1) * abs(lowest):
                 blew_up = True
                 break
     finally:
-        for put_back in restore:
-            put_back()
+        _put_back(restore)
     tried = lrs[: len(losses)]
     return RangeTest(
         tried,
@@ -160,7 +159,10 @@ def lr_range_test(
 def _turn(lrs: Array, losses: list[float]) -> float:
     """The rate from which on the loss rises: the averages that stop the test come too late."""
     last = len(losses) - 1
-    while last > 1 and not losses[last - 1] <= np.mean(losses[max(last - 4, 0) : last - 1]):
+    while last > 1:
+        before = losses[max(last - 4, 0) : last - 1]
+        if losses[last - 1] <= sum(one / len(before) for one in before):
+            break
         last -= 1
     return float(lrs[last])
 
@@ -169,9 +171,10 @@ def _steepest(lrs: Array, smoothed: list[float]) -> float | None:
     """Where the smoothed loss falls fastest against log lr."""
     finite = np.isfinite(smoothed)
     values, rates = np.array(smoothed)[finite], np.log(lrs[finite])
-    if values.size < 2:
+    if not (np.diff(values) < 0).any():
         return None
-    slope = np.gradient(values, rates)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of equal rates
+        slope = np.gradient(values, rates)
     return float(np.exp(rates[slope.argmin()])) if slope.min() < 0 else None
 
 
@@ -206,16 +209,36 @@ def _keep(thing: Any, name: str) -> list[Callable[[], Any]]:
     return [lambda: np.copyto(array, saved)]
 
 
+def _put_back(restore: list[Callable[[], Any]]) -> None:
+    """Calls them all; raises the first error afterwards."""
+    errors = []
+    for one in restore:
+        try:
+            one()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 def _keep_tensor(tensor: Any) -> list[Callable[[], Any]]:
-    """The values of a tensor, and of its gradient."""
+    """The memory of a tensor, its values, and those of its gradient."""
     held, saved = tensor.detach(), tensor.detach().clone()
-    kept: list[Callable[[], Any]] = [lambda: held.copy_(saved)]
-    if tensor.is_leaf and tensor.requires_grad:
-        grad = tensor.grad
-        kept.append(lambda: setattr(tensor, "grad", grad))
-        if grad is not None:
-            kept += _keep_tensor(grad)
-    return kept
+    has_grad = tensor.is_leaf and tensor.requires_grad
+    grad = tensor.grad if has_grad else None
+    is_expanded = any(n > 1 and not step for n, step in zip(held.shape, held.stride(), strict=True))
+
+    def put_back() -> None:
+        if tensor.data_ptr() != held.data_ptr() or tensor.dtype != held.dtype:
+            if has_grad:
+                tensor.grad = None  # which may be of another type
+            tensor.data = held
+        if not is_expanded:  # one in which nothing can be written
+            held.copy_(saved)
+        if has_grad:
+            tensor.grad = grad
+
+    return [*([] if grad is None else _keep_tensor(grad)), put_back]
 
 
 def _keep_groups(optimizer: Any) -> list[Callable[[], Any]]:

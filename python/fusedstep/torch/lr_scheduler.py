@@ -147,19 +147,21 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
                 _as_list(self._schedules[name]), _as_list(saved[name]), strict=True
             )
         ]
-        # One object in several places stays one.
-        now = {id(own): own if new is None else restored(own, new) for own, new in staged}
-        super().load_state_dict(
-            {
-                **state,
-                "_schedules": {
-                    name: [now[id(one)] for one in given]
-                    if isinstance(given, list)
-                    else now[id(given)]
-                    for name, given in self._schedules.items()
-                },
-            }
-        )
+        loaded = iter([_loaded(own, new, staged) for own, new in staged])
+        schedules = {
+            name: [next(loaded) for _ in given] if isinstance(given, list) else next(loaded)
+            for name, given in self._schedules.items()
+        }
+        super().load_state_dict({**state, "_schedules": schedules})
+
+
+def _loaded(own: _Function, new: Any, staged: list[tuple[_Function, Any]]) -> Any:
+    """What stands in `own`'s place: one object where it stands in several, if they agree."""
+    if new is None:
+        return own
+    alike = [other for one, other in staged if one is own]
+    first = next(other for other in alike if other == new)
+    return restored(own, first) if all(other == new for other in alike) else first
 
 
 def _argument(name: str) -> str:

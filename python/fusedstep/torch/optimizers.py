@@ -247,8 +247,8 @@ class Optimizer(torch.optim.Optimizer):
                 return str(group["param_names"][i - self._indices(k).start])
         return str(i)
 
-    def _denominators(self) -> list[tuple[Any, Any]]:
-        """Each parameter with what its last update divided by, as a float64 array."""
+    def _divisors(self) -> list[tuple[Any, Any]]:
+        """Each parameter with its `_divisor` under the present hyperparameters."""
         self._spec._check_divides()
         found: list[tuple[Any, Any]] = []
         for group in self.param_groups:
@@ -261,9 +261,6 @@ class Optimizer(torch.optim.Optimizer):
                     if self._is_array(name)
                 }
                 t = int(entry.get("step", 0))
-                if not t:
-                    label = self._name(len(found))
-                    raise ValueError(f"params[{label}] must have been stepped, got no update")
                 found.append((param, self._spec._divisor(native, t, state)))
         return found
 
@@ -380,6 +377,17 @@ class LookAhead(Optimizer):
             with torch.no_grad():
                 for (param, _, _), values in zip(moving, saved, strict=True):
                     param.copy_(values)
+
+    def __getstate__(self) -> Any:
+        if self._ahead:
+            raise RuntimeError("copies must be made after a lookahead, not inside it")
+        return super().__getstate__()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As torch's; RuntimeError inside a look-ahead."""
+        if self._ahead:
+            raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
+        super().load_state_dict(state_dict)
 
     def _current(self) -> list[_Row]:
         if self._ahead:
