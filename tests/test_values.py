@@ -349,3 +349,11 @@ def test_power_has_the_limits_of_pow(base, y):
         want = math.inf
     got = _core.power(base, y)
     assert got == want or abs(got - want) <= math.ulp(want)
+
+
+def test_adagrad_whose_rate_has_died_stands_still():
+    x = np.ones(3, np.float32)
+    opt = fs.Adagrad(x, lr=0.1, lr_decay=1e38)  # 1 + 5 * lr_decay is no float32
+    for _ in range(6):
+        opt.step(np.array([0, 1, 0], np.float32))
+    np.testing.assert_allclose(x, [1, 0.9, 1], rtol=1e-6)
