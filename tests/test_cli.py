@@ -248,6 +248,7 @@ def test_plot_knows_every_schedule(tmp_path):
 def test_plot_takes_counts_in_exponent_form_and_any_length(tmp_path):
     output = ["-o", str(tmp_path / "long.png")]
     assert main(["plot", "cosine", "--lr", "1e-1", "--total", "1e6", *output]) == 0
+    assert main(["plot", "Cosine_Restarts", "--lr", "0.1", "--period", "9", *output]) == 0
     assert main(["plot", "step", "--lr", "0.1", "--every", str(2**52), *output]) == 0
     assert main(["plot", "inversesqrt", "--lr", "0.1", "--timescale", "1e308", *output]) == 0
 
@@ -266,6 +267,7 @@ def test_plot_takes_counts_in_exponent_form_and_any_length(tmp_path):
         (["cosine", "--lr", "1", "--total", "9.5"], "total must be an integer >= 1, got 9.5"),
         (["cosine", "--lr", "1", "--total", "9", "--every", "3"], "--every must be given to a"),
         (["cosine", "--lr", "1", "--total", "9", "--start", "3"], "--start needs --warmup"),
+        (["cosine", "Cosine", "--lr", "1", "--total", "9"], "each schedule must be named once"),
         (["cosine", "--lr", "1", "--total", "9", "--warmup=-3"], "--warmup must be an integer"),
         (["cosine", "--lr", "1", "--total", "9", "--steps", "0"], "steps must be an integer"),
         (["wsd", "--lr", "1", "--total", "9", "--decay", "12"], "decay must be <= total (9)"),

@@ -95,6 +95,21 @@ def test_curvature_by_torch_is_exact_and_agrees_with_differences_and_dense():
     assert abs(near.smallest - values[0]) <= near.smallest_error < 1e-3
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_curvature_takes_a_gradient_of_one_tensor(graph):
+    p = torch.arange(1.0, 5.0, dtype=torch.float64, requires_grad=True)
+    scale = torch.arange(1.0, 5.0, dtype=torch.float64)
+
+    def gradient(p):
+        return torch.autograd.grad((scale * p * p).sum() / 2, p, create_graph=graph)[0]
+
+    found = curvature(gradient, p)
+    assert found.method == "finite differences"
+    assert found.largest == pytest.approx(4, abs=1e-6)
+    zero_d = torch.tensor(2.0, requires_grad=True)
+    assert curvature(lambda q: q**3, zero_d).largest == pytest.approx(12)
+
+
 @pytest.mark.parametrize("form", ["array", "list", "dict", "buffer"])
 def test_curvature_takes_parameters_and_gradients_in_every_form(form):
     first, second = np.array([1.0, 2.0, 3.0]), np.full((2, 2), 5.0)
@@ -249,7 +264,7 @@ def test_curvature_refuses_by_name():
         curvature(grad, frozen)
     p = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="loss of no dimensions"):
-        curvature(lambda p: p * 2, p)
+        curvature(lambda p: p[:2] * 2, p)
     for bad, kind in ((torch.ones(3), "Tensor with requires_grad=False"), (np.ones(3), "ndarray")):
         with pytest.raises(TypeError, match=rf"params\[1\] must be a tensor that .*, got {kind}"):
             curvature(lambda q: q[0].square().sum(), [p, bad])

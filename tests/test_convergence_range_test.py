@@ -398,6 +398,8 @@ def test_range_test_plot_shows_the_losses_and_both_points():
     assert [line.get_xdata()[0] for line in ax.lines[2:]] == [found.steepest, found.divergence]
     assert ax.get_xscale() == "log"
     assert found.plot(ax) is ax
+    with pytest.raises(TypeError, match="ax must be matplotlib Axes, got 3"):
+        found.plot(3)
 
 
 def test_range_test_refuses_by_name_before_it_steps():

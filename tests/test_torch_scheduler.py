@@ -150,6 +150,26 @@ def test_a_plateau_s_state_is_saved():
     assert again.schedules[0] is not scheduler.schedules[0]
 
 
+def test_a_metric_is_not_taken_for_a_step():
+    plateau = S.ReduceOnPlateau(0.5, factor=0.5, patience=0)
+    scheduler = LRScheduler(torch.optim.SGD(model(), lr=1.0), plateau * 2)
+    for metric in (3, 2.5):
+        with pytest.raises(TypeError, match=rf"epoch must be None with .*, got {metric}: a metric"):
+            scheduler.step(metric)
+    assert (scheduler.last_epoch, plateau.progress) == (0, None)
+    plain = LRScheduler(torch.optim.SGD(model(), lr=1.0), COSINE)
+    with pytest.raises(TypeError, match=r"epoch must be an integer >= 0, got 2\.5"):
+        plain.step(2.5)
+    plain.optimizer.step()
+    with pytest.warns(UserWarning, match="epoch"):  # torch's own, of its deprecation
+        plain.step(5)
+    assert plain.get_last_lr() == [COSINE(5)]
+    opt = torch.optim.SGD(model(), lr=1.0)
+    both = [LRScheduler(opt, S.Constant(0.25)), LRScheduler(opt, plateau)]
+    sequence = lr_scheduler.SequentialLR(opt, both, milestones=[2])
+    assert [r for (r,) in train(opt, sequence, 4)] == [0.25, 0.25, 0.5, 0.5]
+
+
 def test_a_plateau_goes_on_in_the_object_that_was_given():
     def make():
         plateau = S.ReduceOnPlateau(0.5, factor=0.5, patience=0)

@@ -50,7 +50,7 @@ def _value(text: str) -> Any:
 def _add_plot(commands: Any) -> None:
     plot = commands.add_parser("plot", help="draw one schedule or several")
     plot.add_argument("schedules", nargs="+", metavar="SCHEDULE", choices=_SCHEDULES,
-                      type=lambda text: text.lower().replace("-", ""),
+                      type=lambda text: text.lower().replace("-", "").replace("_", ""),
                       help=", ".join(_SCHEDULES))  # fmt: skip
     users: dict[str, list[str]] = {}
     for name, found in _SCHEDULES.items():
@@ -193,6 +193,8 @@ def _plot(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items()
              if name in arguments and value is not None}  # fmt: skip
     used: set[str] = set()
+    if len(set(args.schedules)) < len(args.schedules):
+        raise _Usage(f"each schedule must be named once, got {', '.join(args.schedules)}")
     if args.start is not None and args.warmup is None:
         raise _Usage("--start needs --warmup")
     try:

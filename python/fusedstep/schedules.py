@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from typing import (
@@ -79,8 +79,8 @@ def _milestones(name: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
         raise TypeError(f"{name} must be a sequence of integers, got {value!r}")
     found = tuple(as_integer(f"{name}[{i}]", one, 0) for i, one in enumerate(value))
-    if not found or any(a >= b for a, b in pairwise(found)):
-        raise ValueError(f"{name} must be increasing integers, at least one, got {value!r}")
+    if not found or any(a > b for a, b in pairwise(found)):
+        raise ValueError(f"{name} must be sorted integers, at least one, got {value!r}")
     return found
 
 
@@ -357,6 +357,13 @@ class Schedule:
             raise ValueError(f"values['type'] must be one of {known}, got {kind!r}")
         if unknown := [name for name in arguments if name not in found._arguments()]:
             raise ValueError(f"values must have the keys {found._arguments()}, got {unknown}")
+        required = [
+            one.name
+            for one in fields(found)  # type: ignore[arg-type]  # of a dataclass
+            if one.default is MISSING
+        ]
+        if missing := [name for name in required if name not in arguments]:
+            raise ValueError(f"values must have the keys {required}, got no {missing}")
         for name in arguments:
             if _hints(found)[name] is Schedule:
                 arguments[name] = Schedule.from_dict(arguments[name])
@@ -378,13 +385,15 @@ class Schedule:
             The Axes.
 
         Raises:
-            TypeError, ValueError: steps is not an integer >= 1.
+            TypeError, ValueError: steps is not an integer >= 1, or ax no Axes.
             ModuleNotFoundError: matplotlib is not installed.
         """
         last = self._shown if steps is None else as_integer("steps", steps, 1)
         if ax is None:
             ax = new_axes()
             ax.set(xlabel="step", ylabel="value")
+        elif not hasattr(ax, "plot"):
+            raise TypeError(f"ax must be matplotlib Axes, got {ax!r}")
         t = np.arange(min(last, 10_000) + 1)
         if last > 10_000:  # one at random of each stretch: equal strides can hide a wave
             ends = np.linspace(0, last, 10_000).astype(np.int64)
@@ -571,7 +580,8 @@ class MultiStep(Schedule):
 
     Args:
         lr: the first value; finite and >= 0.
-        milestones: the steps from which on the next value holds; increasing integers >= 0.
+        milestones: the steps from which on the next value holds; sorted integers >= 0. One that
+            occurs twice counts twice.
         factor: finite and >= 0.
 
     Example:
@@ -580,7 +590,7 @@ class MultiStep(Schedule):
         array([0.5  , 0.25 , 0.25 , 0.125, 0.125])
 
     Differs from:
-        `torch.optim.lr_scheduler.MultiStepLR(gamma=factor)`, which takes a milestone twice.
+        nothing: `torch.optim.lr_scheduler.MultiStepLR(gamma=factor)`.
     """
 
     lr: Rate

@@ -218,9 +218,19 @@ class _Hessian:
     def _begin(self, result: Any) -> None:
         """Looks at what `grad_fn` returns: the loss, or gradients."""
         torch = sys.modules.get("torch")
-        if torch is not None and isinstance(result, torch.Tensor) and result.requires_grad:
-            if result.ndim:
-                raise ValueError(f"grad_fn must return a loss of no dimensions, got {result.shape}")
+        shape = tuple(getattr(result, "shape", ()))
+        is_gradient = shape != () and [shape] == self._shapes
+        if (
+            torch is not None
+            and isinstance(result, torch.Tensor)
+            and result.requires_grad
+            and not is_gradient
+        ):
+            if shape:
+                raise ValueError(
+                    "grad_fn must return a loss of no dimensions or gradients of the parameters'"
+                    f" shapes, got {shape}"
+                )
             for key, one in self._named.items():
                 if not isinstance(one, torch.Tensor) or not one.requires_grad:
                     kind = f"{type(one).__name__} with requires_grad=False"

@@ -41,6 +41,8 @@ class RangeTest:
         """Draws losses against rates, with both points; needs matplotlib. Returns the Axes."""
         if ax is None:
             ax = new_axes()
+        elif not hasattr(ax, "semilogx"):
+            raise TypeError(f"ax must be matplotlib Axes, got {ax!r}")
         ax.semilogx(self.lrs, self.losses, ".", color="0.7", label="loss of each step")
         ax.semilogx(self.lrs, self.smoothed, lw=2, label="smoothed")
         for rate, style, what in (
@@ -77,8 +79,8 @@ def lr_range_test(
         step_fn: `step_fn(lr)` takes one training step at the rate, on a batch of its own, and
             returns the loss, a number.
         params: what is put back afterwards, bit for bit: an optimizer, ours, `fusedstep.torch`'s or
-            torch's (its parameters, their gradients, states, counts, hyperparameters and
-            `ReduceOnPlateau`s); a torch module (parameters, gradients and buffers); arrays,
+            torch's (its parameters, their gradients, states, counts, hyperparameters and what a
+            `ReduceOnPlateau` knows); a torch module (parameters, gradients and buffers); arrays,
             tensors, a FlatBuffer; or a list or dict of such. Nothing else is: data loaders and
             random generators go on from where they are.
         start, end: the first and the last rate; finite, 0 < start < end.

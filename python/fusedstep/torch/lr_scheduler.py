@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fusedstep._hypers import HYPERS, as_integer, at_step
-from fusedstep.schedules import Schedule, restored
+from fusedstep.schedules import Schedule, plateaus, restored
 
 _Function = Callable[[int], Any]
 _Given = _Function | list[_Function]  # one for all groups, or one for each
@@ -94,7 +94,20 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         return _per_group("lr", self._schedules["lr"], len(self.optimizer.param_groups))
 
     def step(self, epoch: int | None = None) -> None:
-        """Sets the values of the next step; one that raises has counted nothing."""
+        """Sets the values of the next step; one that raises has counted nothing.
+
+        Args:
+            epoch: as torch's, deprecated there. A metric goes to its schedule: `plateau.step(loss)`
+                and then `scheduler.step()`.
+        """
+        if epoch is not None:
+            given = [one for value in self._schedules.values() for one in _as_list(value)]
+            if plateaus(given) and epoch != 0:  # which SequentialLR passes
+                raise TypeError(
+                    f"epoch must be None with a ReduceOnPlateau, got {epoch!r}: a metric goes to"
+                    " its schedule, plateau.step(metric), before scheduler.step()"
+                )
+            epoch = as_integer("epoch", epoch, 0)
         before = self._step_count, self.last_epoch
         try:
             super().step(epoch)
