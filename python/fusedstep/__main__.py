@@ -14,6 +14,7 @@ from typing import Any
 
 import fusedstep as fs
 from fusedstep import schedules
+from fusedstep._plot import canvas
 from fusedstep.bench import OPTIMIZERS
 
 # What `plot` draws: every schedule that is a function of the step alone.
@@ -218,12 +219,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _draw(drawn: dict[str, schedules.Schedule], steps: int, path: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = canvas((8, 4.5))
     for name, schedule in drawn.items():
         schedule.plot(steps, axes, label=name, lw=1.8)
         if len(drawn) == 1:

@@ -41,11 +41,10 @@ def _flag(doc: str) -> Hyper:
     return Hyper(_FLAG, lambda x: isinstance(x, bool), doc)
 
 
-def _any(doc: str) -> Hyper:
-    return Hyper("finite", math.isfinite, doc)
-
-
+# Rules without a hyperparameter of their own.
+ANY = Hyper("or NaN", lambda x: True, "")
 FINITE = Hyper("finite", math.isfinite, "")
+FRACTION = Hyper("in [0, 1)", _in_unit, "")
 POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
 
 # The ranges are torch.optim's; what torch leaves open must still be a finite number.
@@ -57,7 +56,7 @@ HYPERS: dict[str, Hyper] = {
         ">= 0", _at_least_0, "weight decay, `g + weight_decay*p` unless decoupled", scheduled=True
     ),
     "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu", scheduled=True),
-    "dampening": _any("share tau of each new gradient kept out of the momentum buffer"),
+    "dampening": FINITE._replace(doc="share tau of each new gradient kept out of the buffer"),
     "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),
     "lr_decay": Hyper(">= 0", _at_least_0, "lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
     "initial_accumulator_value": Hyper(">= 0", _at_least_0, "the sum of squares to begin with"),
@@ -67,8 +66,8 @@ HYPERS: dict[str, Hyper] = {
     "amsgrad": _flag("divides by the largest second moment so far"),
     "bias_correction": _flag("divides the averages by `1 - beta^t`; False is the plain form"),
     "momentum_decay": Hyper(">= 0", _at_least_0, "psi, how fast the momentum warms up"),
-    "lambd": _any("decay term"),
-    "t0": _any("update at which averaging begins"),
+    "lambd": FINITE._replace(doc="decay term"),
+    "t0": FINITE._replace(doc="update at which averaging begins"),
     "etas": Hyper("as 0 < etas[0] < 1 < etas[1]", math.isfinite, "factors by which steps change"),
     "step_sizes": Hyper("not NaN", lambda x: not math.isnan(x), "smallest and largest step"),
     "maximize": _flag("climbs instead of descending"),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fusedstep import _core, _runtime, optimizers
+from fusedstep._plot import canvas
 from fusedstep.buffers import FlatBuffer, as_dtype
 
 # What is measured: a name, the class (torch's has the same name), and its arguments.
@@ -346,15 +347,11 @@ def _title(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: str) -> None:
     """Draws GB/s against n for each optimizer: ours, the ceiling, and torch's fastest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(row.optimizer for row in rows))
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 2.7 * lines + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    size = 3.4 * columns + 0.6, 2.7 * lines + 0.9
+    figure, grid = canvas(size, lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
         mine = [row for row in rows if row.optimizer == name]
         n = [row.n for row in mine]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import fusedstep as fs
+from fusedstep._plot import canvas
 from fusedstep.buffers import Array
 
 # What is trained, with a learning rate that suits it here; names as in the lecture.
@@ -154,12 +155,8 @@ def table(results: list[Result]) -> Any:
 def plot(results: list[Result], path: str) -> None:
     """Draws the loss curves into one PNG."""
     from matplotlib import color_sequences
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = canvas((9, 5.5))
     colors = color_sequences["tab10"]
     ordered = sorted(results, key=lambda r: -r.losses[-1])  # the legend runs as the curves end
     for i, r in enumerate(ordered):

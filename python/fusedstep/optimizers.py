@@ -17,6 +17,7 @@ import numpy as np
 
 from fusedstep import _core
 from fusedstep._hypers import (
+    FINITE,
     HYPERS,
     PAIRS,
     Hyper,
@@ -743,7 +744,7 @@ class Optimizer:
             elif name == "step":
                 scalars[name] = _count(label, value)
             elif name in self._carried:
-                scalars[name] = check(label, value, HYPERS["lambd"])  # any finite number
+                scalars[name] = check(label, value, FINITE)
             else:
                 raise ValueError(f"{where} must have the keys {self._known_keys()}, got {name!r}")
         for name in self._required_keys(uses):
@@ -797,7 +798,7 @@ class Optimizer:
 
 
 def _count(name: str, value: Any) -> int:
-    number = check(name, value, HYPERS["lambd"])  # any finite number
+    number = check(name, value, FINITE)
     if not 0 <= number < 2**63 or number != int(number):
         raise ValueError(f"{name} must be an integer from 0 to 2^63 - 1, got {value!r}")
     return int(value)
@@ -1446,7 +1447,7 @@ class ASGD(Optimizer):
     _carried = ("eta", "mu")
     _hyper_table: ClassVar[dict[str, Hyper]] = {
         **HYPERS,
-        "alpha": HYPERS["lambd"]._replace(doc="power by which eta falls"),
+        "alpha": FINITE._replace(doc="power by which eta falls"),
     }
 
     @classmethod

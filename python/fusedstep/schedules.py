@@ -10,6 +10,7 @@ on every machine: powers and cosines are the core's own. Optimizers call it befo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -32,7 +33,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedstep import _core
-from fusedstep._hypers import FINITE, LAST, POSITIVE, Hyper, as_index, as_integer, as_number
+from fusedstep._hypers import (
+    ANY,
+    FINITE,
+    FRACTION,
+    LAST,
+    POSITIVE,
+    Hyper,
+    as_index,
+    as_integer,
+    as_number,
+)
 from fusedstep._plot import new_axes
 
 __all__ = [
@@ -104,7 +115,7 @@ def _is_rate(x: float) -> bool:
 Rate = Annotated[float, _number_that_is("finite and >= 0", _is_rate)]
 Positive = Annotated[float, lambda name, value: as_number(name, value, POSITIVE)]
 Share = Annotated[float, _number_that_is("in [0, 1]", lambda x: 0 <= x <= 1)]
-Fall = Annotated[float, _number_that_is("in [0, 1)", lambda x: 0 <= x < 1)]
+Fall = Annotated[float, lambda name, value: as_number(name, value, FRACTION)]
 Decay = Annotated[float, _number_that_is("in (0, 1]", lambda x: 0 < x <= 1)]
 Count = Annotated[int, _integer_from(1)]
 Whole = Annotated[int, _integer_from(0)]
@@ -193,7 +204,7 @@ def _split(t: _T, at: int, before: Callable[[_T], _Value], after: Callable[[_T],
 # -- what all schedules share ---------------------------------------------------------------------
 
 
-class Schedule:
+class Schedule(ABC):
     """A number for each step: call it with the step, from 0.
 
     `schedule(t)` takes an int and returns a float, or takes an array of ints (a list, a range) and
@@ -231,12 +242,12 @@ class Schedule:
             object.__setattr__(self, name, _checked(name, getattr(self, name), hints[name]))
         self._check_together()
 
-    def _check_together(self) -> None:
+    def _check_together(self) -> None:  # noqa: B027  # most have no such arguments
         """Raises ValueError for arguments that are fine alone but not together."""
 
+    @abstractmethod
     def _at(self, t: _T) -> _Value:
         """The value at an int, or the values at an int64 array."""
-        raise NotImplementedError
 
     @property
     def span(self) -> int:
@@ -483,8 +494,9 @@ class Scaled(Schedule):
 class _Cycle(Schedule):
     """A schedule of the learning rate that has one of the momentum beside it."""
 
+    @abstractmethod
     def _momentum_at(self, t: _T) -> _Value:
-        raise NotImplementedError
+        """The momentum, as `_at` gives the rate."""
 
     @property
     def momentum(self) -> Schedule:
@@ -1112,7 +1124,7 @@ class ReduceOnPlateau(Schedule):
 
     def step(self, metric: float) -> float:
         """Takes in a metric (NaN is no better than any) and returns the rate from now on."""
-        value = as_number("metric", metric, Hyper("or NaN", lambda x: True, ""))
+        value = as_number("metric", metric, ANY)
         rate, best, bad, cooling = self.progress or (self.lr, None, 0, 0)
         if self._is_better(value, best):
             if math.isinf(value):

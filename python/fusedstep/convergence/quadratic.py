@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fusedstep as fs
-from fusedstep._hypers import FINITE, LAST, POSITIVE, Hyper, check
+from fusedstep._hypers import FINITE, FRACTION, LAST, POSITIVE, check
 from fusedstep.convergence.arrays import Array, as_finite, as_points
 from fusedstep.convergence.trajectories import trajectory
-
-_MOMENTUM = Hyper("in [0, 1)", lambda x: 0 <= x < 1, "")
 
 
 class Regime(str, enum.Enum):
@@ -189,7 +187,7 @@ class Quadratic:
 
     def stable_rates(self, momentum: float = 0.0) -> tuple[float, float]:
         """The open interval of rates that converge: 0 to 2*(1 + momentum)/lambda_max."""
-        mu = check("momentum", momentum, _MOMENTUM)
+        mu = check("momentum", momentum, FRACTION)
         return 0.0, float(2 * (1 + mu) / self.eigenvalues[-1])
 
     def is_stable(self, lr: float, momentum: float = 0.0) -> bool:
@@ -232,7 +230,7 @@ class Quadratic:
         return found
 
     def _checked(self, lr: float, momentum: float) -> tuple[float, float]:
-        return check("lr", lr, POSITIVE), check("momentum", momentum, _MOMENTUM)
+        return check("lr", lr, POSITIVE), check("momentum", momentum, FRACTION)
 
     def _roots(self, lr: float, momentum: float) -> Any:
         """The two roots of each direction, (n, 2) complex; one of them 0 without momentum."""

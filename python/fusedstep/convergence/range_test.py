@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedstep._hypers import POSITIVE, Hyper, as_integer, check
+from fusedstep._hypers import ANY, FRACTION, POSITIVE, Hyper, as_integer, check
 from fusedstep._plot import new_axes
 from fusedstep.buffers import FlatBuffer, as_array
 from fusedstep.convergence.arrays import Array
@@ -124,7 +124,7 @@ def lr_range_test(
     if start >= end:
         raise ValueError(f"start must be < end ({end}), got {start}")
     steps = as_integer("steps", steps, 2)
-    smoothing = check("smoothing", smoothing, Hyper("in [0, 1)", lambda x: 0 <= x < 1, ""))
+    smoothing = check("smoothing", smoothing, FRACTION)
     stop = check("stop", stop, Hyper("finite and > 1", lambda x: 1 < x < math.inf, ""))
     restore = _keep(params, "params")
     if not restore:
@@ -137,7 +137,7 @@ def lr_range_test(
     average = 0.0
     try:
         for i, lr in enumerate(lrs.tolist()):
-            loss = check("loss", step_fn(lr), Hyper("or NaN", lambda x: True, ""))
+            loss = check("loss", step_fn(lr), ANY)
             losses.append(loss)
             # The bias-corrected running average, in a form that a constant loss does not move.
             average += (1 - smoothing) / (1 - smoothing ** (i + 1)) * (loss - average)
@@ -190,10 +190,10 @@ def _keep(thing: Any, name: str) -> list[Callable[[], Any]]:
     elif isinstance(thing, Optimizer):
         return [*_keep(thing.params, name), thing._keep()]
     elif hasattr(thing, "param_groups") and hasattr(thing, "state"):  # torch's
-        return [*_keep_groups(thing), *_keep_nested(thing.state, _UNKEPT)]
+        return [*_keep_groups(thing), *_keep_nested(thing.state)]
     elif hasattr(thing, "named_buffers") and hasattr(thing, "modules"):  # a torch module
         held = [h for m in thing.modules() for h in (m._parameters, m._buffers)]
-        return [f for one in held for f in _keep_nested(one, _UNKEPT)]
+        return [f for one in held for f in _keep_nested(one)]
     elif isinstance(thing, Mapping):
         return [f for key, one in thing.items() for f in _keep(one, f"{name}[{key}]")]
     elif isinstance(thing, Iterable) and not (
@@ -249,16 +249,13 @@ def _keep_groups(optimizer: Any) -> list[Callable[[], Any]]:
     return kept + [f for group in groups for f in _keep_nested(group, {"params"})]
 
 
-_UNKEPT: frozenset[str] = frozenset()
-
-
-def _keep_nested(held: Any, without: Set[str]) -> list[Callable[[], Any]]:
-    """A dict of tensors, numbers, dicts of them, ...: the same objects with the same values."""
+def _keep_nested(held: Any, without: Set[str] = frozenset()) -> list[Callable[[], Any]]:
+    """A dict of tensors, numbers, dicts of them: the same objects; of all else, copies."""
     before = {key: value for key, value in held.items() if key not in without}
     kept: list[Callable[[], Any]] = []
     for key, value in before.items():
         if isinstance(value, dict):
-            kept += _keep_nested(value, _UNKEPT)
+            kept += _keep_nested(value)
         elif hasattr(value, "detach"):
             kept += _keep_tensor(value)
         elif not isinstance(value, int | float | str | tuple | type(None)):

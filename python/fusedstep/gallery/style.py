@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedstep import _plot
+
 # Okabe & Ito 2008.
 BLUE, RED, GREEN, ORANGE, PURPLE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9",
@@ -14,13 +16,8 @@ GREY = "#666666"
 
 
 def canvas(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 4), **grid: Any) -> Any:
-    """A figure outside pyplot, which keeps none, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, **grid)
+    """A figure and its axes in the gallery's style."""
+    figure, axes = _plot.canvas(size, rows, columns, **grid)
     for ax in np.ravel(axes):
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
