@@ -212,6 +212,13 @@ def test_places_of_one_object_that_a_checkpoint_tells_apart_are_told_apart():
     scheduler = make([own, own])
     scheduler.load_state_dict(make([S.Constant(0.1), S.Constant(0.2)]).state_dict())
     assert scheduler.schedules == [S.Constant(0.1), S.Constant(0.2)]
+    one, two = S.ReduceOnPlateau(0.5, patience=0), S.ReduceOnPlateau(0.5, patience=0)
+    one.step(1.0)
+    own = S.ReduceOnPlateau(0.5, patience=0)
+    scheduler = make([own, own])
+    scheduler.load_state_dict(make([one, two]).state_dict())
+    assert scheduler.schedules == [one, two]
+    assert own.progress is None
 
 
 def test_a_group_that_is_added_follows_the_one_schedule():

@@ -526,7 +526,7 @@ def relatives() -> Any:
     The ravine of the momentum figure, curvature 50 across; black dots: the same methods where it is
     5. Map: 60 steps; curve: 200. Where the axes are the ravine's, dividing by each element's own
     gradients cancels its curvature; plain gradient descent jitters at 50 and does not at 5. Of the
-    three with a rate Nadam swings least across the floor and Adam most, at any from 0.05 to 0.5.
+    three with a rate Nadam swings least across the floor and Adam most, at any from 0.05 to 0.4.
     AdaDelta has no rate to choose, but its eps sets its first steps: 1e-4 here; at 1e-6, the
     default, it would hardly have moved. Run on, Nadam swings out again, to f = 18 at step 465: as
     its average forgets the steep first gradients, its rate across grows until it is unstable.
