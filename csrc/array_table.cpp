@@ -28,17 +28,20 @@ void check_writable(const View& view, const Label& label) {
 }  // namespace
 
 ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
-                       const py::list& params, std::vector<int> groups)
+                       const py::list& params, std::vector<int> groups, const py::object& device,
+                       int index)
     : rule_(rule_number(rule)),
+      place_{device_of(device), index, nullptr},
       names_(std::move(names)),
       groups_(std::move(groups)),
-      table_(rule_, [this](size_t i) { return names_[i]; }) {
+      table_(rule_, [this](size_t i) { return names_[i]; }, place_.device, index) {
   if (params.size() != names_.size() || groups_.size() != names_.size()) {
     throw py::value_error("names, params and groups must agree in length");
   }
+  const AtPlace at(place_);
   for (size_t i = 0; i < names_.size(); ++i) {
     const Label label{"params", &names_[i]};
-    const View view = view_of(params[i], label);
+    const View view = view_of(params[i], label, place_);
     check_writable(view, label);
     params_.push_back({params[i], {view.shape, view.shape + view.ndim}, view});
     params_.back().view.shape = params_.back().shape.data();  // which moves with its vector
@@ -61,11 +64,12 @@ void ArrayTable::set_states(const std::vector<py::list>& states,
     const auto [t, first, second] = clocks[i];
     tensors.push_back(
         {param.data, param.dtype, param.n, {}, groups_[i], Clock{t, {first, second}}});
+    tensors.back().slot = static_cast<int64_t>(i);
     for (size_t s = 0; s < states.size(); ++s) {
       const py::object array = states[s][i];
       if (array.is_none()) continue;
       const Label label{"state", &names_[i]};
-      const View state = view_of(array, label);
+      const View state = view_of(array, label, place_);
       check_writable(state, label);
       check_shape(state, param, label);
       if (state.dtype != state_dtype(param.dtype)) {
@@ -80,7 +84,7 @@ void ArrayTable::set_states(const std::vector<py::list>& states,
   states_ = std::move(views);
 }
 
-std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() const {
+std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() {
   std::vector<ClockTuple> all;
   for (const Clock& c : table_.clocks()) all.emplace_back(c.t, c.carry[0], c.carry[1]);
   return all;
@@ -89,7 +93,7 @@ std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() const {
 void ArrayTable::check_params() const {
   for (size_t i = 0; i < params_.size(); ++i) {
     const Label label{"params", &names_[i]};
-    const View now = view_of(params_[i].array, label);
+    const View now = view_of(params_[i].array, label, place_);
     const View& then = params_[i].view;
     if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
       throw py::value_error(label.text() +
@@ -100,14 +104,16 @@ void ArrayTable::check_params() const {
   }
 }
 
-int64_t ArrayTable::step(const py::sequence& grads,
-                         const std::vector<std::vector<double>>& groups) {
+int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vector<double>>& groups,
+                         const Asked& asked) {
   const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
   const size_t given = fixed.size();
   if (given != params_.size()) {
     throw py::value_error("grads must have one entry per parameter (" +
                           std::to_string(params_.size()) + "), got " + std::to_string(given));
   }
+  look_at(asked);
+  const AtPlace at(place_);
   check_params();
   std::vector<py::object> owners;  // DLPack capsules live until the sweep is done
   std::vector<Grad> converted(given, Grad{nullptr, DType::f32});
@@ -115,18 +121,20 @@ int64_t ArrayTable::step(const py::sequence& grads,
     const py::handle item = PyTuple_GET_ITEM(fixed.ptr(), static_cast<py::ssize_t>(i));
     if (item.is_none()) continue;
     const Label label{"grads", &names_[i]};
-    View view = view_of(item, label);
+    View view = view_of(item, label, place_);
     check_shape(view, params_[i].view, label);
     converted[i] = {view.data, view.dtype};
     owners.push_back(std::move(view.owner));
   }
-  return run(converted, groups);
+  return run(converted, groups, asked);
 }
 
 int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
-                              const std::vector<std::vector<double>>& groups) {
+                              const std::vector<std::vector<double>>& groups, const Asked& asked) {
+  look_at(asked);
+  const AtPlace at(place_);
   check_params();
-  const View view = view_of(grads, Label{"grads"});
+  const View view = view_of(grads, Label{"grads"}, place_);
   std::vector<Grad> converted;
   if (offsets.size() != params_.size()) {
     throw py::value_error("grads must have one segment per parameter (" +
@@ -142,24 +150,42 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
     char* data = static_cast<char*>(view.data) + offsets[i] * dtype_bytes(view.dtype);
     converted.push_back({data, view.dtype});
   }
-  return run(converted, groups);
+  return run(converted, groups, asked);
+}
+
+// Before anything is read: a device's exporters ask which stream is to wait for them.
+void ArrayTable::look_at(const Asked& asked) {
+  place_.stream = asked ? reinterpret_cast<void*>(std::get<3>(*asked)) : nullptr;
 }
 
 int64_t ArrayTable::run(const std::vector<Grad>& grads,
-                        const std::vector<std::vector<double>>& groups) {
+                        const std::vector<std::vector<double>>& groups, const Asked& asked) {
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!grads[i].data) continue;
     check_grad_dtype(Label{"grads", &names_[i]}, params_[i].view.dtype, grads[i].dtype);
   }
-  std::vector<Group> converted;
+  std::vector<DeviceGroup> converted;
   const int needed = groups_.empty() ? 0 : *std::max_element(groups_.begin(), groups_.end()) + 1;
   if (groups.size() < static_cast<size_t>(needed)) {
     throw py::value_error("groups must have at least " + std::to_string(needed) + " entries, got " +
                           std::to_string(groups.size()));
   }
-  for (const std::vector<double>& values : groups) converted.push_back(as_group(values, rule_));
+  for (const std::vector<double>& values : groups) {
+    converted.push_back({as_group(values, rule_), {nullptr, DType::f32}});
+  }
+  Control control;
+  control.stream = place_.stream;
+  if (asked) {
+    const auto& [factor, max_norm, skip_nonfinite, stream] = *asked;
+    control.factor = factor;
+    control.measure = max_norm.has_value() || skip_nonfinite;
+    if (max_norm) control.max_norm = *max_norm;
+    control.skip_nonfinite = skip_nonfinite;
+    control.live = place_.device && skip_nonfinite;  // whether it counts, only the device knows
+  }
   const py::gil_scoped_release release;
-  return table_.step(grads, converted);
+  outcome_ = table_.step(grads, converted, control);
+  return outcome_.elements;
 }
 
 std::vector<py::tuple> ArrayTable::shapes() const {

@@ -5,9 +5,13 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "array_table.h"
 #include "dispatch.h"
+#include "float_mode.h"
+#include "memory.h"
+#include "norm.h"
 #include "pages.h"
 #include "parallel.h"
 #include "rules.h"
@@ -74,6 +78,23 @@ std::vector<bool> used_states(const std::string& name, const std::vector<double>
   return used;
 }
 
+// (sum, finite) over the arrays as runs, in their order.
+std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
+  const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
+  std::vector<py::object> owners;
+  std::vector<Run> runs;
+  for (size_t i = 0; i < fixed.size(); ++i) {
+    const std::string item = std::to_string(i);
+    View view = view_of(fixed[i], Label{"grads", &item});
+    runs.push_back({view.data, view.n, view.dtype});
+    owners.push_back(std::move(view.owner));
+  }
+  const py::gil_scoped_release release;
+  const FloatMode mode;
+  const Squared squared = sum_of_squares(runs);
+  return {squared.sum, squared.finite};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -121,21 +142,31 @@ PYBIND11_MODULE(_core, m) {
         py::overload_cast<const std::string&, const std::vector<double>&>(used_states),
         py::arg("rule"), py::arg("hypers"));
 
+  m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
+
   py::class_<ArrayTable>(m, "StepTable")
-      .def(py::init<const std::string&, std::vector<std::string>, const py::list&,
-                    std::vector<int>>(),
-           py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"))
+      .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,
+                    const py::object&, int>(),
+           py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"),
+           py::arg("device") = py::none(), py::arg("index") = 0)
       .def("set_states", &ArrayTable::set_states, py::arg("states"), py::arg("clocks"))
       .def("clocks", &ArrayTable::clocks)
-      .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"))
+      .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"),
+           py::arg("asked") = py::none())
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
-           py::arg("groups"))
+           py::arg("groups"), py::arg("asked") = py::none())
+      .def("norm", &ArrayTable::norm)
+      .def("skipped", &ArrayTable::skipped)
       .def("shapes", &ArrayTable::shapes)
       .def("dtypes", &ArrayTable::dtypes);
 
   py::class_<TensorTable>(m, "TensorTable")
-      .def(py::init<const std::string&, const std::vector<std::string>&, bool>(), py::arg("rule"),
-           py::arg("scalars"), py::arg("exchange"))
-      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("factor"),
-           py::arg("first"), py::arg("owner"));
+      .def(py::init<const std::string&, const std::vector<std::string>&, bool, const py::object&,
+                    int>(),
+           py::arg("rule"), py::arg("scalars"), py::arg("exchange"), py::arg("device"),
+           py::arg("index"))
+      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("asked"),
+           py::arg("first"), py::arg("owner"))
+      .def("norm", &TensorTable::norm)
+      .def("skipped", &TensorTable::skipped);
 }

@@ -1,6 +1,7 @@
 // Every rule, variant and type, compiled once for the instruction set that FUSEDSTEP_TARGET names.
 #include "kernels.h"
 
+#include "reduce.h"
 #include "sweep.h"
 
 namespace fusedstep {
@@ -21,11 +22,18 @@ constexpr void add_variants(Kernel (&kernels)[kMaxVariants][kDecays][kPairs]) {
   if constexpr (kVariant + 1 < Rule::kVariants) add_variants<Rule, kVariant + 1>(kernels);
 }
 
+template <int kType = 0>
+constexpr void add_squares(Squares (&table)[kDTypes]) {
+  table[kType] = squares<typename Storage<static_cast<DType>(kType)>::type>;
+  if constexpr (kType + 1 < kDTypes) add_squares<kType + 1>(table);
+}
+
 template <class... Rule>
 constexpr Kernels make(List<Rule...>) {
   Kernels kernels = {};
   int rule = 0;
   (add_variants<Rule>(kernels.find[rule++]), ...);
+  add_squares(kernels.squares);
   kernels.lanes = F32::kWidth;
   return kernels;
 }

@@ -14,6 +14,7 @@ struct f16 {
 };
 
 enum class DType : int { f32, f64, bf16, f16 };
+constexpr int kDTypes = 4;
 
 constexpr int kMaxStates = 3;    // AMSGrad and RMSprop (centered, momentum) have the most
 constexpr int kMaxVariants = 4;  // RMSprop: centered or not, momentum or not
@@ -28,6 +29,14 @@ struct Segment;
 
 // Updates elements [begin, end) of a segment.
 using Kernel = void (*)(const Segment& segment, int64_t begin, int64_t end);
+
+// The gradients' sum of squares: blocks of kNormBlock elements, each in kNormLanes partial sums.
+constexpr int kNormLanes = 16;
+constexpr int kNormBlock = 512;
+
+// Blocks [begin, end) of one gradient of n elements: writes the sum of squares of block b to
+// sums[b - begin] and returns whether all elements read are finite.
+using Squares = bool (*)(const void* grad, int64_t n, int64_t begin, int64_t end, double* sums);
 
 // One contiguous run of elements that share their scalars: a tensor, or a whole flat buffer.
 struct Segment {
@@ -54,6 +63,7 @@ constexpr int kRules = 12;  // the length of rules/registry.h, checked there
 // Everything one instruction set offers.
 struct Kernels {
   Kernel find[kRules][kMaxVariants][kDecays][kPairs];  // null where a rule has fewer variants
+  Squares squares[kDTypes];                            // by the gradient's DType
   int lanes;                                           // float32 elements per register
 };
 

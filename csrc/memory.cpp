@@ -1,5 +1,13 @@
-// The only C++ that knows NumPy and DLPack.
+// The only C++ that knows NumPy, DLPack and CUDA's array interface.
 #include "memory.h"
+
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <stdexcept>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "dlpack.h"
 #include "step.h"
@@ -78,34 +86,51 @@ View numpy_view(const py::array& array, const Label& label) {
   return {n ? proxy->data : &nothing, dtype, proxy->nd, shape, n, writable, array};
 }
 
-// The device type, or 0 for one that DLPack does not know, such as torch's meta.
-int dlpack_device(py::handle object) {
+// DLPack's device type and index; type 0 for one that DLPack does not know, such as torch's meta.
+std::pair<int, int> dlpack_device(py::handle object) {
   try {
-    return py::int_(py::tuple(py::getattr(object, "__dlpack_device__")())[0]);
+    const py::tuple device(py::getattr(object, "__dlpack_device__")());
+    return {py::int_(device[0]), py::int_(device[1])};
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_ValueError) && !error.matches(PyExc_BufferError)) throw;
-    return 0;
+    return {0, 0};
   }
+}
+
+bool is_in(const Place& place, int type, int index) {
+  if (place.device && place.device->kind != kCpu) {
+    return type == place.device->kind && index == place.index;
+  }
+  return type == kCpu || type == kCudaHost || type == kRocmHost;
+}
+
+[[noreturn]] void elsewhere(const Label& label, const Place& place, const std::string& got) {
+  throw py::value_error(label.text() + " must be " + (place.device ? "on " : "in ") +
+                        place_text(place) + ", got " + got);
 }
 
 // The capsule of object.__dlpack__(), by the newest protocol the exporter knows.
-py::object dlpack_capsule(py::handle object) {
+py::object dlpack_capsule(py::handle object, const Place& place) {
   const py::object method = py::getattr(object, "__dlpack__");
+  py::dict asked;
+  if (place.device && place.device->kind != kCpu) {
+    // The exporter lets this stream wait for its own; 1 is the one that CUDA calls 0.
+    asked["stream"] = place.stream ? reinterpret_cast<uintptr_t>(place.stream) : 1;
+  }
   try {
-    return method(py::arg("max_version") = py::make_tuple(1, 0), py::arg("copy") = false);
+    return method(**asked, py::arg("max_version") = py::make_tuple(1, 0), py::arg("copy") = false);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  return method();
+  return method(**asked);
 }
 
-View dlpack_view(py::handle object, const Label& label) {
-  const int type = dlpack_device(object);
-  if (type != kCpu && type != kCudaHost && type != kRocmHost) {
+View dlpack_view(py::handle object, const Label& label, const Place& place) {
+  const auto [type, index] = dlpack_device(object);
+  if (!is_in(place, type, index)) {
     const py::object text =
         py::getattr(object, "device", py::str("type {} of DLPack").format(type));
-    throw py::value_error(label.text() + " must be in CPU memory, got device " +
-                          py::str(text).cast<std::string>());
+    elsewhere(label, place, "device " + py::str(text).cast<std::string>());
   }
   // A torch tensor that takes part in autograd refuses to export; its detached alias does not.
   py::object source = py::reinterpret_borrow<py::object>(object);
@@ -113,7 +138,7 @@ View dlpack_view(py::handle object, const Label& label) {
 
   py::object capsule;
   try {
-    capsule = dlpack_capsule(source);
+    capsule = dlpack_capsule(source, place);
   } catch (py::error_already_set& error) {
     if (error.matches(PyExc_MemoryError)) throw;
     py::raise_from(error, PyExc_ValueError,
@@ -177,28 +202,116 @@ bool torch_view(py::handle tensor, const Label& label, View& view) {
   return true;
 }
 
+// What Numba and others show of a GPU's memory, version 2 or 3 of the protocol.
+// https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
+View interface_view(py::handle object, const Label& label, const Place& place) {
+  py::dict shown;
+  uintptr_t address = 0;
+  bool read_only = false;
+  std::vector<int64_t> shape;
+  std::string typestr;
+  try {
+    shown = py::dict(py::getattr(object, "__cuda_array_interface__"));
+    std::tie(address, read_only) = shown["data"].cast<std::pair<uintptr_t, bool>>();
+    shape = shown["shape"].cast<std::vector<int64_t>>();
+    typestr = shown["typestr"].cast<std::string>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(label.text() + " must have a valid __cuda_array_interface__, got " +
+                         py::repr(shown).cast<std::string>());
+  }
+  auto* data = reinterpret_cast<void*>(address);
+  const py::object mask = shown.contains("mask") ? py::object(shown["mask"]) : py::none();
+  if (!mask.is_none())
+    throw py::type_error(label.text() + " must be a plain array, got a masked one");
+  View view = {};
+  if (typestr == "<f4") {
+    view.dtype = DType::f32;
+  } else if (typestr == "<f8") {
+    view.dtype = DType::f64;
+  } else if (typestr == "<f2") {
+    view.dtype = DType::f16;
+  } else {
+    wrong_dtype(label, typestr);
+  }
+  // Owns the shape, and holds on to the array.
+  struct Held {
+    std::vector<int64_t> shape;
+    py::object array;
+  };
+  auto held = std::make_unique<Held>(Held{shape, py::reinterpret_borrow<py::object>(object)});
+  view.ndim = static_cast<int>(shape.size());
+  view.shape = held->shape.data();
+  view.n = count(view.shape, view.ndim);
+  const py::object strides = shown.contains("strides") ? py::object(shown["strides"]) : py::none();
+  if (!strides.is_none() && view.n > 0) {
+    int64_t expected = dtype_bytes(view.dtype);
+    const auto given = strides.cast<std::vector<int64_t>>();
+    for (int i = view.ndim - 1; i >= 0; --i) {
+      if (shape[i] != 1 && given[i] != expected) not_contiguous(label);
+      expected *= shape[i];
+    }
+  }
+  view.writable = !read_only;
+  view.data = view.n ? data : &nothing;
+  if (!place.device) elsewhere(label, place, "a GPU's memory");
+  int index = place.index;
+  if (view.n) check_device(place.device->index_of(data, &index));
+  if (index != place.index) elsewhere(label, place, place_text({place.device, index, nullptr}));
+  const py::object stream = shown.contains("stream") ? py::object(shown["stream"]) : py::none();
+  if (!stream.is_none()) {
+    const auto handle = stream.cast<uintptr_t>();
+    auto* first = reinterpret_cast<void*>(handle == 1 ? 0 : handle);
+    if (first != place.stream) check_device(place.device->order(index, first, place.stream));
+  }
+  view.owner = py::capsule(held.release(), [](void* p) { delete static_cast<Held*>(p); });
+  return view;
+}
+
 }  // namespace
 
-View view_of(py::handle object, const Label& label) {
+const Device* device_of(const py::object& capsule) {
+  if (capsule.is_none()) return nullptr;
+  const auto* device =
+      static_cast<const Device*>(PyCapsule_GetPointer(capsule.ptr(), "fusedstep.device"));
+  if (!device) throw py::error_already_set();
+  if (device->size != sizeof(Device)) {
+    throw py::import_error("fusedstep._cuda and fusedstep._core are of different builds");
+  }
+  return device;
+}
+
+void check_device(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+std::string place_text(const Place& place) {
+  if (!place.device) return "CPU memory";
+  return "cuda:" + std::to_string(place.index);
+}
+
+View view_of(py::handle object, const Label& label, const Place& place) {
+  const bool here = !place.device || place.device->kind == kCpu;
   static const py::handle ndarray = py::type::of(py::array()).release();
   const bool plain = py::type::handle_of(object).is(ndarray);
   if (plain || py::isinstance<py::array>(object)) {
     if (!plain && py::hasattr(object, "mask")) {
       throw py::type_error(label.text() + " must be a plain array, got a masked one");
     }
+    if (!here) elsewhere(label, place, "a NumPy array");
     return numpy_view(py::reinterpret_borrow<py::array>(object), label);
   }
   const py::handle tensor = torch_tensor_type();
   View view;
   if (tensor && py::isinstance(object, tensor)) {
-    if (torch_view(object, label, view)) return view;
+    if (here && torch_view(object, label, view)) return view;
     if (py::getattr(object, "is_neg")().cast<bool>()) {  // DLPack would lose the pending negation
       throw py::value_error(label.text() + " must not have its negative bit set, got a lazy view");
     }
   }
   if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
-    return dlpack_view(object, label);
+    return dlpack_view(object, label, place);
   }
+  if (py::hasattr(object, "__cuda_array_interface__")) return interface_view(object, label, place);
   throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
                        py::str(py::type::of(object).attr("__name__")).cast<std::string>());
 }

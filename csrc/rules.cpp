@@ -1,13 +1,14 @@
 // Turns the registry into run-time tables. Of the equations only the divisors are compiled here.
 #include "rules.h"
 
+#include <algorithm>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
 
 #define FUSEDSTEP_TARGET host
-#include "rules/registry.h"
+#include "rules/scalars.h"
 
 namespace fusedstep {
 namespace {
@@ -17,18 +18,6 @@ std::vector<std::string> words(const char* text) {
   std::vector<std::string> result;
   for (std::string word; stream >> word;) result.push_back(word);
   return result;
-}
-
-template <class R>
-int prepare(const double* hypers, Clock& clock, double* scalars) {
-  typename R::Hypers h;
-  std::memcpy(&h, hypers, sizeof(h));
-  typename R::template Step<double, 0> step;
-  static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars, "kernels.h: kMaxScalars");
-  static_assert(sizeof(h) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
-  const int variant = R::prepare(h, clock, step);
-  std::memcpy(scalars, &step, sizeof(step));
-  return variant;
 }
 
 template <class Step, size_t... kState>
@@ -65,7 +54,7 @@ void add_variants(Rule& rule) {
 
 template <class R>
 Rule describe() {
-  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, prepare<R>, {}};
+  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, host::prepare<R>, {}};
   add_variants<R>(rule);
   if (rule.hypers.size() * sizeof(double) != sizeof(typename R::Hypers)) {
     throw std::logic_error(rule.name + ": kHypers and Hypers differ in length");
@@ -78,6 +67,12 @@ std::vector<Rule> describe_all(host::List<R...>) {
   return {describe<R>()...};
 }
 
+Group group_of(const Rule& rule, const double* hypers) {
+  Group group = {};
+  std::copy(hypers, hypers + rule.hypers.size(), group.hypers);
+  return group;
+}
+
 }  // namespace
 
 const std::vector<Rule>& rules() {
@@ -85,18 +80,18 @@ const std::vector<Rule>& rules() {
   return all;
 }
 
+double clip_factor(double norm, double max_norm) { return host::clip_factor(norm, max_norm); }
+
 unsigned used_states(const Rule& rule, const double* hypers) {
-  Clock clock{1, {0, 0}};
-  double scalars[kMaxScalars];
-  return rule.uses[rule.prepare(hypers, clock, scalars)];
+  Clock clock{0, {0, 0}};
+  return rule.uses[rule.prepare(group_of(rule, hypers), clock, 1).variant];
 }
 
 void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,
               int64_t n, double* result) {
-  Clock clock{t, {0, 0}};
-  double scalars[kMaxScalars];
-  const int variant = rule.prepare(hypers, clock, scalars);
-  rule.divisors[variant](scalars, states, n, result);
+  Clock clock{t - 1, {0, 0}};
+  const Row row = rule.prepare(group_of(rule, hypers), clock, 1);
+  rule.divisors[row.variant](row.scalars + 2, states, n, result);
 }
 
 int rule_number(const std::string& name) {

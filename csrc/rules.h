@@ -4,20 +4,18 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "group.h"
+#include "rules/clock.h"
 
 namespace fusedstep {
-
-struct Clock;
 
 struct Rule {
   std::string name;
   std::vector<std::string> hypers, states;
   std::vector<unsigned> uses;  // per variant, bit i: it has state i
 
-  // Writes the rule's scalars for update number clock.t, advances what the clock carries, and
-  // returns the variant to run.
-  int (*prepare)(const double* hypers, Clock& clock, double* scalars);
+  // The row of the update that follows `clock`, which is advanced to it.
+  Row (*prepare)(const Group& group, Clock& clock, double factor);
 
   // Per variant, what the step divides elements [0, n) by, from their states (null: the variant has
   // none); null where the rule does not divide.
@@ -28,6 +26,9 @@ struct Rule {
 
 // In registry order, so that the place is the rule's number in Kernels::find.
 const std::vector<Rule>& rules();
+
+// What clips gradients of a global norm to max_norm.
+double clip_factor(double norm, double max_norm);
 
 // Bit s: the rule has state s under these hyperparameters.
 unsigned used_states(const Rule& rule, const double* hypers);

@@ -2,10 +2,12 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "dispatch.h"
 #include "float_mode.h"
+#include "norm.h"
 #include "parallel.h"
 
 namespace fusedstep {
@@ -22,6 +24,10 @@ constexpr int64_t kLeastGrain = 1 << 15, kMostGrain = 1 << 18, kAlone = 1 << 17;
 int64_t grain_for(int64_t n) {
   if (n < kAlone) return n;
   return std::max(kLeastGrain, std::min(kMostGrain, n / num_threads() / 32 / kPiece * kPiece));
+}
+
+void check(const char* error) {  // of a device
+  if (error) throw std::runtime_error(error);
 }
 
 bool same(const Clock& a, const Clock& b) {
@@ -74,7 +80,7 @@ Group as_group(const std::vector<double>& values, int rule) {
                                 std::to_string(values.size()) + " values");
   }
   Group group = {values[0] != 0, values[1] != 0, values[2], {}};
-  std::copy(values.begin() + 3, values.end(), group.hypers.begin());
+  std::copy(values.begin() + 3, values.end(), group.hypers);
   return group;
 }
 
@@ -83,6 +89,16 @@ Turn::Turn(std::atomic<int>& stepping) : stepping_(stepping) {
   if (before == generation() || !stepping_.compare_exchange_strong(before, generation())) {
     throw std::runtime_error("this optimizer is already stepping in another thread");
   }
+}
+
+StepTable::StepTable(int rule, std::function<std::string(size_t)> name_of, const Device* device,
+                     int index)
+    : rule_(rule), name_of_(std::move(name_of)), device_(device) {
+  if (device_) check(device_->open(index, &memory_));
+}
+
+StepTable::~StepTable() {
+  if (memory_) device_->close(memory_);
 }
 
 std::string StepTable::describe(size_t tensor, int stream) const {
@@ -133,11 +149,33 @@ void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   clear_.assign(tensors.size(), Grad{nullptr, DType::f32});
 }
 
-std::vector<Clock> StepTable::clocks() const {
+// Brings home the clocks that the device alone has advanced; it keeps them.
+void StepTable::fetch_clocks() {
+  std::vector<size_t> entered;
+  std::vector<int64_t> slots;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (!tensors_[i].entered) continue;
+    entered.push_back(i);
+    slots.push_back(tensors_[i].slot);
+  }
+  if (slots.empty()) return;
+  std::vector<Clock> clocks(slots.size());
+  check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
+  for (size_t k = 0; k < entered.size(); ++k) tensors_[entered[k]].clock = clocks[k];
+}
+
+std::vector<Clock> StepTable::clocks() {
   const Turn turn(stepping_);
+  fetch_clocks();
   std::vector<Clock> all;
   for (const Tensor& t : tensors_) all.push_back(t.clock);
   return all;
+}
+
+double StepTable::device_norm() const {
+  double norm;
+  check(device_->read_norm(memory_, &norm));
+  return norm;
 }
 
 void StepTable::check_overlap(const std::vector<Grad>& grads) {
@@ -159,55 +197,123 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) {
   }
 }
 
-int64_t StepTable::step(const std::vector<Grad>& grads, const std::vector<Group>& groups,
-                        double factor) {
-  const Turn turn(stepping_);
-  // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
-  // pthread_create).
-  const FloatMode mode;
-  check_overlap(grads);
+// The norm of the gradients; false if the step is not to be taken.
+bool StepTable::measure(const std::vector<Grad>& grads, const Control& control,
+                        Outcome& outcome) const {
+  std::vector<Run> runs;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].data) runs.push_back({grads[i].data, tensors_[i].n, grads[i].dtype});
+  }
+  const Squared squared = sum_of_squares(runs);
+  outcome.norm = std::sqrt(squared.sum) * control.factor;
+  outcome.skipped = control.skip_nonfinite && !squared.finite;
+  return !outcome.skipped;
+}
 
+// Which tensors the step has, and their rows, unless the device is to prepare those.
+void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
+                     bool live, double factor) {
   const Rule& rule = rules()[rule_];
-  const auto& kernel_of = kernels().find[rule_];
-  segments_.clear();
-  scalars_.clear();
+  parts_.clear();
+  rows_.clear();
   advanced_.resize(tensors_.size());
-  int64_t elements = 0;
-  int variant = 0;
-  const Tensor* last = nullptr;  // the tensor that scalars, variant and decay were prepared for
+  const Tensor* last = nullptr;  // the tensor that the last row was prepared for
   Clock after{};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Tensor& t = tensors_[i];
     advanced_[i] = t.clock;
     if (!grads[i].data) continue;
-    const Group& group = groups[t.group];
-    const bool coupled = group.weight_decay != 0 && !group.decoupled;
-    if (!last || last->group != t.group || !same(last->clock, t.clock)) {
-      double* s = scalars_.emplace_back().data();
-      after = t.clock;
-      ++after.t;
-      s[0] = group.maximize ? -factor : factor;
-      s[1] = coupled ? group.weight_decay : 1 - group.hypers[0] * group.weight_decay;
-      if (!coupled && group.weight_decay == 0) s[1] = 1;  // even where lr is infinite
-      variant = rule.prepare(group.hypers.data(), after, s + 2);
-      last = &t;
+    const Group& group = groups[t.group].group;
+    Part part = {i, t.group, 0};
+    if (live) {
+      part.uses = used_states(rule, group.hypers);
+    } else {
+      if (!last || last->group != t.group || !same(last->clock, t.clock)) {
+        after = t.clock;
+        rows_.push_back(rule.prepare(group, after, factor));
+        last = &t;
+      }
+      advanced_[i] = after;
+      part.row = static_cast<int>(rows_.size()) - 1;
+      part.uses = rule.uses[rows_.back().variant];
     }
-    advanced_[i] = after;
+    for (int s = 0; s < kMaxStates && t.n > 0; ++s) {
+      if (part.uses >> s & 1 && !t.state[s]) throw std::logic_error(describe(i, s) + " is missing");
+    }
+    parts_.push_back(part);
+  }
+}
+
+void StepTable::sweep_here(const std::vector<Grad>& grads) {
+  const auto& kernel_of = kernels().find[rule_];
+  segments_.clear();
+  for (const Part& part : parts_) {
+    const Tensor& t = tensors_[part.tensor];
+    const Grad& grad = grads[part.tensor];
     if (t.n == 0) continue;
-    Segment segment = {t.param, grads[i].data, {}, t.n, scalars_.back().data(), nullptr};
+    const Row& row = rows_[part.row];
+    Segment segment = {
+        t.param, grad.data,   {},
+        t.n,     row.scalars, kernel_of[row.variant][row.decay][type_pair(t.dtype, grad.dtype)]};
     for (int s = 0; s < kMaxStates; ++s) {
-      if (!(rule.uses[variant] >> s & 1)) continue;
-      segment.state[s] = t.state[s];
-      if (!t.state[s]) throw std::logic_error(describe(i, s) + " is missing");
+      if (part.uses >> s & 1) segment.state[s] = t.state[s];
     }
-    const Decay decay = coupled ? kCoupled : kScaled;
-    segment.kernel = kernel_of[variant][decay][type_pair(t.dtype, grads[i].dtype)];
     segments_.push_back(segment);
-    elements += t.n;
   }
   sweep(segments_, starts_);
-  for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].clock = advanced_[i];
-  return elements;
+}
+
+void StepTable::sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
+                            const Control& control) {
+  there_.clear();
+  for (const Part& part : parts_) {
+    const Tensor& t = tensors_[part.tensor];
+    const Grad& grad = grads[part.tensor];
+    DeviceTensor& there = there_.emplace_back();
+    there = {t.param, grad.data,  {},      t.n, type_pair(t.dtype, grad.dtype), part.uses, part.row,
+             t.slot,  !t.entered, t.clock, {}};
+    std::copy(t.state.begin(), t.state.end(), there.state);
+    std::copy(t.shown.begin(), t.shown.end(), there.shown);
+  }
+  const DeviceStep step = {rule_,
+                           there_.data(),
+                           there_.size(),
+                           rows_.data(),
+                           rows_.size(),
+                           groups.data(),
+                           control.live ? groups.size() : 0,
+                           control};
+  check(device_->step(memory_, &step));
+  for (const Part& part : parts_) tensors_[part.tensor].entered = control.live;
+}
+
+Outcome StepTable::step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
+                        const Control& control) {
+  const Turn turn(stepping_);
+  // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
+  // pthread_create).
+  const FloatMode mode;
+  check_overlap(grads);
+  Outcome outcome = {0, false, 0};
+  double factor = control.factor;
+  if (device_) {
+    if (!control.live) fetch_clocks();
+    if (control.live || control.measure) factor = 1;  // the device multiplies
+  } else if (control.measure) {
+    if (!measure(grads, control, outcome)) return outcome;
+    if (std::isfinite(control.max_norm)) factor *= clip_factor(outcome.norm, control.max_norm);
+  }
+  plan(grads, groups, control.live, factor);
+  if (device_) {
+    sweep_there(grads, groups, control);
+  } else {
+    sweep_here(grads);
+  }
+  for (const Part& part : parts_) {
+    if (!control.live) tensors_[part.tensor].clock = advanced_[part.tensor];
+    outcome.elements += tensors_[part.tensor].n;
+  }
+  return outcome;
 }
 
 }  // namespace fusedstep

@@ -4,15 +4,14 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "device.h"
 #include "kernels.h"
 #include "rules.h"
-#include "rules/clock.h"
 
 namespace fusedstep {
 
@@ -22,13 +21,6 @@ DType state_dtype(DType param);  // float64 under float64, else float32
 
 // The place of a combination in kTypePairs, or -1 where no kernel takes it.
 int type_pair(DType param, DType grad);
-
-// Hyperparameters that hold for all tensors of a group in one step.
-struct Group {
-  bool maximize, decoupled;
-  double weight_decay;
-  std::array<double, kMaxHypers> hypers;  // in the rule's order, lr first
-};
 
 // A group from (maximize, decoupled, weight_decay, then the rule's hyperparameters in its order);
 // throws std::invalid_argument if there are more or fewer.
@@ -46,6 +38,18 @@ struct Tensor {
   std::array<void*, kMaxStates> state;  // null where there is none
   int group;
   Clock clock;
+
+  // On a device, with live counts:
+  int64_t slot = 0;                      // where the device keeps the clock
+  bool entered = false;                  // and whether it has it
+  std::array<Live, kCounts> shown = {};  // numbers in its memory that show the clock
+};
+
+// What a step did. A device is not waited for: it alone knows whether it skipped, and the norm.
+struct Outcome {
+  int64_t elements;  // updated
+  bool skipped;      // for a gradient that is not finite
+  double norm;       // of the gradients, where it was to be measured
 };
 
 // One step at a time: the second thread is told, not let in. A process forked in the middle of a
@@ -68,23 +72,31 @@ class Turn {
 class StepTable {
  public:
   // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.
-  StepTable(int rule, std::function<std::string(size_t)> name_of)
-      : rule_(rule), name_of_(std::move(name_of)) {}
+  // Memory is the CPU's, or that of a device's number `index`.
+  StepTable(int rule, std::function<std::string(size_t)> name_of, const Device* device = nullptr,
+            int index = 0);
+  ~StepTable();
+  StepTable(const StepTable&) = delete;
+  StepTable& operator=(const StepTable&) = delete;
 
   // Replaces all tensors. Their memory must not overlap: throws std::invalid_argument naming two
   // that do, and keeps what it had. Costs little where all memory is where it was.
   void set_tensors(const std::vector<Tensor>& tensors);
 
-  std::vector<Clock> clocks() const;
+  // Waits for the device where it alone counts.
+  std::vector<Clock> clocks();
 
-  // Of one tensor; not while a step runs.
+  // Of one tensor; not while a step runs. After a step with live counts it is of no use.
   const Clock& clock(size_t tensor) const { return tensors_[tensor].clock; }
 
-  // Updates every tensor that has a gradient, and returns the number of elements updated. There is
-  // one gradient per tensor, of a type that goes with the parameter's; all are multiplied by
-  // `factor`. Throws std::invalid_argument before it has written anything if a gradient lies over
-  // memory that the step writes.
-  int64_t step(const std::vector<Grad>& grads, const std::vector<Group>& groups, double factor = 1);
+  // Updates every tensor that has a gradient. There is one gradient per tensor, of a type that goes
+  // with the parameter's. Throws std::invalid_argument before it has written anything if a gradient
+  // lies over memory that the step writes.
+  Outcome step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
+               const Control& control = {});
+
+  // The norm of the last step on a device that measured one; waits for the device.
+  double device_norm() const;
 
  private:
   struct Range {
@@ -95,6 +107,13 @@ class StepTable {
   bool in_place(const std::vector<Tensor>& tensors) const;
   std::string describe(size_t tensor, int stream) const;
   void check_overlap(const std::vector<Grad>& grads);
+  bool measure(const std::vector<Grad>& grads, const Control& control, Outcome& outcome) const;
+  void plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups, bool live,
+            double factor);
+  void sweep_here(const std::vector<Grad>& grads);
+  void sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
+                   const Control& control);
+  void fetch_clocks();
 
   int rule_;
   std::function<std::string(size_t)> name_of_;
@@ -103,11 +122,21 @@ class StepTable {
   std::vector<Grad> clear_;     // gradients known to lie outside written_
   mutable std::atomic<int> stepping_{Turn::kNobody};
 
+  const Device* device_;
+  void* memory_ = nullptr;  // the device's
+
   // Of the step being taken; members so that their memory is there for the next one.
+  struct Part {
+    size_t tensor;
+    int row;        // in rows_, or with live counts the group
+    unsigned uses;  // bit i: the step has state i
+  };
+  std::vector<Part> parts_;
+  std::vector<Row> rows_;
   std::vector<Segment> segments_;
   std::vector<int64_t> starts_;
   std::vector<Clock> advanced_;
-  std::deque<std::array<double, kMaxScalars>> scalars_;
+  std::vector<DeviceTensor> there_;
 };
 
 }  // namespace fusedstep

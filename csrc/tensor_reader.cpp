@@ -5,6 +5,9 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
+
+#include "memory.h"
 
 namespace py = pybind11;
 
@@ -103,15 +106,17 @@ bool TensorReader::is_tensor(py::handle object) const {
   return object && (ordinary(object) || py::isinstance(object, tensor_));
 }
 
-bool TensorReader::read(py::handle tensor, TensorView& view) const {
+bool TensorReader::read(py::handle tensor, TensorView& view, const Place& place) const {
   if (!ordinary(tensor)) return false;
-  if (!api_) return read_attributes(tensor, view);
+  if (!api_) return read_attributes(tensor, view, place);
   DLTensor t;
   if (api_->view(tensor.ptr(), &t) != 0) {
     PyErr_Clear();  // the caller says what is wrong with a tensor that has no memory
     return false;
   }
-  if (t.device.type != kCpu || !real_dtype(t, view)) return false;
+  const int kind = place.device ? place.device->kind : kCpu;
+  if (t.device.type != kind || (kind != kCpu && t.device.id != place.index)) return false;
+  if (!real_dtype(t, view)) return false;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.ndim = t.ndim;
   view.shape = t.shape;
@@ -119,17 +124,18 @@ bool TensorReader::read(py::handle tensor, TensorView& view) const {
   return finish(view);
 }
 
-bool TensorReader::read_attributes(py::handle tensor, TensorView& view) const {
+bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Place& place) const {
   if (!py::getattr(tensor, "layout").is(strided_)) return false;
-  if (py::str(py::getattr(tensor, "device")).cast<std::string>() != "cpu") return false;
+  const std::string text = place.device && place.device->kind != kCpu ? place_text(place) : "cpu";
+  if (py::str(py::getattr(tensor, "device")).cast<std::string>() != text) return false;
   const py::object dtype = py::getattr(tensor, "dtype");
-  size_t place = 0;
-  while (place < dtypes_.size() && !py::object(dtypes_[place]).is(dtype)) ++place;
-  if (place == dtypes_.size()) return false;
+  size_t k = 0;
+  while (k < dtypes_.size() && !py::object(dtypes_[k]).is(dtype)) ++k;
+  if (k == dtypes_.size()) return false;
   const auto shape = py::getattr(tensor, "shape").cast<std::vector<int64_t>>();
   const auto strides = py::getattr(tensor, "stride")().cast<std::vector<int64_t>>();
-  view.dtype = kTypes[place].dtype;
-  view.reals = kTypes[place].reals;
+  view.dtype = kTypes[k].dtype;
+  view.reals = kTypes[k].reals;
   view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
   view.held = shape;
   view.held.insert(view.held.end(), strides.begin(), strides.end());

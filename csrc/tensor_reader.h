@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "device.h"
 #include "dlpack.h"
-#include "kernels.h"
 
 namespace fusedstep {
 
@@ -37,8 +37,8 @@ class TensorReader {
   bool is_tensor(pybind11::handle object) const;
 
   // Reads a torch.Tensor or Parameter. False for what has no memory to sweep over as it is: another
-  // class (DTensor, FakeTensor, ...), device, layout or dtype.
-  bool read(pybind11::handle tensor, TensorView& view) const;
+  // class (DTensor, FakeTensor, ...), place, layout or dtype.
+  bool read(pybind11::handle tensor, TensorView& view, const Place& place) const;
 
   // Whether the values are not those in memory: a negation or conjugation is pending.
   bool lazy(pybind11::handle tensor, const TensorView& view) const;
@@ -47,7 +47,7 @@ class TensorReader {
   pybind11::object grad(pybind11::handle tensor) const;
 
  private:
-  bool read_attributes(pybind11::handle tensor, TensorView& view) const;
+  bool read_attributes(pybind11::handle tensor, TensorView& view, const Place& place) const;
 
   bool ordinary(pybind11::handle tensor) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));

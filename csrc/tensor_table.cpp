@@ -64,15 +64,19 @@ std::vector<py::str> interned(const std::vector<std::string>& names) {
 }  // namespace
 
 TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>& scalars,
-                         bool exchange)
+                         bool exchange, const py::object& device, int index)
     : rule_(rule_number(rule)),
+      place_{device_of(device), index, nullptr},
       reader_(exchange),
       states_(interned(rules()[rule_].states)),
       scalars_(interned(scalars)),
-      table_(rule_, [this](size_t place) {
-        const py::gil_scoped_acquire acquire;  // a step runs without the interpreter's lock
-        return name_of(active_[place].i);
-      }) {
+      table_(
+          rule_,
+          [this](size_t place) {
+            const py::gil_scoped_acquire acquire;  // a step runs without the interpreter's lock
+            return name_of(active_[place].i);
+          },
+          place_.device, index) {
   if (scalars_.size() > kMaxCounts) {
     throw py::value_error("scalars must be at most 3, got " + std::to_string(scalars_.size()));
   }
@@ -89,8 +93,9 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
 // Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies. A
 // real state that is the object it was, where it was, is not asked again whether it is lazy.
 void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
-                       Known* known) {
-  if (reader_.read(tensor, view)) {
+                       Known* known, bool on_host) {
+  const Place place = on_host ? Place{} : place_;
+  if (reader_.read(tensor, view, place)) {
     trail_.pass_tensor(tensor, view);
     const bool own =
         view.held.empty();  // the shape lies in torch's object, and tells it from others
@@ -102,7 +107,7 @@ void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
     }
   }
   py::object made = owner_.attr("_plain")(a.i, kind, tensor);
-  if (!reader_.read(made, view)) {
+  if (!reader_.read(made, view, place)) {
     throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
                           " must have memory of its own, got " +
                           py::str(py::type::of(tensor).attr("__name__")).cast<std::string>());
@@ -178,7 +183,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     TensorView view;
     a.scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
-    look(a, scalars_[s], scalar, view, &counted_[a.i].known[s]);
+    look(a, scalars_[s], scalar, view, &counted_[a.i].known[s], !live_);
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
@@ -209,7 +214,8 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     const py::list matched = owner_.attr("_match")(a.i, all);
     size_t next = 0;
     const auto take = [&](TensorView& view) {
-      if (!reader_.read(matched[next++], view)) throw std::logic_error("_match must be plain");
+      if (!reader_.read(matched[next++], view, place_))
+        throw std::logic_error("_match must be plain");
     };
     take(p);
     take(g);
@@ -221,6 +227,13 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
 
   Tensor& tensor = tensors_[place];
   tensor = {p.data, p.dtype, p.n, {}, a.group, clock_of(a, begins)};
+  if (live_) {
+    tensor.slot = static_cast<int64_t>(a.i);
+    tensor.entered = counted_[a.i].entered && !begins;
+    for (size_t s = 0; s < scalars_.size(); ++s) {
+      tensor.shown[s] = {a.numbers[s].data, a.numbers[s].dtype};
+    }
+  }
   for (size_t s = 0; s < states_.size(); ++s) {
     if (a.states[s]) tensor.state[s] = views[s].data;
   }
@@ -231,6 +244,8 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
 // step wrote, as float32 is exact to 2^24 only.
 Clock TensorTable::clock_of(const Active& a, bool begins) const {
   Clock clock{0, {begins ? 0.0 : 1.0, 0}};
+  // The device looks at the tensors, and takes these numbers where they show no others.
+  if (live_) return scalars_.empty() || begins ? clock : counted_[a.i].clock;
   for (size_t s = 0; s < scalars_.size(); ++s) {
     const Counted& last = counted_[a.i];
     const auto [data, dtype] = a.numbers[s];
@@ -251,7 +266,8 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
 }
 
 void TensorTable::write_clocks() {
-  if (scalars_.empty()) return;
+  for (const Active& a : active_) counted_[a.i].entered = live_;
+  if (scalars_.empty() || live_) return;
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
     Counted& counted = counted_[a.i];
@@ -269,7 +285,19 @@ void TensorTable::write_clocks() {
   }
 }
 
-py::list TensorTable::step(const py::list& groups, const py::dict& state, double factor,
+// A tensor of one number in the device's memory.
+Live TensorTable::number(const py::handle& tensor, const char* name) const {
+  TensorView view;
+  if (tensor.is_none()) return {nullptr, DType::f32};
+  const bool found = reader_.read(tensor, view, place_);
+  if (!found || view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
+    throw py::value_error(std::string(name) + " must be one float32 or float64 number on " +
+                          place_text(place_) + ", got " + py::str(tensor).cast<std::string>());
+  }
+  return {view.data, view.dtype};
+}
+
+py::list TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& asked,
                            size_t first, const py::object& owner) {
   const Turn turn(stepping_);
   struct Release {  // of all that the step borrows, however it ends
@@ -278,13 +306,23 @@ py::list TensorTable::step(const py::list& groups, const py::dict& state, double
   } const release{active_};
   active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
+  Control control;
+  control.factor = asked[0].cast<double>();
+  control.skip_nonfinite = asked[2].cast<bool>();
+  control.measure = !asked[1].is_none() || control.skip_nonfinite;
+  if (!asked[1].is_none()) control.max_norm = asked[1].cast<double>();
+  control.stream = reinterpret_cast<void*>(asked[3].cast<uintptr_t>());
+  control.live = live_ = asked[4].cast<bool>();
+  control.scale = number(asked[5], "grad_scale");
+  control.found_inf = number(asked[6], "found_inf");
+  control.norm = number(asked[7], "norm");
   std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
   trail_.begin();
   tensors_.clear();
   gradients_.clear();
 
-  std::vector<Group> converted;
+  std::vector<DeviceGroup> converted;
   std::vector<unsigned> uses;
   py::list updated, wanted;
   std::vector<size_t> begins;
@@ -293,8 +331,9 @@ py::list TensorTable::step(const py::list& groups, const py::dict& state, double
   for (const py::handle item : groups) {
     const auto group = py::reinterpret_borrow<py::tuple>(item);
     const py::tuple params(group[0]);  // the list may change while torch is asked
-    converted.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
-    uses.push_back(used_states(rules()[rule_], converted.back().hypers.data()));
+    converted.push_back(
+        {as_group(group[1].cast<std::vector<double>>(), rule_), number(group[3], "lr")});
+    uses.push_back(used_states(rules()[rule_], converted.back().group.hypers));
     if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
@@ -336,8 +375,9 @@ py::list TensorTable::step(const py::list& groups, const py::dict& state, double
   table_.set_tensors(tensors_);
   {
     const py::gil_scoped_release unlocked;
-    table_.step(gradients_, converted, factor);
+    outcome_ = table_.step(gradients_, converted, control);
   }
+  if (outcome_.skipped) return py::list();
   write_clocks();
   return updated;
 }

@@ -54,26 +54,36 @@ class TensorTable {
  public:
   // `scalars` are the state's 0-d tensors by name: the step count, then what the clock carries. A
   // rule without any keeps no count, and its clock carries whether the states have begun.
-  TensorTable(const std::string& rule, const std::vector<std::string>& scalars, bool exchange);
+  // `device` is None, or as for ArrayTable.
+  TensorTable(const std::string& rule, const std::vector<std::string>& scalars, bool exchange,
+              const pybind11::object& device, int index);
 
   // Updates every parameter that has a gradient.
-  //   groups  (parameters, values as for as_group, torch's group) of each
+  //   groups  (parameters, values as for as_group, torch's group, None or a tensor that has lr) of
+  //           each
   //   state   a dict of names to tensors for each parameter, as torch.optim's
-  //   factor  multiplies the gradients
+  //   asked   (the gradients' factor, maximal norm or None, skip non-finite ones, the device's
+  //           stream, whether counts are live, and tensors or None: loss scale, found_inf, norm)
   //   first   the number of the first parameter; the others follow, over all groups
   //   owner   asked for what only torch can do:
-  //     _plain(i, kind, tensor) -> the same as a plain CPU tensor, or an error that says what is
-  //         wrong; kind is "params", "grads" or a state's name
+  //     _plain(i, kind, tensor) -> the same as a plain tensor in its place, or an error that says
+  //         what is wrong; kind is "params", "grads" or a state's name. Counts are on the device
+  //         where they are live, else on the CPU.
   //     _begin([(parameter, torch's group, names)]) makes the states that are missing
   //     _match(i, [parameter, gradient, *states]) -> the same, dense and of equal strides
   //     _moved() is told, before anything is written, that memory is elsewhere than in the last step
   //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
   // Returns the parameters updated. An error leaves all memory as it was; states that were made stay.
-  pybind11::list step(const pybind11::list& groups, const pybind11::dict& state, double factor,
-                      size_t first, const pybind11::object& owner);
+  pybind11::list step(const pybind11::list& groups, const pybind11::dict& state,
+                      const pybind11::tuple& asked, size_t first, const pybind11::object& owner);
+
+  // Of the last step: the norm if it was asked for, and whether it was skipped; a device tells
+  // neither.
+  double norm() const { return outcome_.norm; }
+  bool skipped() const { return outcome_.skipped; }
 
  private:
-  static constexpr size_t kMaxCounts = 1 + sizeof(Clock::carry) / sizeof(double);
+  static constexpr size_t kMaxCounts = kCounts;
 
   // Where a state was that had no negation or conjugation pending: torch's object, and the memory.
   struct Known {
@@ -85,6 +95,7 @@ class TensorTable {
     std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
     Clock clock{};
     std::array<Known, kMaxCounts + kMaxStates> known;  // the scalars, the states
+    bool entered = false;                              // the device has the clock
   };
   struct Number {
     void* data;
@@ -113,7 +124,8 @@ class TensorTable {
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
   void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
-            Known* known = nullptr);
+            Known* known = nullptr, bool on_host = false);
+  Live number(const pybind11::handle& tensor, const char* name) const;
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;
   void write_clocks();
@@ -121,15 +133,18 @@ class TensorTable {
   std::string state_label(const Active& a, const pybind11::str& name) const;
 
   int rule_;
+  Place place_;
   TensorReader reader_;
   std::vector<pybind11::str> states_, scalars_;  // names
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
   std::atomic<int> stepping_{Turn::kNobody};
   StepTable table_;
+  Outcome outcome_ = {};
 
   // Of the step being taken.
   pybind11::handle owner_;
+  bool live_ = false;
   std::vector<Active> active_;
 
   Trail trail_;

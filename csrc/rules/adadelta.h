@@ -34,7 +34,7 @@ struct Adadelta {
     FN V divisor(const V& s, const V& a) const { return V(1) / ratio(s, a); }
   };
 
-  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, h.eps, SquareAverage<double>::of(h.rho)};
     return 0;
   }

@@ -30,7 +30,7 @@ struct Adagrad {
     FN V divisor(const V& s) const { return slowdown * root(s); }  // clr is lr / slowdown
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const double slowdown = 1 + static_cast<double>(clock.t - 1) * h.lr_decay;
     s = {h.lr / slowdown, h.eps, slowdown};
     return 0;

@@ -39,7 +39,7 @@ struct Adam {
     }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool correct = h.bias_correction != 0;
     const double bias1 = correct ? 1 - power(h.beta1, clock.t) : 1;
     const double bias2 = correct ? 1 - power(h.beta2, clock.t) : 1;

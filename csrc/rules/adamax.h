@@ -31,7 +31,7 @@ struct Adamax {
     FN V divisor(const V&, const V& u) const { return u; }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     s = {Average<double>::of(h.beta1), h.beta2, h.lr / (1 - power(h.beta1, clock.t)), h.eps};
     return 0;
   }

@@ -33,7 +33,7 @@ struct Asgd {
     }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     double &eta = clock.carry[0], &mu = clock.carry[1];
     const double t = static_cast<double>(clock.t);
     if (clock.t == 1) eta = h.lr, mu = 1;

@@ -30,7 +30,7 @@ struct Ceiling {
     }
   };
 
-  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {0};
     return static_cast<int>(h.states);
   }

@@ -41,7 +41,7 @@ template <class V>
 struct Average {
   V weight, from_new;
 
-  static Average of(double beta) {
+  FN static Average of(double beta) {
     if (beta <= 0.5) return {-beta, 1};
     return {1 - beta, 0};
   }
@@ -53,7 +53,7 @@ template <class V>
 struct SquareAverage {
   V beta, one_minus_beta;
 
-  static SquareAverage of(double beta) { return {beta, 1 - beta}; }
+  FN static SquareAverage of(double beta) { return {beta, 1 - beta}; }
   FN V operator()(V v, V g) const { return fma(one_minus_beta, g * g, beta * v); }
 };
 

@@ -29,7 +29,7 @@ struct Lion {
     }
   };
 
-  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, Average<double>::of(h.beta1), Average<double>::of(h.beta2)};
     return 0;
   }

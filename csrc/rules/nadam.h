@@ -35,7 +35,7 @@ struct NAdam {
     FN V divisor(const V&, const V& v) const { return fma(sqrt(v), rsqrt_bias2, eps); }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const auto mu = [&](int64_t t) {
       return h.beta1 * (1 - 0.5 * power(0.96, static_cast<double>(t) * h.momentum_decay));
     };

@@ -40,7 +40,7 @@ struct RAdam {
     }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const double t = static_cast<double>(clock.t), beta2_t = power(h.beta2, clock.t);
     const double r_inf = 2 / (1 - h.beta2) - 1, r_t = r_inf - 2 * t * beta2_t / (1 - beta2_t);
     double step_size = h.lr / (1 - power(h.beta1, clock.t)), rectifier = 1;

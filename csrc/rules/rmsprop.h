@@ -42,7 +42,7 @@ struct RmsProp {
     }
   };
 
-  static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, h.eps, h.momentum, SquareAverage<double>::of(h.alpha), Average<double>::of(h.alpha)};
     return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
   }

@@ -34,7 +34,7 @@ struct Rprop {
     }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     s = {h.lr, h.eta_minus, h.eta_plus, h.step_size_min, h.step_size_max};
     return clock.t == 1 ? kFirst : kLater;
   }

@@ -31,7 +31,7 @@ struct Sgd {
     }
   };
 
-  static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
+  FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool first = clock.carry[0] == 0;  // of the buffer, which may come later than t = 1
     s = {h.lr, h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening};
     if (h.momentum == 0) return kPlain;

@@ -42,6 +42,7 @@ def _flag(doc: str) -> Hyper:
 
 
 # Rules without a hyperparameter of their own.
+AT_LEAST_0 = Hyper(">= 0", _at_least_0, "")
 ANY = Hyper("or NaN", lambda x: True, "")
 FINITE = Hyper("finite", math.isfinite, "")
 FRACTION = Hyper("in [0, 1)", _in_unit, "")

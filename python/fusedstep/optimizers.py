@@ -15,12 +15,15 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from fusedstep import _core
+from fusedstep import _core, _gpu
 from fusedstep._hypers import (
+    AT_LEAST_0,
     FINITE,
     HYPERS,
     PAIRS,
+    POSITIVE,
     Hyper,
+    as_number,
     at_step,
     check,
     flatten,
@@ -142,11 +145,17 @@ def _assignments(hypers: Mapping[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in hypers.items()]
 
 
+def is_array(thing: Any) -> bool:
+    """Whether it is one array, not several."""
+    exports = hasattr(thing, "__dlpack__") or hasattr(thing, "__cuda_array_interface__")
+    return isinstance(thing, np.ndarray) or exports
+
+
 def name_params(params: Params) -> dict[Key, Any]:
     """Parameters in any form that an optimizer takes, by name or number."""
     if isinstance(params, Mapping):
         named = dict(params.items())
-    elif isinstance(params, np.ndarray) or hasattr(params, "__dlpack__"):
+    elif is_array(params):
         named = {0: params}
     elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
         named = dict(enumerate(params))
@@ -172,7 +181,7 @@ def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
         return [grads[key] for key in params]
     if isinstance(grads, list | tuple):
         return grads
-    if isinstance(grads, np.ndarray) or hasattr(grads, "__dlpack__") or grads is None:
+    if grads is None or is_array(grads):
         return [grads]
     if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
         return list(grads)
@@ -186,10 +195,16 @@ class Optimizer:
     """What all optimizers share: groups, state, steps and checkpoints.
 
     An optimizer updates its parameters in place, and holds on to them. It takes one array, a
-    sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch CPU
-    tensors, or anything else that exports CPU memory through DLPack. All must be C-contiguous and
-    writable, float32, float64, float16 or bfloat16. States are float32, or float64 for float64
-    parameters, in flat buffers of their own.
+    sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch
+    tensors, CuPy arrays, or anything else that exports its memory through DLPack or
+    `__cuda_array_interface__`; all in CPU memory, or all on one CUDA device. All must be
+    C-contiguous and writable, float32, float64, float16 or bfloat16. States are float32, or float64
+    for float64 parameters, in flat buffers of their own.
+
+    On a CUDA device a step is queued, not waited for, on the stream that is torch's or CuPy's
+    current one if the first parameter is theirs, else on the one that the parameter names, else on
+    CUDA's default stream. Results are the CPU's, bit by bit. States are arrays there, which
+    `cupy.asarray` and `torch.as_tensor` view and `numpy.asarray` copies.
 
     In place of a number, `lr`, `weight_decay`, `momentum` and each of `betas` take a schedule: one
     of `fusedstep.schedules`, or any callable of the step, which counts from 0.
@@ -215,7 +230,8 @@ class Optimizer:
             "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",
             "    is not of its kind.",
             "ValueError: a hyperparameter is outside its range, a group matches no parameter, or",
-            "    memory is not on the CPU, C-contiguous, aligned, writable and free of overlap.",
+            "    memory is not where the first parameter's is, C-contiguous, aligned, writable and",
+            "    free of overlap.",
         ]
         text = "\n        ".join(["Args:", *args]) + "\n\n    "
         text += "\n        ".join(["Raises:", *raises])
@@ -287,7 +303,16 @@ class Optimizer:
     def _open_table(self) -> None:
         """Hands the parameters to the compiled table, which checks them and keeps the counts."""
         params = list(self._params.values())
-        self._table = _core.StepTable(self._rule, self._names, params, self._group_of)
+        # The CUDA device whose memory all of it is in; None: the CPU's.
+        self._index = None if self._buffer is not None or not params else _gpu.index_of(params[0])
+        device = None
+        if self._index is not None:
+            known = {"device": params[0].device} if hasattr(params[0], "device") else {}
+            device = _gpu.needed(f"params[{self._names[0]}]", **known).device()
+        self._table = _core.StepTable(
+            self._rule, self._names, params, self._group_of, device, self._index or 0
+        )
+        self._measured = False
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
         torch = sys.modules.get("torch")
@@ -373,7 +398,12 @@ class Optimizer:
         for state, i in wanted:
             by_buffer.setdefault((state, self._state_dtype(i)), []).append(i)
         for (state, dtype), indices in by_buffer.items():
-            buffer = FlatBuffer.zeros({i: self._shapes[i] for i in sorted(indices)}, dtype)
+            shapes = {i: self._shapes[i] for i in sorted(indices)}
+            buffer: Mapping[Key, Any] = (
+                FlatBuffer.zeros(shapes, dtype)
+                if self._index is None
+                else _gpu.packed(shapes, dtype, self._index)
+            )
             for i in indices:
                 view = buffer[i]
                 initial = self._initial(state, hypers[self._group_of[i]])
@@ -407,7 +437,14 @@ class Optimizer:
 
     # -- public -----------------------------------------------------------------------------------
 
-    def step(self, grads: Grads) -> StepReport:
+    def step(
+        self,
+        grads: Grads,
+        *,
+        max_norm: SupportsFloat | None = None,
+        loss_scale: SupportsFloat = 1.0,
+        skip_nonfinite: bool = False,
+    ) -> StepReport:
         """Updates the parameters once, in one sweep over memory.
 
         Args:
@@ -416,38 +453,88 @@ class Optimizer:
                 parameter's shape, and its dtype or, for a float32 parameter, float32, bfloat16 or
                 float16. None in an array's place leaves that parameter, its states and its count
                 of updates alone. Gradients are read, never written.
+            max_norm: clips the gradients, all of them together, to this norm:
+                `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
+                `grad_norm` is then the norm before. A number >= 0, or inf to measure only
+                (default None).
+            loss_scale: what the loss was multiplied by; the gradients are divided by it first.
+                Finite and > 0 (default 1).
+            skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
+                parameter, state or count changes (default False).
 
         Returns:
             The step's number, from 1, the learning rate of the first group, and the number of
-            elements updated.
+            elements updated: 0 where the step was skipped, of which a CUDA device does not tell, so
+            that there `steps`, and with it the schedules, count the skipped ones too.
 
         Raises:
-            TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not in
-                CPU memory, or overlaps memory that the step writes; hyperparameters that do not go
-                together; a schedule that returns a value out of range.
+            TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not
+                where the parameters are, or overlaps memory that the step writes; hyperparameters
+                that do not go together; a schedule that returns a value out of range.
             RuntimeError: the optimizer is stepping in another thread.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> w = np.zeros(2, np.float32)
+            >>> opt = fs.SGD(w, lr=1.0)
+            >>> _ = opt.step(np.array([30.0, 40.0], np.float32), max_norm=5.0)
+            >>> w, opt.grad_norm
+            (array([-3., -4.], dtype=float32), 50.0)
         """
         states = self._states
+        asked = None
+        measured = max_norm is not None or skip_nonfinite is not False
+        if measured or loss_scale != 1.0 or self._index is not None:
+            asked = self._asked(max_norm, loss_scale, skip_nonfinite)
         try:
             natives = self._current()
             layout = None if self._buffer is None else self._buffer._layout
             # An exact type and an identity first: a small step takes a few microseconds in all.
             if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
-                elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives)
+                elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives, asked)
             else:
                 ordered = in_order(self._params, grads)
-                elements = self._table.step(ordered, natives)
-                self._announce(i for i in self._tensors if ordered[i] is not None)
+                elements = self._table.step(ordered, natives, asked)
+                if elements:
+                    self._announce(i for i in self._tensors if ordered[i] is not None)
         except BaseException:
-            if self._states is not states:  # new ones, for a step that was not taken
-                self._table.set_states(list(states.values()), self._table.clocks())
-                self._states = states
-                for group in self._groups:
-                    group._edited()
+            self._forget_new(states)
             raise
+        self._measured = measured
+        if measured and self._table.skipped():
+            self._forget_new(states)
+            return StepReport(self._steps, natives[0][_LR], 0)
         self._steps += 1
         self._used = natives
         return StepReport(self._steps, natives[0][_LR], elements)
+
+    def _asked(
+        self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any
+    ) -> tuple[float, float | None, bool, int]:
+        """What a step is asked beside gradients and groups, checked."""
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
+        scale = as_number("loss_scale", loss_scale, POSITIVE)
+        first = next(iter(self._params.values()), None)
+        stream = 0 if self._index is None else _gpu.stream_of(first, self._index)
+        return 1 / scale, norm, skip_nonfinite, stream
+
+    def _forget_new(self, states: States) -> None:
+        """Puts `states` back in place of new ones, made for a step that was not taken."""
+        if self._states is not states:
+            self._table.set_states(list(states.values()), self._table.clocks())
+            self._states = states
+            for group in self._groups:
+                group._edited()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of all gradients before the last step, if that had max_norm or skip_nonfinite.
+
+        On a CUDA device, reading it waits for the step.
+        """
+        return self._table.norm() if self._measured else None
 
     def _announce(self, written: Iterable[int]) -> None:
         """Tells autograd of tensors changed behind its back, so that a stale backward raises."""
@@ -505,8 +592,13 @@ class Optimizer:
             if i in self._tensors:
                 torch = sys.modules["torch"]
                 for name, value in entry.items():
-                    array = isinstance(value, np.ndarray)
-                    entry[name] = torch.from_numpy(value) if array else torch.tensor(float(value))
+                    entry[name] = (
+                        torch.from_numpy(value)
+                        if isinstance(value, np.ndarray)
+                        else torch.as_tensor(value, device=value.device)
+                        if isinstance(value, _gpu.Array)
+                        else torch.tensor(float(value))
+                    )
             state[i] = entry
         natives = self._last_natives()
         groups = [
@@ -587,7 +679,7 @@ class Optimizer:
             self._table.set_states(list(states.values()), clocks)
             self._states, self._steps, self._used = states, steps, used
             for array, values in zip(arrays, saved, strict=True):
-                np.copyto(array, values)
+                array[...] = values
             for group, values in zip(self._groups, hypers, strict=True):
                 group._hypers = dict(values)
                 group._edited()
@@ -636,7 +728,7 @@ class Optimizer:
         states = self._extended(self._no_states(), sorted(wanted), hypers)
         for i, (_, arrays) in staged.items():
             for name, array in arrays.items():
-                np.copyto(states[name][i], array, casting="same_kind")
+                states[name][i][...] = array
         self._table.set_states(list(states.values()), clocks)
 
         # Nothing raises from here on.
@@ -733,7 +825,7 @@ class Optimizer:
             if name in self._states:
                 if value is None:  # torch before the first step with momentum
                     continue
-                array = as_array(value, label)
+                array = as_array(_gpu.to_host(value), label)
                 if array.shape != self._shapes[i]:
                     raise ValueError(
                         f"{label} must have shape {self._shapes[i]}, got {array.shape}"
@@ -768,7 +860,8 @@ class Optimizer:
         if self._ahead:
             raise RuntimeError("copies must be made after a lookahead, not inside it")
         state = {**self.__dict__, "_table": self._table.clocks()}
-        del state["_tensors"]
+        for name in ("_tensors", "_index", "_measured"):
+            del state[name]
         if self._buffer is not None:
             del state["_params"]  # views of the buffer
         return state
@@ -784,7 +877,7 @@ class Optimizer:
         ]
         self._states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
         for name, i in wanted:
-            np.copyto(self._states[name][i], old[name][i])
+            self._states[name][i][...] = old[name][i]
         self._table.set_states(list(self._states.values()), state["_table"])
 
     def __repr__(self) -> str:

@@ -15,28 +15,36 @@ from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
-from fusedstep._hypers import HYPERS, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
     as_dense,
     as_plain,
     check_apart,
+    gpu_of,
+    is_dtensor,
     local,
     new_state,
+    stream_of,
 )
 
-# How torch computes, not what. Accepted; the first two have no effect here.
+# How torch computes, not what. Accepted; the first two have no effect here, and the third is for
+# parameters on a GPU.
 _FLAGS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
     "capturable": False,
     "differentiable": False,
 }
-_UNSUPPORTED = ("capturable", "differentiable")
+_HOW = ("capturable", "differentiable")
 
-# A group as the table takes it: parameters, hyperparameters in the rule's order, the group.
-_Row = tuple[list[Any], list[float], dict[str, Any]]
+# A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
+# where only the GPU knows it.
+_Row = tuple[list[Any], list[float], dict[str, Any], Any]
+
+# What a step is asked beside gradients and groups, see TensorTable::step. Mostly nothing.
+_NOTHING = (1.0, None, False, 0, False, None, None, None)
 
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
@@ -45,10 +53,15 @@ class Optimizer(torch.optim.Optimizer):
     """What the drop-in classes share: `torch.optim.Optimizer` with a step in one sweep over memory.
 
     Parameter groups, hooks, closures, schedulers, `state_dict`, deepcopy and pickle are torch's.
-    Parameters are CPU tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
-    number as two reals); gradients have the parameter's dtype or, under float32, may be bfloat16 or
-    float16. States are float32, float64 under float64. Gradients are read, never written: after a
-    step under `torch.amp.GradScaler` they are as backward left them, scaled.
+    Parameters are tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
+    number as two reals), all on the CPU or all on one CUDA device; gradients have the parameter's
+    dtype or, under float32, may be bfloat16 or float16. States are float32, float64 under float64.
+    Gradients are read, never written: after a step under `torch.amp.GradScaler` or with `max_norm`
+    they are as backward left them.
+
+    On a CUDA device a step is queued on torch's current stream and does not wait for it. Results
+    are the CPU's, bit by bit. With `capturable=True`, with `skip_nonfinite`, under `GradScaler` or
+    with an `lr` that is a tensor on the device, the step counts are on the device too.
 
     A step reads parameters, gradients, states and groups anew, so all of them may be replaced or
     edited between steps. Tensors that are not dense, or whose strides differ from their
@@ -64,6 +77,10 @@ class Optimizer(torch.optim.Optimizer):
     _begins_at_once: ClassVar[bool]  # states exist before the first step
     _stepping_in_backward: set[Any]
 
+    grad_norm: torch.Tensor | None
+    """The norm of all gradients before the last step, if that step had `max_norm` or
+    `skip_nonfinite`: float64, 0-d, on the parameters' device."""
+
     def __init__(self, params: Any, **hypers: Any) -> None:
         self._reset()
         given = {
@@ -73,17 +90,27 @@ class Optimizer(torch.optim.Optimizer):
         }
         super().__init__(params, {**self._spec._fixed, **given})
         if self._begins_at_once:
-            helper = _Helper(self)
-            for params, native, group in self._current():
+            rows = self._current()
+            helper = _Helper(self, self._counts_live(rows))
+            for params, native, group, _ in rows:
                 names = ["step", *self._spec._uses(native)]
                 helper._begin([(param, group, names) for param in params])
 
     def _reset(self) -> None:
         """Forgets what is derived from groups and states."""
-        scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
-        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE)
+        self._open(torch.device("cpu"))
+        self._live = False  # whether the step counts are on the device
+        self.grad_norm = None
         self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
         self.__dict__.setdefault("_stepping_in_backward", set())
+
+    def _open(self, device: torch.device) -> None:
+        """Makes the compiled table for parameters on `device`."""
+        scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
+        self._gpu = gpu_of(device)
+        index = 0 if self._gpu is None else device.index or 0
+        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, self._gpu, index)
+        self._device = device
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -97,11 +124,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def _checked(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """A group's hyperparameters; TypeError or ValueError for one that is wrong."""
-        for flag in _UNSUPPORTED:
-            if group.get(flag):
-                raise ValueError(f"{flag} must be False, got {group[flag]!r}: not supported")
+        if group.get("differentiable"):
+            raise ValueError(
+                f"differentiable must be False, got {group['differentiable']!r}: not supported"
+            )
         known = {**self._extra, **self._spec._fixed, **self._given, **group}
         return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
+
+    def _check_capturable(self, group: Mapping[str, Any]) -> None:
+        if group.get("capturable") and self._gpu is None:
+            raise ValueError(
+                f"capturable must be False, got {group['capturable']!r}: parameters on the CPU"
+            )
 
     def _check(self, name: str, value: Any) -> Any:
         """One hyperparameter, checked unless it is the object that was accepted last."""
@@ -118,6 +152,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _current(self) -> list[_Row]:
         """All groups as the table takes them; those that were edited are checked again."""
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and first.device != self._device and not first.is_meta:
+            self._open(first.device)  # a model may be moved after its optimizer was made
+            self._seen.clear()
         rows = []
         for k, group in enumerate(self.param_groups):
             values = tuple(map(group.get, self._read))
@@ -127,7 +165,13 @@ class Optimizer(torch.optim.Optimizer):
                 if same and before and all(map(operator.is_, values, before)):
                     rows.append(row)
                     continue
-            row = (group["params"], self._spec._native(self._checked(group)), group)
+            self._check_capturable(group)
+            known, lr = group, group.get("lr")
+            if self._gpu is None or not isinstance(lr, torch.Tensor) or lr.device != self._device:
+                lr = None
+            else:  # to read it would be to wait for the device
+                known, lr = {**group, "lr": 0.0}, lr.detach()
+            row = (group["params"], self._spec._native(self._checked(known)), group, lr)
             rows.append(row)
             # Tensors and lists may be written to: a group with one is read each time.
             self._seen[k:] = [(values if all(map(_is_fixed, values)) else None, row)]
@@ -142,10 +186,21 @@ class Optimizer(torch.optim.Optimizer):
         before = len(getattr(self, "param_groups", ()))
         super().add_param_group(param_group)
         try:
+            params = self._params()
+            home = next((param.device for param in params if not param.is_meta), self._device)
             for i in self._indices(len(self.param_groups) - 1):
-                device = self._params()[i].device.type
-                if device not in ("cpu", "meta"):  # meta: parameters that are yet to get memory
-                    raise ValueError(f"params[{self._name(i)}] must be on the CPU, got {device}")
+                device = params[i].device  # meta: parameters that are yet to get memory
+                if device.type not in ("cpu", "cuda", "meta"):
+                    raise ValueError(
+                        f"params[{self._name(i)}] must be on the CPU or a CUDA device, got {device}"
+                    )
+                if device not in (home, torch.device("meta")):
+                    raise ValueError(
+                        f"params[{self._name(i)}] must be on {home} as the others, got {device}"
+                    )
+            if home != self._device:
+                self._open(home)
+            self._check_capturable(self.param_groups[-1])
         except ValueError:
             del self.param_groups[before:]
             raise
@@ -157,14 +212,22 @@ class Optimizer(torch.optim.Optimizer):
 
         Args:
             closure: recomputes the loss and the gradients, before the update (default None).
+            max_norm: clips the gradients, all of them together, to this norm, as
+                `torch.nn.utils.clip_grad_norm_` does, but leaves them as they are: the step
+                multiplies as it reads. `grad_norm` is then the norm before. A number >= 0, or inf
+                to measure only (default None).
+            skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
+                parameter, state or step count changes (default False).
 
         Returns:
             What the closure returned.
 
         Raises:
             TypeError, ValueError: a parameter, gradient or state of another kind, dtype, shape or
-                device than can be stepped, or memory that overlaps; hyperparameters out of range.
-            RuntimeError: the optimizer is stepping in another thread.
+                device than can be stepped, or memory that overlaps; hyperparameters out of range;
+                `max_norm` or `skip_nonfinite` with DTensors, of which each rank has a part.
+            RuntimeError: the optimizer is stepping in another thread; a CUDA graph is being
+                recorded and `capturable` is False.
         """
         observed = (
             torch.autograd._profiler_enabled()
@@ -181,35 +244,108 @@ class Optimizer(torch.optim.Optimizer):
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+    ) -> Any:
+        if max_norm is not None or skip_nonfinite is not False:
+            self._check_whole(max_norm, skip_nonfinite)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._current())
+        self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
         return loss
+
+    def _check_whole(self, max_norm: Any, skip_nonfinite: Any) -> None:
+        """Raises unless these can be asked of a step: they need all gradients at once."""
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        if max_norm is not None:
+            as_number("max_norm", max_norm, AT_LEAST_0)
+        if self._stepping_in_backward:
+            raise RuntimeError("max_norm and skip_nonfinite need all gradients at once, but"
+                               " step_in_backward has already stepped and freed them")  # fmt: skip
+        if any(map(is_dtensor, self._params())):
+            raise ValueError("max_norm and skip_nonfinite must not be given for DTensors, got a"
+                             " model of which this rank has a part")  # fmt: skip
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
 
-    def _update(self, groups: list[_Row], first: int = 0) -> None:
+    def _update(
+        self,
+        groups: list[_Row],
+        first: int = 0,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+    ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
         found_inf = self.__dict__.get("found_inf")
         if found_inf is not None and self._stepping_in_backward:
             raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
                                " stepped before they were checked")  # fmt: skip
-        if found_inf is not None and float(found_inf):
-            return
         scale = self.__dict__.get("grad_scale")
-        factor = 1.0 if scale is None else 1 / float(scale)
-        helper = _Helper(self)
+        asked: tuple[Any, ...] = _NOTHING
+        measured = max_norm is not None or skip_nonfinite
+        if self._gpu is not None:
+            live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
+            asked = self._asked_of_gpu(live, scale, found_inf, max_norm, skip_nonfinite)
+        elif scale is not None or found_inf is not None or measured:
+            if found_inf is not None and float(found_inf):
+                return
+            factor = 1.0 if scale is None else 1 / float(scale)
+            asked = (factor, max_norm, skip_nonfinite, *_NOTHING[3:])
+        helper = _Helper(self, asked[4])
         try:
-            updated = self._table.step(groups, self.state, factor, first, helper)
+            updated = self._table.step(groups, self.state, asked, first, helper)
         except BaseException:
             helper.undo()
             raise
+        self._live = asked[4]
+        self.grad_norm = asked[7]
+        if measured and self._gpu is None:
+            self.grad_norm = torch.tensor(self._table.norm(), dtype=torch.float64)
+            if self._table.skipped():
+                helper.undo()
+                return
         helper.copy_back()
         announce(updated)
+
+    def _counts_live(self, rows: list[_Row]) -> bool:
+        """Whether the step counts are on the device: once there, they stay."""
+        if self._gpu is None:
+            return False
+        return self._live or any(
+            lr is not None or bool(group.get("capturable")) for _, _, group, lr in rows
+        )
+
+    def _asked_of_gpu(
+        self, live: bool, scale: Any, found_inf: Any, max_norm: Any, skip_nonfinite: bool
+    ) -> tuple[Any, ...]:
+        """What the table is asked for a step on a GPU: numbers it has are not waited for."""
+        norm = None
+        if max_norm is not None or skip_nonfinite:
+            norm = torch.empty((), dtype=torch.float64, device=self._device)
+        factor = 1.0
+        if scale is not None and not isinstance(scale, torch.Tensor):
+            factor, scale = 1 / float(scale), None
+        scale, found_inf = (
+            one.detach().to(self._device, non_blocking=True)
+            if isinstance(one, torch.Tensor)
+            else None
+            if one is None
+            else torch.tensor(float(one), device=self._device)
+            for one in (scale, found_inf)
+        )
+        live = live or scale is not None
+        if max_norm is not None:
+            max_norm = float(max_norm)
+        stream = stream_of(self._device)
+        return factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm
 
     def _place(self, param: torch.Tensor, guess: int | None) -> int | None:
         """The parameter's number, which `guess` mostly is; None for one of another optimizer."""
@@ -256,7 +392,7 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 state = {
-                    name: value.detach().double().numpy()
+                    name: value.detach().double().cpu().numpy()
                     for name, value in entry.items()
                     if self._is_array(name)
                 }
@@ -306,7 +442,7 @@ class Optimizer(torch.optim.Optimizer):
             for name in self._extra:
                 if name in known:
                     group.setdefault(name, known[name])
-            for flag in _UNSUPPORTED:  # how to compute, which is not the checkpoint's to say
+            for flag in _HOW:  # how to compute, which is not the checkpoint's to say
                 if flag in group:
                     group[flag] = known.get(flag, False)
             self._checked(group)
@@ -327,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
             return value
         tensor = value.tensor
         if name == "step" or name in self._spec._carried:
-            return _scalar(tensor, 0.0)
+            return _scalar(tensor, 0.0, torch.device("cpu"))
         if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
             return tensor
         if tensor.shape != param.shape:
@@ -357,10 +493,13 @@ class LookAhead(Optimizer):
         """
         rows = self._current()
         names = self._spec._native_names()
-        numbers = [dict(zip(names, native, strict=True)) for _, native, _ in rows]
+        numbers = [dict(zip(names, native, strict=True)) for _, native, _, _ in rows]
+        for group, (*_, lr) in zip(numbers, rows, strict=True):
+            if lr is not None:
+                group["lr"] = float(lr)
         neutral._check_lookahead(numbers)
         moving = []
-        for (params, _, _), group in zip(rows, numbers, strict=True):
+        for (params, *_), group in zip(rows, numbers, strict=True):
             for param in params:
                 buffer = self.state.get(param, {}).get("momentum_buffer")
                 if buffer is not None:
@@ -398,8 +537,9 @@ class LookAhead(Optimizer):
 class _Helper:
     """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, live: bool) -> None:
         self._optimizer = optimizer
+        self._counts = optimizer._device if live else torch.device("cpu")  # where they are
         self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._apart = False
@@ -429,11 +569,15 @@ class _Helper:
 
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
         label, param = self._label(i, kind), self._optimizer._params()[i]
-        if kind == "step" and tensor.numel() == 1 and not tensor.is_floating_point():
-            entry = self._optimizer.state[param]  # an integer count, as torch takes it too
-            entry[kind] = _scalar(tensor, 0.0)
-            return entry[kind]
-        plain, copied = as_plain(tensor, label, param)
+        device = self._optimizer._device
+        if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
+            integer = kind == "step" and not tensor.is_floating_point()  # as torch takes it too
+            if tensor.numel() == 1 and (integer or tensor.device != self._counts):
+                entry = self._optimizer.state[param]
+                entry[kind] = _scalar(tensor, 0.0, self._counts)
+                return entry[kind]
+            device = self._counts
+        plain, copied = as_plain(tensor, label, param, device)
         if copied and kind != "grads":
             self._stand_ins.append((tensor, plain))
         return plain
@@ -484,7 +628,7 @@ class _Helper:
                     i = next(i for i, other in enumerate(opt._params()) if other is param)
                     raise TypeError(f"{self._label(i, name)} must be a tensor, got {given!r}")
                 if not opt._is_array(name):
-                    entry[name] = _scalar(given, initial)
+                    entry[name] = _scalar(given, initial, self._counts)
                     continue
                 state = packed.get((param, name))
                 entry[name] = new_state(param) if state is None else state
@@ -513,11 +657,14 @@ def _hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     return {**state_dict, "state": {k: hidden(e) for k, e in state_dict["state"].items()}}
 
 
-def _scalar(value: Any, default: float) -> torch.Tensor:
+def _scalar(value: Any, default: float, device: torch.device) -> torch.Tensor:
     """A 0-d tensor of the kind that torch keeps counts in."""
     double = torch.get_default_dtype() == torch.float64
+    dtype = torch.float64 if double else torch.float32
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
     number = default if value is None else float(value)
-    return torch.tensor(number, dtype=torch.float64 if double else torch.float32, device="cpu")
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -585,7 +732,7 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
             "_extra": {n: p.default for n, p in extra.items()},
             # torch.optim.Adagrad's, which cannot load a checkpoint without them.
             "_begins_at_once": name == "Adagrad",
-            "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_UNSUPPORTED])),
+            "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_HOW])),
         },
     )
 
@@ -604,7 +751,9 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
             "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
             *spec._argument_docs(signature, schedules=False),
             "foreach, fused: accepted, without effect.",
-            "capturable, differentiable: must be False.",
+            "capturable: on a CUDA device, keeps step counts there, so that steps can be recorded",
+            "    in a CUDA graph (default False).",
+            "differentiable: must be False.",
             "",
         ]
     )
@@ -613,7 +762,7 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
             "Raises:",
             "TypeError: params is no iterable of tensors, or a hyperparameter not of its kind.",
             "ValueError: a hyperparameter is outside its range, a parameter is given to two groups",
-            "    or is not a leaf or not on the CPU, or there is none.",
+            "    or is not a leaf or not on the device of the others, or there is none.",
         ]
     )
     same = f"`torch.optim.{name}`" if has_peer else "an optimizer of `torch.optim`"

@@ -1,0 +1,22 @@
+// The hyperparameters of one step, as plain data: the host and a GPU prepare scalars from them.
+#pragma once
+
+#include "kernels.h"
+
+namespace fusedstep {
+
+// What holds for all tensors of a group in one step.
+struct Group {
+  bool maximize, decoupled;
+  double weight_decay;
+  double hypers[kMaxHypers];  // in the rule's order, lr first
+};
+
+// What an update multiplies by, in double; a kernel rounds each once, to the type it computes in.
+struct Row {
+  double scalars[kMaxScalars];  // [0] gradient factor, [1] decay, [2...] the rule's own
+  int variant;
+  Decay decay;
+};
+
+}  // namespace fusedstep

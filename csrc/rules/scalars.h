@@ -1,0 +1,41 @@
+// A step's scalars, all in double: computed on the host, or on a GPU where only it knows the step.
+#pragma once
+
+#include "../group.h"
+#include "registry.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+// The row of the update that follows `clock`, which is advanced to it; gradients are multiplied by
+// `factor` first.
+template <class Rule>
+FN Row prepare(const Group& group, Clock& clock, double factor) {
+  Row row = {};
+  typename Rule::Hypers hypers;
+  __builtin_memcpy(&hypers, group.hypers, sizeof(hypers));
+  typename Rule::template Step<double, 0> step;
+  static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars, "kernels.h: kMaxScalars");
+  static_assert(sizeof(hypers) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
+  ++clock.t;
+  row.decay = group.weight_decay != 0 && !group.decoupled ? kCoupled : kScaled;
+  row.variant = Rule::prepare(hypers, clock, step);
+  __builtin_memcpy(row.scalars + 2, &step, sizeof(step));
+  row.scalars[0] = group.maximize ? -factor : factor;
+  if (row.decay == kCoupled) {
+    row.scalars[1] = group.weight_decay;
+  } else {  // 1 without decay, even where lr is infinite
+    row.scalars[1] = group.weight_decay == 0 ? 1 : 1 - group.hypers[0] * group.weight_decay;
+  }
+  return row;
+}
+
+// What clips gradients of this norm to max_norm, as torch.nn.utils.clip_grad_norm_ does; a NaN norm
+// makes all of them NaN.
+FN double clip_factor(double norm, double max_norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return factor >= 1 ? 1 : factor;
+}
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep
