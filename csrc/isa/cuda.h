@@ -1,6 +1,8 @@
 // One CUDA lane. The _rn intrinsics are never contracted, so the bits are the CPU's.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "../kernels.h"
 
 #define FN __device__ __forceinline__
@@ -55,9 +57,7 @@ FN V load(const bf16* from) {
 }
 template <class V>
 FN V load(const f16* from) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(from->bits));
-  return wide;
+  return __half2float(__half(__half_raw{from->bits}));
 }
 FN void store(float* to, F32 x) { *to = x.v; }
 FN void store(double* to, F64 x) { *to = x.v; }
@@ -67,7 +67,7 @@ FN void store(bf16* to, F32 x) {
   const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
   to->bits = static_cast<uint16_t>(nan ? (word >> 16) | 0x40u : rounded);
 }
-FN void store(f16* to, F32 x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(x.v)); }
+FN void store(f16* to, F32 x) { to->bits = __half_raw(__float2half_rn(x.v)).x; }
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

@@ -117,7 +117,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info() -> None:
     for key, value in fs.info().items():
-        if isinstance(value, list):
+        if key == "cuda" and value:
+            seen = [f"{d['name']} ({d['capability']})" for d in value["devices"]]
+            text = f"{', '.join(value['architectures'])}; devices: {', '.join(seen) or 'none'}"
+        elif isinstance(value, list):
             text = ", ".join(value)
         elif isinstance(value, bool):
             text = "yes" if value else "no"

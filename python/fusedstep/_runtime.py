@@ -115,7 +115,14 @@ def _cpu_model() -> str:
 
 
 def info() -> dict[str, Any]:
-    """Instruction sets, threads, pages, CUDA and versions, as `fusedstep info` prints them."""
+    """Instruction sets, threads, pages, CUDA and versions, as `fusedstep info` prints them.
+
+    `cuda` is False for a build without CUDA, else a dict: `architectures`, for which it was
+    compiled, and `devices`, which it sees, with name, compute capability, bytes and
+    multiprocessors.
+    """
+    from fusedstep import _gpu  # which needs this module
+
     return {
         "version": __version__,
         "isa": isa(),
@@ -124,7 +131,7 @@ def info() -> dict[str, Any]:
         "threads": num_threads(),
         "huge_pages": huge_pages(),
         "huge_pages_system": _system_huge_pages(),
-        "cuda": False,
+        "cuda": _gpu.info(),
         "cpu": _cpu_model(),
         "platform": platform.platform(),
         "compiler": _core.COMPILER,

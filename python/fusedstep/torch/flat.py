@@ -28,7 +28,7 @@ def _packed(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A buffer of zeros, and views of it with the shapes and dimension orders of `like`."""
     layout = _Layout({i: (tensor.numel(),) for i, tensor in enumerate(like)})
-    buffer = allocate(layout.n, dtype)
+    buffer = allocate(layout.n, dtype, like[0].device)
     views = [
         buffer.as_strided(tensor.shape, dense_strides(tensor), at)
         for tensor, at in zip(like, layout.offsets, strict=True)
@@ -149,13 +149,13 @@ class Flat:
 def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat:
     """Makes parameters views of one flat buffer per dtype, and their gradients views of a second.
 
-    The buffers are aligned and on huge pages, so that a step, a `zero_grad` or an all-reduce is one
-    sweep over memory. The parameters stay the objects they are: `parameters()`, names, tied
-    weights, `state_dict` and optimizers that hold them are as before. Autograd adds into the flat
-    gradients, which exist from now on and are zero where backward has not been: a parameter without
-    a part in the loss takes a step with a zero gradient instead of none. `zero_grad` of a fusedstep
-    optimizer or of `module` zeroes the views and keeps them, whatever `set_to_none` says; of a
-    parameter that was frozen meanwhile it drops the gradient.
+    The buffers are aligned, and on the CPU on huge pages, so that a step, a `zero_grad` or an all-
+    reduce is one sweep over memory. The parameters stay the objects they are: `parameters()`,
+    names, tied weights, `state_dict` and optimizers that hold them are as before. Autograd adds
+    into the flat gradients, which exist from now on and are zero where backward has not been: a
+    parameter without a part in the loss takes a step with a zero gradient instead of none.
+    `zero_grad` of a fusedstep optimizer or of `module` zeroes the views and keeps them, whatever
+    `set_to_none` says; of a parameter that was frozen meanwhile it drops the gradient.
 
     If something later moves a parameter or a gradient out of its view (`.to`, `p.data = ...`,
     another object's `zero_grad`, DistributedDataParallel with `gradient_as_bucket_view`), steps
@@ -163,14 +163,15 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
 
     Args:
         module_or_params: a module, whose parameters that require a gradient are taken, or an
-            iterable of parameters. On the CPU, of a dtype that an optimizer takes.
+            iterable of parameters. On the CPU or one CUDA device, of a dtype that an optimizer
+            takes.
 
     Returns:
         The buffers: `.flat` and `.flat_grad`, or by dtype `.flats` and `.flat_grads`.
 
     Raises:
-        TypeError, ValueError: something is not a parameter in CPU memory of its own, is given
-            twice, or there is none; nothing has changed then.
+        TypeError, ValueError: something is not a parameter in memory of its own on the device of
+            the others, is given twice, or there is none; nothing has changed then.
 
     Example:
         >>> import torch
@@ -236,11 +237,14 @@ def _check(params: dict[str, Any]) -> None:
             raise TypeError(f"{label} must be a parameter, got {type(param).__name__}")
         if is_dtensor(param):
             raise TypeError(f"{label} must be an ordinary parameter, got a DTensor")
-        if param.device.type != "cpu" or param.layout != torch.strided:
+        if param.device.type not in ("cpu", "cuda") or param.layout != torch.strided:
             raise ValueError(
-                f"{label} must be dense and on the CPU, got {param.layout} on {param.device}"
+                f"{label} must be dense and on the CPU, got {param.layout} on {param.device}; a"
+                " CUDA device would do too"
             )
-        if param.is_shared():
+        if param.device != (home := next(iter(params.values())).device):
+            raise ValueError(f"{label} must be on {home} as the others, got {param.device}")
+        if param.device.type == "cpu" and param.is_shared():
             raise ValueError(f"{label} must not be in shared memory, which it would leave")
         if param.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

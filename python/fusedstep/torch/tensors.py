@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from fusedstep import _core, _runtime
+from fusedstep import _core, _gpu, _runtime
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
     *(torch.complex64, torch.complex128),
 )
+
+
+def gpu_of(device: torch.device) -> Any:
+    """What steps on a CUDA device; None for the CPU. ValueError where this build has no CUDA."""
+    return _gpu.needed("params", device).device() if device.type == "cuda" else None
+
+
+def stream_of(device: torch.device) -> int:
+    """torch's current stream on a CUDA device."""
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def announce(tensors: list[torch.Tensor]) -> None:
@@ -32,8 +42,10 @@ def state_dtype(param: torch.Tensor) -> torch.dtype:
     return param.dtype if wide else torch.float32
 
 
-def allocate(n: int, dtype: torch.dtype) -> torch.Tensor:
-    """n zeros, aligned to 64 bytes, on huge pages where they are many."""
+def allocate(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """n zeros, aligned to 64 bytes, on the CPU on huge pages where they are many."""
+    if device.type != "cpu":
+        return torch.zeros(n, dtype=dtype, device=device)
     memory = _core.allocate(n * dtype.itemsize, _runtime.huge_pages())
     return torch.from_numpy(memory).view(dtype)
 
@@ -43,11 +55,13 @@ def new_state(param: torch.Tensor) -> torch.Tensor:
     dtype = state_dtype(param)
     if type(param) not in (torch.Tensor, torch.nn.Parameter) or param.is_meta:
         return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-    if param.numel() * dtype.itemsize < _core.HUGE_FROM:
+    if param.device.type != "cpu" or param.numel() * dtype.itemsize < _core.HUGE_FROM:
         return torch.zeros_like(
             param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
         )
-    return allocate(param.numel(), dtype).as_strided(param.shape, dense_strides(param))
+    return allocate(param.numel(), dtype, param.device).as_strided(
+        param.shape, dense_strides(param)
+    )
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -70,8 +84,10 @@ def local(tensor: Any) -> torch.Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # for a collective under way
 
 
-def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """`tensor` as an ordinary CPU tensor, and whether that is a copy.
+def as_plain(
+    tensor: Any, label: str, param: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, bool]:
+    """`tensor` as an ordinary tensor on `device`, and whether that is a copy.
 
     A DTensor's local shard, distributed as `param` is; the values of a lazy negation or conjugate.
     """
@@ -92,8 +108,9 @@ def as_plain(tensor: Any, label: str, param: torch.Tensor) -> tuple[torch.Tensor
         tensor = local(tensor)
     if tensor.layout != torch.strided:
         raise ValueError(f"{label} must be dense, got layout {tensor.layout}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{label} must be on the CPU, got device {tensor.device}")
+    if tensor.device != device:
+        where = "the CPU" if device.type == "cpu" else device
+        raise ValueError(f"{label} must be on {where}, got device {tensor.device}")
     if tensor.numel() and not tensor.untyped_storage().nbytes():
         raise ValueError(f"{label} must have memory, got a storage of 0 bytes")
     if tensor.dtype not in DTYPES:
@@ -137,10 +154,10 @@ def _overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError if CPU tensors share an element with each other or within themselves."""
+    """Raises ValueError if tensors share an element with each other or within themselves."""
     spans = []
     for label, tensor in tensors.items():
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.numel():
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
             continue  # said elsewhere
         if _overlaps_itself(tensor):
             raise ValueError(
@@ -169,8 +186,8 @@ def as_dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [
             tensor
             if tensor.stride() == strides
-            else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu").copy_(
-                tensor
-            )
+            else torch.empty_strided(
+                tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+            ).copy_(tensor)
             for tensor in tensors
         ]

@@ -1,0 +1,505 @@
+// A GPU as a StepTable sees it: a step's table in its memory, and at most two launches.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "backend.h"
+#include "launch.h"
+
+#ifndef FUSEDSTEP_DEVICE_KIND
+#define FUSEDSTEP_DEVICE_KIND 2  // DLPack's kDLCUDA
+#endif
+
+namespace fusedstep {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call of anybody would report it
+  throw std::runtime_error(std::string("CUDA could not ") + what + ": " +
+                           cudaGetErrorString(error));
+}
+
+// Makes a device the thread's current one, for as long as an object of it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int index) {
+    check(cudaGetDevice(&before_), "tell the current device");
+    if (before_ != index) check(cudaSetDevice(index), "use the device");
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// Lets this thread allocate while a stream is being recorded: it does not touch that stream.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+bool capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(stream, &status), "tell whether the stream is being recorded");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// A stream of our own for what must happen at once, also while another is being recorded.
+class Aside {
+ public:
+  Aside() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "make a stream"); }
+  ~Aside() { cudaStreamDestroy(stream_); }
+  Aside(const Aside&) = delete;
+  Aside& operator=(const Aside&) = delete;
+  cudaStream_t stream() const { return stream_; }
+  void finish() const { check(cudaStreamSynchronize(stream_), "finish a stream"); }
+
+ private:
+  const Relaxed relaxed_;
+  cudaStream_t stream_ = nullptr;
+};
+
+struct FreeHost {
+  void operator()(char* memory) const {
+    const Relaxed relaxed;
+    cudaFreeHost(memory);
+  }
+};
+using HostMemory = std::unique_ptr<char, FreeHost>;
+
+DeviceMemory device_memory(size_t bytes) {
+  const Relaxed relaxed;
+  void* memory;
+  check(cudaMalloc(&memory, bytes), "allocate memory for the step's table");
+  return DeviceMemory(static_cast<char*>(memory));
+}
+HostMemory host_memory(size_t bytes) {
+  const Relaxed relaxed;
+  void* memory;
+  check(cudaHostAlloc(&memory, bytes, cudaHostAllocDefault), "allocate page-locked memory");
+  return HostMemory(static_cast<char*>(memory));
+}
+
+size_t room_for(size_t bytes) { return std::max<size_t>(4096, bytes + bytes / 2); }
+
+// Bytes that come again in most steps, and are sent when they differ. What a graph recorded stays
+// where it is, for every replay sends and reads it.
+class Mirror {
+ public:
+  // Where `bytes` will be once the stream has come this far.
+  const char* put(const std::vector<char>& bytes, cudaStream_t stream) {
+    if (bytes.empty()) return nullptr;
+    if (capturing(stream)) return record(bytes, stream);
+    if (here_.get() && bytes == sent_) return here_.get();
+    if (bytes.size() > room_) {
+      if (here_.get()) kept_.push_back(std::move(here_));  // a step under way may be reading it
+      sent_.clear();
+      room_ = room_for(bytes.size());
+      here_ = device_memory(room_);
+    }
+    Staging& staging = staging_for(bytes.size());
+    std::memcpy(staging.memory.get(), bytes.data(), bytes.size());
+    check(cudaMemcpyAsync(here_.get(), staging.memory.get(), bytes.size(), cudaMemcpyHostToDevice,
+                          stream),
+          "send the step's table");
+    check(cudaEventRecord(staging.sent, stream), "record an event");
+    sent_ = bytes;
+    return here_.get();
+  }
+
+  Mirror() = default;
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+  ~Mirror() {
+    for (const Staging& staging : staging_) cudaEventDestroy(staging.sent);
+  }
+
+ private:
+  struct Staging {
+    HostMemory memory;
+    size_t room;
+    cudaEvent_t sent;  // when the memory may be written again
+  };
+
+  Staging& staging_for(size_t bytes) {
+    for (Staging& staging : staging_) {
+      if (staging.room >= bytes && cudaEventQuery(staging.sent) == cudaSuccess) return staging;
+    }
+    cudaGetLastError();  // cudaErrorNotReady, of events that are still to come
+    Staging staging = {host_memory(room_for(bytes)), room_for(bytes), nullptr};
+    check(cudaEventCreateWithFlags(&staging.sent, cudaEventDisableTiming), "make an event");
+    staging_.push_back(std::move(staging));
+    return staging_.back();
+  }
+
+  const char* record(const std::vector<char>& bytes, cudaStream_t stream) {
+    recorded_.push_back(host_memory(bytes.size()));
+    kept_.push_back(device_memory(bytes.size()));
+    std::memcpy(recorded_.back().get(), bytes.data(), bytes.size());
+    check(cudaMemcpyAsync(kept_.back().get(), recorded_.back().get(), bytes.size(),
+                          cudaMemcpyHostToDevice, stream),
+          "record the sending of the step's table");
+    return kept_.back().get();
+  }
+
+  DeviceMemory here_;
+  size_t room_ = 0;
+  std::vector<char> sent_;
+  std::deque<Staging> staging_;
+  std::vector<DeviceMemory> kept_;
+  std::vector<HostMemory> recorded_;
+};
+
+// Memory that only the GPU writes; it grows, and a graph may hold on to what it was.
+class Scratch {
+ public:
+  char* get(size_t bytes) {
+    if (bytes > room_) {
+      if (here_.get()) kept_.push_back(std::move(here_));
+      room_ = room_for(bytes);
+      here_ = device_memory(room_);
+    }
+    return here_.get();
+  }
+
+ private:
+  DeviceMemory here_;
+  size_t room_ = 0;
+  std::vector<DeviceMemory> kept_;
+};
+
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "tell an attribute of the device");
+  return value;
+}
+
+// How many blocks of a kernel the current device holds at a time.
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, Kernel>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{device, kernel}];
+  if (!blocks) {
+    int each;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0),
+          "size a launch");
+    blocks = std::max(1, each) * device_attribute(cudaDevAttrMultiProcessorCount, device);
+  }
+  return blocks;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
+}
+
+const SweepKernels& kernels_for(int pair) {
+  static const SweepKernels* const all[] = {&sweep_kernels<0>(), &sweep_kernels<1>(),
+                                            &sweep_kernels<2>(), &sweep_kernels<3>(),
+                                            &sweep_kernels<4>(), &sweep_kernels<5>()};
+  static_assert(sizeof(all) / sizeof(all[0]) == kPairs, "one for each of kTypePairs");
+  return *all[pair];
+}
+
+// Pieces whose arrays lie at offsets of `base`, or travel with the launch.
+template <class P>
+Pieces<P> pieces_of(const std::vector<P>& all, const std::vector<int64_t>& starts, size_t all_at,
+                    size_t starts_at, const char* base) {
+  Pieces<P> pieces = {};
+  pieces.n = static_cast<int64_t>(all.size());
+  pieces.end = starts.back();
+  if (all.size() == 1) {
+    pieces.only = all[0];
+  } else {
+    pieces.all = reinterpret_cast<const P*>(base + all_at);
+    pieces.starts = reinterpret_cast<const int64_t*>(base + starts_at);
+  }
+  return pieces;
+}
+
+// What one StepTable has on its device.
+class Memory {
+ public:
+  explicit Memory(int device) : device_(device) {
+    const OnDevice on(device_);
+    gate_ = device_memory(sizeof(Gate));
+    const Aside aside;
+    check(cudaMemsetAsync(gate_.get(), 0, sizeof(Gate), aside.stream()), "clear memory");
+    aside.finish();
+  }
+  ~Memory() {
+    int before;
+    if (cudaGetDevice(&before) != cudaSuccess) return;
+    cudaSetDevice(device_);
+    clocks_.clear();
+    gate_.reset();
+    cudaSetDevice(before);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  void step(const DeviceStep& step) {
+    const OnDevice on(device_);
+    const auto stream = static_cast<cudaStream_t>(step.control.stream);
+    const Control& control = step.control;
+    if (!control.live && capturing(stream)) {
+      throw std::runtime_error("a step can be recorded in a CUDA graph only with capturable=True");
+    }
+    const Table table = build_table(step, [this](int64_t slot) { return clock_at(slot); });
+    if (control.live) enter(step, stream);
+
+    // The tensors, which are mostly the same in the next step, apart from what mostly is not.
+    Packed tensors, scalars;
+    const bool one_norm = table.norm_pieces.size() == 1;
+    const size_t tallies = tensors.add(table.tallies);
+    const size_t norm_pieces = one_norm ? 0 : tensors.add(table.norm_pieces);
+    const size_t norm_starts = one_norm ? 0 : tensors.add(table.norm_starts);
+    std::vector<std::pair<size_t, size_t>> at;
+    for (const Launch& l : table.launches) {
+      const bool one = l.pieces.size() == 1;
+      const size_t pieces = one ? 0 : tensors.add(l.pieces);
+      at.emplace_back(pieces, one ? 0 : tensors.add(l.starts));
+    }
+    const size_t groups =
+        scalars.add(std::vector<DeviceGroup>(step.groups, step.groups + step.n_groups));
+    const size_t rows = step.n_rows <= kRowsHere
+                            ? 0
+                            : scalars.add(std::vector<Row>(step.rows, step.rows + step.n_rows));
+    const char* const tensors_at = tensors_.put(tensors.bytes(), stream);
+    const char* const scalars_at = scalars_.put(scalars.bytes(), stream);
+
+    const bool gated = control.live || control.measure;
+    auto* const gate = reinterpret_cast<Gate*>(gate_.get());
+    Row* counted = nullptr;
+    if (gated) {
+      Finish finish = {gate, control, step.rule, nullptr, 0, nullptr, nullptr};
+      if (control.live) {
+        counted = reinterpret_cast<Row*>(rows_.get(step.n_tensors * sizeof(Row)));
+        finish.tallies = reinterpret_cast<const Tally*>(tensors_at + tallies);
+        finish.n = static_cast<int64_t>(table.tallies.size());
+        finish.groups = reinterpret_cast<const DeviceGroup*>(scalars_at + groups);
+        finish.rows = counted;
+      }
+      if (control.measure) {
+        Norm norm = {};
+        norm.pieces =
+            pieces_of(table.norm_pieces, table.norm_starts, norm_pieces, norm_starts, tensors_at);
+        const int64_t tiles = (norm.pieces.end + kNormTile - 1) / kNormTile;
+        norm.sums = reinterpret_cast<double*>(sums_.get((tiles + 1) * sizeof(double)));
+        norm.finish = finish;
+        const int64_t resident = resident_blocks(norm_kernel, kNormThreads, device_);
+        launch(norm_kernel, std::max<int64_t>(1, std::min(tiles, resident)), kNormThreads, stream,
+               norm);
+      } else {
+        launch(finish_kernel, 1, kNormThreads, stream, finish);
+      }
+    }
+    for (size_t i = 0; i < table.launches.size(); ++i) {
+      const Launch& l = table.launches[i];
+      Sweep sweep = {};
+      sweep.pieces = pieces_of(l.pieces, l.starts, at[i].first, at[i].second, tensors_at);
+      sweep.gate = gated ? gate : nullptr;
+      if (control.live) {
+        sweep.rows = counted;
+      } else if (step.n_rows > kRowsHere) {
+        sweep.rows = reinterpret_cast<const Row*>(scalars_at + rows);
+      } else {
+        std::copy(step.rows, step.rows + step.n_rows, sweep.here);
+      }
+      const SweepKernel kernel = kernels_for(l.pair).find[step.rule][l.uses];
+      const int64_t resident = resident_blocks(kernel, kThreads, device_);
+      launch(kernel, std::min(sweep.pieces.end, resident), kThreads, stream, sweep);
+    }
+  }
+
+  void read_clocks(const int64_t* slots, size_t n, Clock* clocks) {
+    const OnDevice on(device_);
+    check(cudaDeviceSynchronize(), "finish the steps under way");
+    for (size_t i = 0; i < n; ++i) {
+      check(cudaMemcpy(&clocks[i], clock_at(slots[i]), sizeof(Clock), cudaMemcpyDeviceToHost),
+            "read the steps' counts");
+    }
+  }
+
+  double read_norm() {
+    const OnDevice on(device_);
+    Gate gate;
+    check(cudaDeviceSynchronize(), "finish the steps under way");
+    check(cudaMemcpy(&gate, gate_.get(), sizeof(gate), cudaMemcpyDeviceToHost), "read the norm");
+    return gate.norm;
+  }
+
+ private:
+  static constexpr int64_t kChunk = 1024;  // clocks that lie together
+
+  Clock* clock_at(int64_t slot) {
+    while (static_cast<int64_t>(clocks_.size()) <= slot / kChunk) {
+      clocks_.push_back(device_memory(kChunk * sizeof(Clock)));
+    }
+    return reinterpret_cast<Clock*>(clocks_[slot / kChunk].get()) + slot % kChunk;
+  }
+
+  // Puts the clocks in place that the device has not counted so far: at once, and not in a graph,
+  // which would put them there again in each replay.
+  void enter(const DeviceStep& step, cudaStream_t stream) {
+    std::vector<Enter> entries;
+    for (size_t i = 0; i < step.n_tensors; ++i) {
+      const DeviceTensor& t = step.tensors[i];
+      if (t.enters) entries.push_back({clock_at(t.slot), t.clock});
+    }
+    if (entries.empty()) return;
+    Packed packed;
+    packed.add(entries);
+    const auto n = static_cast<int64_t>(entries.size());
+    const int64_t blocks = (n + kThreads - 1) / kThreads;
+    if (!capturing(stream)) {
+      const char* const at = entering_.put(packed.bytes(), stream);
+      launch(enter_kernel, blocks, kThreads, stream, reinterpret_cast<const Enter*>(at), n);
+      return;
+    }
+    const Aside aside;
+    const char* const at = entering_.put(packed.bytes(), aside.stream());
+    launch(enter_kernel, blocks, kThreads, aside.stream(), reinterpret_cast<const Enter*>(at), n);
+    aside.finish();
+  }
+
+  int device_;
+  DeviceMemory gate_;
+  std::deque<DeviceMemory> clocks_;  // their places stay
+  Mirror tensors_, scalars_, entering_;
+  Scratch sums_, rows_;
+};
+
+template <class Body>
+const char* guarded(const Body& body) {
+  static thread_local std::string message;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+const char* open(int index, void** memory) {
+  return guarded([&] { *memory = new Memory(index); });
+}
+void close(void* memory) { delete static_cast<Memory*>(memory); }
+const char* take_step(void* memory, const DeviceStep* step) {
+  return guarded([&] { static_cast<Memory*>(memory)->step(*step); });
+}
+const char* use(int index, int* before) {
+  return guarded([&] {
+    check(cudaGetDevice(before), "tell the current device");
+    check(cudaSetDevice(index), "use the device");
+  });
+}
+const char* index_of(const void* at, int* index) {
+  return guarded([&] {
+    cudaPointerAttributes attributes;
+    check(cudaPointerGetAttributes(&attributes, at), "tell whose memory it is");
+    *index = attributes.device;
+  });
+}
+const char* order(int index, void* first, void* then) {
+  return guarded([&] {
+    const OnDevice on(index);
+    cudaEvent_t event;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "make an event");
+    check(cudaEventRecord(event, static_cast<cudaStream_t>(first)), "record an event");
+    check(cudaStreamWaitEvent(static_cast<cudaStream_t>(then), event, 0), "order two streams");
+    cudaEventDestroy(event);
+  });
+}
+const char* read_clocks(void* memory, const int64_t* slots, size_t n, Clock* clocks) {
+  return guarded([&] { static_cast<Memory*>(memory)->read_clocks(slots, n, clocks); });
+}
+const char* read_norm(void* memory, double* norm) {
+  return guarded([&] { *norm = static_cast<Memory*>(memory)->read_norm(); });
+}
+
+}  // namespace
+
+void FreeDevice::operator()(char* memory) const {
+  const Relaxed relaxed;
+  cudaFree(memory);
+}
+
+const Device& device() {
+  static const Device offered = {
+      sizeof(Device), FUSEDSTEP_DEVICE_KIND, open,     close, take_step, use, index_of,
+      order,          read_clocks,           read_norm};
+  return offered;
+}
+
+Allocation::Allocation(size_t bytes, int index) : bytes_(bytes), index_(index) {
+  const OnDevice on(index);
+  memory_ = device_memory(std::max<size_t>(bytes, 1));
+  const Aside aside;
+  check(cudaMemsetAsync(memory_.get(), 0, bytes, aside.stream()), "clear memory");
+  aside.finish();  // before any stream uses it
+}
+void Allocation::check_range(size_t at, size_t bytes) const {
+  if (at > bytes_ || bytes > bytes_ - at) {
+    throw std::out_of_range("the range must lie within " + std::to_string(bytes_) + " bytes");
+  }
+}
+void Allocation::read(size_t from, void* to, size_t bytes) const {
+  check_range(from, bytes);
+  copy_to_host(index_, memory_.get() + from, to, bytes);
+}
+void Allocation::write(size_t to, const void* from, size_t bytes) {
+  check_range(to, bytes);
+  const OnDevice on(index_);
+  check(cudaDeviceSynchronize(), "finish what is under way");
+  check(cudaMemcpy(memory_.get() + to, from, bytes, cudaMemcpyHostToDevice), "write memory");
+}
+
+void copy_to_host(int index, const void* from, void* to, size_t bytes) {
+  const OnDevice on(index);
+  check(cudaDeviceSynchronize(), "finish what is under way");
+  check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "read memory");
+}
+
+std::vector<DeviceInfo> devices() {
+  int n = 0;
+  std::vector<DeviceInfo> all;
+  if (cudaGetDeviceCount(&n) != cudaSuccess) {
+    cudaGetLastError();  // no driver, or no device: there is none
+    return all;
+  }
+  for (int i = 0; i < n; ++i) {
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, i), "describe a device");
+    all.push_back({properties.name, properties.major, properties.minor,
+                   static_cast<int64_t>(properties.totalGlobalMem),
+                   properties.multiProcessorCount});
+  }
+  return all;
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,655 @@
+"""The GPU module on the host: its kernels' bits, its tables and launches, and both layers over it.
+
+Everything but the GPU is real here (tests/native/cuda_on_host); tests/test_gpu.py runs on one.
+"""
+
+import contextlib
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import cuda_on_host
+import fusedstep as fs
+import fusedstep.torch as ft
+from cases import CASES, each_case, each_pair, make
+from fusedstep import _core, _gpu
+from fusedstep.buffers import as_dtype
+from fusedstep.optimizers import is_array
+from fusedstep.torch import optimizers as torch_layer
+
+# Below, at and above a vector of each type, a tile (2048) and what three blocks sweep at a time.
+LENGTHS = [0, 1, 7, 8, 9, 2047, 2048, 2049, 30_001]
+STEPS = 3
+
+
+@pytest.fixture(scope="session")
+def module(tmp_path_factory):
+    return cuda_on_host.build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.fixture
+def gpu(module, monkeypatch):
+    """A context in which the memory of tensors and arrays is a GPU's."""
+    stream = 0
+
+    @contextlib.contextmanager
+    def inside(on=True, to=stream):
+        with pytest.MonkeyPatch.context() as patch:
+            if on:
+                patch.setattr(_gpu, "module", lambda: module)
+                patch.setattr(_gpu, "index_of", lambda a: 0 if is_array(a) else None)
+                patch.setattr(_gpu, "stream_of", lambda array, index: to)
+                patch.setattr(torch_layer, "gpu_of", lambda device: module.device())
+                patch.setattr(torch_layer, "stream_of", lambda device: to)
+            yield
+
+    return inside
+
+
+@pytest.fixture
+def controls(module):
+    return module.controls
+
+
+def drawn(rng, n, dtype):
+    """Numbers of either sign, no zeros, which make NaN of eps=0."""
+    return (rng.choice([-1.0, 1.0], n) * rng.uniform(0.1, 2, n)).astype(as_dtype(dtype))
+
+
+def unaligned(array):
+    """A copy that begins one element behind an aligned address."""
+    memory = np.zeros(array.size + 1 + 64 // array.itemsize, array.dtype)
+    skip = -memory.ctypes.data % 64 // array.itemsize
+    view = memory[skip + 1 : skip + 1 + array.size]
+    view[...] = array
+    return view
+
+
+def bits(arrays):
+    return b"".join(np.ascontiguousarray(np.asarray(a)).tobytes() for a in arrays)
+
+
+def result(opt, params):
+    """All that a step may have written: parameters, states, clocks."""
+    states = [a for entry in opt.state.values() for a in entry.values()]
+    return bits(params), bits(states), opt._table.clocks()
+
+
+def run_neutral(name, hypers, param, grad, place=lambda a: a, asked=None):
+    rng = np.random.default_rng(5)
+    params = [place(drawn(rng, n, param)) for n in LENGTHS]
+    opt = make(name, params, dict(hypers))
+    for _ in range(STEPS):
+        opt.step([place(drawn(rng, n, grad)) for n in LENGTHS], **(asked or {}))
+    return result(opt, params)
+
+
+# -- bits ------------------------------------------------------------------------------------------
+
+
+@each_pair()
+@each_case()
+def test_gpu_has_the_cpu_bits(gpu, name, hypers, param, grad):
+    here = run_neutral(name, hypers, param, grad)
+    with gpu():
+        assert run_neutral(name, hypers, param, grad) == here
+
+
+@each_pair()
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_has_the_cpu_bits_unaligned_clipped_and_scaled(gpu, name, param, grad):
+    asked = {"max_norm": 1.0, "loss_scale": 3.0, "skip_nonfinite": True}
+    here = run_neutral(name, {}, param, grad, unaligned, asked)
+    with gpu():
+        assert run_neutral(name, {}, param, grad, unaligned, asked) == here
+
+
+@each_pair()
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_gpu_has_the_cpu_values_where_they_are_special(gpu, name, param, grad):
+    values = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-42, -1e-42, 6e-8, 65504.0, 3e38, 1.0]
+
+    def run():
+        params = np.repeat(values, len(values)).astype(as_dtype(param))
+        grads = np.tile(values, len(values)).astype(as_dtype(grad))
+        opt = make(name, params, {})
+        for _ in range(STEPS):
+            opt.step(grads)
+        arrays = [params, *opt.state[0].values()]
+        return [np.asarray(a).astype(np.float64) for a in arrays]
+
+    here = run()
+    with gpu():
+        there = run()
+    for a, b in zip(here, there, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(np.signbit(a[a == 0]), np.signbit(b[b == 0]))
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_gpu_results_do_not_depend_on_the_order_of_blocks_and_threads(gpu, monkeypatch, seed):
+    asked = {"max_norm": 0.5, "skip_nonfinite": True}
+    here = run_neutral("NAdam", {}, "float32", "float32", asked=asked)
+    monkeypatch.setenv("CUDA_ON_HOST_SEED", seed)
+    with gpu():
+        assert run_neutral("NAdam", {}, "float32", "float32", asked=asked) == here
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [511], [512], [513], [16384 * 3 + 5], [700, 0, 16384, 1, 16385, 40_000], [5] * 300],
+)
+@pytest.mark.parametrize("place", [lambda a: a, unaligned])
+def test_norm_has_the_cpu_bits(gpu, dtype, lengths, place):
+    rng = np.random.default_rng(3)
+    grads = [place(drawn(rng, n, dtype)) for n in lengths]
+    total, finite = _core.sum_of_squares(grads)
+    assert finite
+    with gpu():
+        opt = fs.SGD([np.zeros_like(g) for g in grads])
+        opt.step(grads, max_norm=1.0)
+        assert opt.grad_norm == np.sqrt(total)
+
+
+def test_norm_of_more_tiles_than_one_pass_of_the_tree_takes(gpu):
+    n = 2100 * 16384 + 77  # more than 2048 tiles of 32 blocks of 512 elements
+    grads = np.arange(n, dtype=np.int32).view(np.uint32)
+    grads = ((grads * np.uint32(2654435761)) >> 20).astype(np.float16)
+    total, _ = _core.sum_of_squares([grads])
+    with gpu():
+        opt = fs.SGD(np.zeros_like(grads))
+        opt.step(grads, max_norm=1.0)
+        assert opt.grad_norm == np.sqrt(total)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("at", [(0, 0), (0, 2047), (1, 6000), (1, 20_000), (2, 2)])
+def test_one_gradient_that_is_not_finite_skips_the_step(gpu, dtype, bad, at):
+    rng = np.random.default_rng(1)
+    lengths = [2048, 20_001, 3]
+    with gpu():
+        params = [drawn(rng, n, dtype) for n in lengths]
+        opt = fs.AdamW(params, lr=0.1)
+        grads = [drawn(rng, n, dtype) for n in lengths]
+        opt.step(grads, skip_nonfinite=True)
+        before = result(opt, params)
+        wrong = [g.copy() for g in grads]
+        wrong[at[0]][at[1]] = bad
+        opt.step(wrong, skip_nonfinite=True)
+        assert result(opt, params) == before
+        opt.step(grads, skip_nonfinite=True)
+        assert [clock[0] for clock in opt._table.clocks()] == [2, 2, 2]
+        assert result(opt, params)[0] != before[0]
+
+
+def test_float64_gradient_whose_square_overflows_is_finite(gpu):
+    with gpu():
+        params = np.ones(600)
+        opt = fs.SGD(params, lr=2.0**-600)
+        opt.step(np.full(600, 2.0**600), skip_nonfinite=True)
+        assert opt.grad_norm == np.inf
+        np.testing.assert_array_equal(params, 0)
+
+
+# -- launches and tables ---------------------------------------------------------------------------
+
+
+def counted(controls, call):
+    before = controls.launches(), controls.copies()
+    call()
+    return controls.launches() - before[0], controls.copies() - before[1]
+
+
+@pytest.mark.parametrize("tensors", [1, 2, 100])
+def test_launches_do_not_grow_with_the_tensors(gpu, controls, tensors):
+    with gpu():
+        params = [np.ones(100, np.float32) for _ in range(tensors)]
+        grads = [np.ones(100, np.float32) for _ in range(tensors)]
+        opt = fs.AdamW(params)
+        opt.step(grads)
+        opt.step(grads, max_norm=1.0)
+        assert counted(controls, lambda: opt.step(grads, max_norm=1.0)) == (2, 0)
+        opt.step(grads)
+        assert counted(controls, lambda: opt.step(grads)) == (1, 0)
+        opt.step(grads, skip_nonfinite=True)
+        assert counted(controls, lambda: opt.step(grads, skip_nonfinite=True)) == (2, 0)
+
+
+def test_table_is_sent_again_only_when_it_changed(gpu, controls):
+    with gpu():
+        params = [np.ones(100, np.float32) for _ in range(9)]
+        grads = [np.ones(100, np.float32) for _ in range(9)]
+        opt = fs.AdamW(params)
+        opt.step(grads)
+        assert counted(controls, lambda: opt.step(grads))[1] == 0
+        moved = [grads[0].copy(), *grads[1:]]
+        assert counted(controls, lambda: opt.step(moved))[1] == 1
+        assert counted(controls, lambda: opt.step(moved))[1] == 0
+        assert counted(controls, lambda: opt.step([None, *moved[1:]]))[1] == 1
+
+
+def test_more_groups_than_travel_with_the_launch(gpu):
+    def run():
+        params = {str(i): np.ones(50, np.float32) for i in range(12)}
+        groups = [fs.Group(str(i), lr=0.1 * i) for i in range(1, 12)]
+        opt = fs.Adam(params, groups=groups)
+        for k in range(STEPS):
+            opt.step({name: np.full(50, k + 1, np.float32) for name in params})
+        return result(opt, params.values())
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
+def test_types_and_variants_that_need_kernels_of_their_own(gpu, controls):
+    def run():
+        dtypes = ["float32", "float64", "float16", "bfloat16", "float32"]
+        rng = np.random.default_rng(2)
+        params = {f"{d}{i}": drawn(rng, 3000, d) for i, d in enumerate(dtypes)}
+        opt = fs.Adam(params, groups=[fs.Group("*4", amsgrad=True)])
+        for _ in range(STEPS):
+            opt.step({k: drawn(rng, 3000, k[:-1]) for k in params}, max_norm=1.0)
+        return result(opt, params.values())
+
+    here = run()
+    with gpu():
+        before = controls.launches()
+        assert run() == here
+        assert controls.launches() - before == STEPS * (1 + 5)
+
+
+def test_staging_memory_is_not_written_while_it_is_being_sent(gpu, controls, monkeypatch):
+    rng = np.random.default_rng(4)
+    grads = [[drawn(rng, n, "float32") for n in (5, 3000, 9)] for _ in range(20)]
+
+    def run():
+        params = [np.ones(n, np.float32) for n in (5, 3000, 9)]
+        opt = fs.AdamW(params)
+        for g in grads:
+            opt.step(g, max_norm=1.0)
+        return opt, params
+
+    here = result(*run())
+    monkeypatch.setenv("CUDA_ON_HOST_LAZY", "1")
+    with gpu():
+        opt, params = run()
+        assert controls.finish() == 0
+        assert result(opt, params) == here
+
+
+def test_memory_goes_with_the_optimizer(gpu, controls):
+    with gpu():
+        before = controls.live_allocations()
+        opt = fs.AdamW([np.ones(100, np.float32), np.ones(3, np.float32)])
+        opt.step([np.ones(100, np.float32), np.ones(3, np.float32)], skip_nonfinite=True)
+        assert controls.live_allocations() > before
+        del opt
+        assert controls.live_allocations() == before
+
+
+# -- the neutral layer -----------------------------------------------------------------------------
+
+
+class Exporter:
+    """An array that shows its memory by __cuda_array_interface__ alone."""
+
+    def __init__(self, array, **changes):
+        self.array, self.changes = array, changes
+
+    @property
+    def __cuda_array_interface__(self):
+        return {
+            "shape": self.array.shape,
+            "typestr": self.array.dtype.str,
+            "data": (self.array.ctypes.data, not self.array.flags.writeable),
+            "strides": None if self.array.flags.c_contiguous else self.array.strides,
+            "stream": None,
+            "version": 3,
+            **self.changes,
+        }
+
+
+def test_cuda_array_interface_is_read(gpu):
+    def run(wrap):
+        params = {"w": np.ones((30, 7), np.float32), "b": np.ones(4, np.float64)}
+        opt = fs.NAdam({k: wrap(p) for k, p in params.items()}, lr=0.1)
+        for k in range(STEPS):
+            opt.step({n: wrap(np.full(p.shape, k - 0.5, p.dtype)) for n, p in params.items()})
+        return result(opt, params.values())
+
+    here = run(lambda a: a)
+    with gpu():
+        assert run(Exporter) == here
+        # A stream of its own is waited for.
+        assert run(lambda a: Exporter(a, stream=1)) == here
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda: Exporter(np.ones(3, np.int32)), TypeError, r"params\[0\] must be float32, .*<i4"),
+        (lambda: Exporter(np.ones((4, 4), "f4")[:, ::2]), ValueError, "must be C-contiguous"),
+        (lambda: Exporter(np.ones(3, "f4"), data=None), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), mask=np.ones(3, bool)), TypeError, "a plain array"),
+        (lambda: Exporter(np.broadcast_to(np.float32(1), (1,))), ValueError, "must be writable"),
+    ],
+)
+def test_cuda_array_interface_is_checked(gpu, made, error, message):
+    with gpu(), pytest.raises((error, RuntimeError), match=message):
+        fs.SGD([made()])
+
+
+def test_cuda_array_interface_is_not_cpu_memory():
+    class OnGpu(Exporter):
+        __dlpack_device__ = staticmethod(lambda: (1, 0))
+
+    with pytest.raises(ValueError, match=r"params\[1\] must be in CPU memory, got a GPU's memory"):
+        fs.SGD([np.ones(3, np.float32), OnGpu(np.ones(3, np.float32))])
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "ASGD"])
+def test_neutral_state_goes_from_gpu_to_cpu_and_back(gpu, name):
+    def grads(k):
+        return {"w": np.full((5, 3), k - 1.5, np.float32), "b": np.full(700, 0.5 + k, np.float32)}
+
+    def make_one():
+        params = {"w": np.ones((5, 3), np.float32), "b": np.ones(700, np.float32)}
+        return make(name, params, {"momentum": 0.9} if name == "SGD" else {}), params
+
+    here, there = make_one(), make_one()
+    for k in range(3):
+        here[0].step(grads(k), skip_nonfinite=True)
+    with gpu():
+        opt, params = there[0].__class__, there[1]
+        opt, params = make_one()
+        for k in range(3):
+            opt.step(grads(k), skip_nonfinite=True)
+        assert isinstance(opt.state["w"][next(iter(opt.state["w"]))], _gpu.Array)
+        saved = opt.state_dict()
+        again = pickle.loads(pickle.dumps(opt))
+        copied = copy.deepcopy(opt)
+    # On the CPU from the GPU's checkpoint.
+    resumed, values = make_one()
+    for key, array in params.items():
+        values[key][...] = array
+    resumed.load_state_dict(saved)
+    for k in range(3, 5):
+        here[0].step(grads(k))
+        resumed.step(grads(k))
+    assert result(resumed, values.values())[:2] == result(here[0], here[1].values())[:2]
+    with gpu():
+        for one in (again, copied):
+            for k in range(3, 5):
+                one.step(grads(k))
+            assert result(one, one.params.values())[:2] == result(here[0], here[1].values())[:2]
+        back, values = make_one()
+        back.load_state_dict(here[0].state_dict())
+        assert result(back, [])[1] == result(here[0], [])[1]
+
+
+def test_gpu_array_is_seen_and_copied(gpu):
+    with gpu():
+        opt = fs.Adagrad(np.ones((2, 3), np.float32), initial_accumulator_value=0.5)
+        array = opt.state[0]["sum"]
+        assert (array.shape, array.dtype, array.device) == ((2, 3), np.float32, "cuda:0")
+        assert (array.size, array.nbytes) == (6, 24)
+        np.testing.assert_array_equal(np.asarray(array), np.full((2, 3), 0.5, np.float32))
+        array[...] = np.arange(6, dtype=np.float32).reshape(2, 3)
+        np.testing.assert_array_equal(array.copy(), np.arange(6).reshape(2, 3))
+        shown = array.__cuda_array_interface__
+        assert (shown["shape"], shown["typestr"], shown["strides"]) == ((2, 3), "<f4", None)
+        assert "cuda:0" in repr(array)
+        with pytest.raises(TypeError, match=r"key must be \.\.\., got 0"):
+            array[0] = 1
+        with pytest.raises(ValueError, match="copy must not be False"):
+            np.array(array, copy=False) if np.__version__ >= "2" else array.__array__(copy=False)
+
+
+# -- the torch layer -------------------------------------------------------------------------------
+
+
+def torch_run(name, steps=STEPS, hypers=None, before=None, **asked):
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 2048, 1, 0, 7001)]
+    opt = getattr(ft, name)(params, **(hypers or {"lr": 0.1}))
+    for k in range(steps):
+        for param in params:
+            param.grad = torch.randn(param.shape)
+        if before:
+            before(opt, params, k)
+        opt.step(**asked)
+    return opt, params
+
+
+def torch_bits(opt, params):
+    entries = [opt.state[p] for p in params]
+    values = [v for e in entries for v in e.values()]
+    return [bits([v.detach().numpy() for v in some]) for some in (params, values)]
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"max_norm": 0.5}, {"max_norm": 0.5, "skip_nonfinite": True}]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_torch_on_gpu_has_the_cpu_bits(gpu, name, asked):
+    here = torch_run(name, **asked)
+    with gpu():
+        there = torch_run(name, **asked)
+        assert torch_bits(*there) == torch_bits(*here)
+        if asked:
+            assert torch.equal(there[0].grad_norm, here[0].grad_norm)
+        else:
+            assert there[0].grad_norm is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_under_a_grad_scaler(gpu, name):
+    """As GradScaler does it: scale and found_inf are tensors, the second step is to be skipped."""
+
+    def scaled(opt, params, k):
+        opt.grad_scale = torch.tensor(8.0)
+        opt.found_inf = torch.tensor(float(k == 1))
+        if k == 1:
+            params[1].grad[7] = torch.inf
+
+    here = torch_run(name, before=scaled)
+    with gpu():
+        there = torch_run(name, before=scaled)
+        assert torch_bits(*there) == torch_bits(*here)
+
+
+def test_first_step_that_is_skipped_leaves_momentum_to_begin(gpu):
+    hypers = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+
+    def spoiled(opt, params, k):
+        if k < 2:
+            params[0].grad[0] = torch.nan
+
+    here = torch_run("SGD", 4, hypers, spoiled, skip_nonfinite=True)
+    with gpu():
+        there = torch_run("SGD", 4, hypers, spoiled, skip_nonfinite=True)
+        assert torch_bits(*there) == torch_bits(*here)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "SGD", "RAdam"])
+def test_counts_go_from_host_to_device(gpu, name):
+    hypers = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
+
+    def run(pattern):
+        torch.manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(3000))
+        opt = getattr(ft, name)([param], **hypers)
+        for skip in pattern:
+            param.grad = torch.randn(3000)
+            opt.step(skip_nonfinite=skip)
+        return torch_bits(opt, [param])
+
+    here = run([False] * 6)
+    with gpu():
+        assert run([False, False, True, True, False, True]) == here
+
+
+def test_count_beyond_float32_stays_exact_on_the_device(gpu, module):
+    def run():
+        param = torch.nn.Parameter(torch.ones(8))
+        opt = ft.RAdam([param], lr=0.1, betas=(0.9, 1 - 2**-24))
+        param.grad = torch.ones(8)
+        opt.step(skip_nonfinite=True)
+        opt.state[param]["step"].fill_(2.0**24)
+        for _ in range(5):
+            opt.step(skip_nonfinite=True)
+        return torch_bits(opt, [param])
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
+# -- recorded steps --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(controls):
+    return controls.make_stream()
+
+
+@pytest.mark.parametrize("asked", [{}, {"max_norm": 0.5, "skip_nonfinite": True}])
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_step_replays(gpu, controls, stream, name, asked):
+    rates = [0.5, 0.25, 0.125, 1.0]
+    torch.manual_seed(0)
+    grads = torch.randn(len(rates), 5000)
+
+    def eager():
+        param = torch.nn.Parameter(torch.ones(5000))
+        opt = getattr(ft, name)([param], lr=0.5)
+        for rate, grad in zip(rates, grads, strict=True):
+            opt.param_groups[0]["lr"] = rate
+            param.grad = grad.clone()
+            opt.step(**asked)
+        return torch_bits(opt, [param])
+
+    here = eager()
+    with gpu(to=stream):
+        param, lr = torch.nn.Parameter(torch.ones(5000)), torch.tensor(rates[0])
+        opt = getattr(ft, name)([param], lr=lr, capturable=True)
+        param.grad = grads[0].clone()
+        opt.step(**asked)  # as torch asks for: states are made before the recording
+        assert controls.begin_capture(stream) == 0
+        opt.step(**asked)
+        graph = controls.end_capture(stream)
+        assert graph
+        for rate, grad in zip(rates[1:], grads[1:], strict=True):
+            lr.fill_(rate)
+            param.grad.copy_(grad)
+            assert controls.replay(graph, stream) == 0
+        assert torch_bits(opt, [param]) == here
+
+
+def test_replays_and_other_steps_do_not_disturb_each_other(gpu, controls, stream):
+    """A step with other gradients sends another table, and the graph must go on with its own."""
+    torch.manual_seed(0)
+    grads = torch.randn(6, 2, 700)
+
+    def eager():
+        params = [torch.nn.Parameter(torch.ones(700)) for _ in range(2)]
+        opt = ft.NAdam(params, lr=0.1)
+        for both in grads:
+            for param, grad in zip(params, both, strict=True):
+                param.grad = grad.clone()
+            opt.step(max_norm=1.0)
+        return torch_bits(opt, params)
+
+    here = eager()
+    with gpu(to=stream):
+        params = [torch.nn.Parameter(torch.ones(700)) for _ in range(2)]
+        opt = ft.NAdam(params, lr=0.1, capturable=True)
+        fixed = [grad.clone() for grad in grads[0]]
+
+        def put(tensors):
+            for param, grad in zip(params, tensors, strict=True):
+                param.grad = grad
+
+        put(fixed)
+        opt.step(max_norm=1.0)
+        assert controls.begin_capture(stream) == 0
+        opt.step(max_norm=1.0)
+        graph = controls.end_capture(stream)
+        norm = opt.grad_norm  # a graph's memory, which torch keeps for the graph on a GPU
+        for k in range(1, len(grads)):
+            if k % 2:
+                put([grad.clone() for grad in grads[k]])
+                opt.step(max_norm=1.0)
+            else:
+                for grad, values in zip(fixed, grads[k], strict=True):
+                    grad.copy_(values)
+                assert controls.replay(graph, stream) == 0
+        assert torch_bits(opt, params) == here
+        assert norm > 1
+
+
+def test_step_that_is_not_capturable_cannot_be_recorded(gpu, controls, stream):
+    with gpu(to=stream):
+        param = torch.nn.Parameter(torch.ones(50))
+        opt = ft.AdamW([param])
+        param.grad = torch.ones(50)
+        opt.step()
+        before = torch_bits(opt, [param])
+        assert controls.begin_capture(stream) == 0
+        with pytest.raises(RuntimeError, match="only with capturable=True"):
+            opt.step()
+        assert controls.replay(controls.end_capture(stream), stream) == 0
+        assert torch_bits(opt, [param]) == before
+        opt.step()
+
+
+def test_first_step_can_be_recorded(gpu, controls, stream):
+    """Its states and counts are made while recording, and a replay does not make them again."""
+    with gpu(to=stream):
+        param = torch.nn.Parameter(torch.ones(50))
+        opt = ft.SGD([param], lr=0.5, momentum=0.5, dampening=0.5, capturable=True)
+        param.grad = torch.ones(50)
+        assert controls.begin_capture(stream) == 0
+        opt.step()
+        graph = controls.end_capture(stream)
+        for _ in range(3):
+            assert controls.replay(graph, stream) == 0
+    # b = 1, then 1/2*b + 1/2*g = 1 for ever.
+    assert torch.equal(param.detach(), torch.full((50,), 1 - 3 * 0.5))
+
+
+# -- builds without CUDA ---------------------------------------------------------------------------
+
+
+def test_array_on_a_gpu_is_refused_where_there_is_no_cuda(monkeypatch):
+    monkeypatch.setattr(_gpu, "module", lambda: None)
+
+    class OnGpu:
+        __dlpack_device__ = staticmethod(lambda: (2, 0))
+        __dlpack__ = None
+
+    with pytest.raises(ValueError, match=r"params\[0\] must be in CPU .* no CUDA"):
+        fs.SGD([OnGpu()])
+    with pytest.raises(ValueError, match=r"params must be .* got device cuda:0.* no CUDA"):
+        torch_layer.gpu_of(torch.device("cuda:0"))
+    assert _gpu.info() is False
+
+
+def test_info_tells_of_the_gpu(gpu, capsys):
+    from fusedstep.__main__ import main
+
+    with gpu():
+        assert fs.info()["cuda"]["architectures"] == ["host"]
+        assert fs.info()["cuda"]["devices"][0]["capability"] == "9.0"
+        main(["info"])
+    assert "cuda               host; devices: host (9.0), host (9.0)" in capsys.readouterr().out
+    assert _gpu._architectures("80-real 90a-virtual 120") == [
+        *("sm_80", "compute_90a", "sm_120", "compute_120"),
+    ]
