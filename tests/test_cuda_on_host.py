@@ -512,6 +512,111 @@ def test_count_beyond_float32_stays_exact_on_the_device(gpu, module):
         assert run() == here
 
 
+def test_flat_parameters_are_swept_and_scaled_by_torch_amp(gpu):
+    def run():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 70), torch.nn.Linear(70, 3))
+        ft.flatten_(model)
+        opt = ft.AdamW(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        for k in range(5):
+            opt.zero_grad()
+            out = model(torch.randn(4, 30))
+            if k == 2:
+                out = out * torch.inf
+            scaler.scale(out.square().mean()).backward()
+            scaler.step(opt, max_norm=0.5)
+            scaler.update()
+        return torch_bits(opt, list(model.parameters())), scaler.get_scale()
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_shards_of_distributed_tensors_are_stepped(gpu, name):
+    dist = torch.distributed
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+
+        def run():
+            torch.manual_seed(0)
+            param = torch.nn.Parameter(distribute_tensor(torch.randn(50, 90), mesh, [Shard(0)]))
+            opt = getattr(ft, name)([param], lr=0.1, weight_decay=0.1)
+            for live in (False, True, True):
+                param.grad = distribute_tensor(torch.randn(50, 90), mesh, [Shard(0)])
+                opt.found_inf = torch.tensor(0.0) if live else None
+                opt.step()
+            states = list(opt.state[param].values())
+            return [(v.to_local() if isinstance(v, DTensor) else v) for v in (param, *states)]
+
+        here = run()
+        with gpu():
+            for a, b in zip(run(), here, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        dist.destroy_process_group()
+
+
+def on(*devices):
+    """Parameters of which torch believes that they are on these devices."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    params = []
+    for device in devices:
+        mode = contextlib.nullcontext() if device == "cpu" else FakeTensorMode()
+        with mode:
+            params.append(torch.nn.Parameter(torch.ones(3, device=device)))
+    return params
+
+
+@pytest.mark.parametrize(
+    "devices", [("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1"), ("cuda:1", "cuda:0")]
+)
+def test_mixed_devices_are_refused(devices):
+    message = rf"params\[1\] must be on {devices[0]} as the others, got {devices[1]}"
+    with pytest.raises(ValueError, match=message):
+        ft.AdamW(on(*devices))
+    with pytest.raises(ValueError, match=message.replace("params", "module_or_params")):
+        ft.flatten_(on(*devices))
+    other = "cuda:0"
+    opt = ft.SGD([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=rf"params\[1\] must be on cpu as the others, got {other}"):
+        opt.add_param_group({"params": on(other)})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("where", ["grads", "exp_avg"])
+def test_gradient_or_state_on_another_device_is_refused(where):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = ft.AdamW([param])
+    param.grad = torch.ones(3)
+    opt.step()
+    before = param.detach().clone()
+    wrong = on("cuda:0")[0].detach()
+    label = "grads[0]" if where == "grads" else "state[0]['exp_avg']"
+    if where == "grads":
+
+        class Lying(torch.nn.Parameter):
+            grad = wrong
+
+        param = Lying(before.clone())
+        opt = ft.AdamW([param])
+    else:
+        opt.state[param]["exp_avg"] = wrong
+    with pytest.raises((ValueError, TypeError)) as caught:
+        opt.step()
+    assert label in str(caught.value)
+    assert "got device cuda:0" in str(caught.value)
+    assert torch.equal(param.detach(), before)
+
+
 # -- recorded steps --------------------------------------------------------------------------------
 
 

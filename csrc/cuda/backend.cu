@@ -42,7 +42,8 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Lets this thread allocate while a stream is being recorded: it does not touch that stream.
+// Lets this thread allocate and ask while a stream, of this thread or another, is being recorded:
+// none of that touches the stream.
 class Relaxed {
  public:
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -263,6 +264,7 @@ class Memory {
 
   void step(const DeviceStep& step) {
     const OnDevice on(device_);
+    const Relaxed relaxed;
     const auto stream = static_cast<cudaStream_t>(step.control.stream);
     const Control& control = step.control;
     if (!control.live && capturing(stream)) {
