@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# All that can be said of the GPU half on a machine with a GPU: builds it there, tests it, compares
+# it with the CPU to the bit, runs it under compute-sanitizer, and measures it. Under eight minutes.
+#
+#   bash bench/gpu.sh [OUTPUT_DIR]        # else $OUT, else bench/results
+#
+# Needs CUDA 13 (nvcc, compute-sanitizer), a Python >= 3.10 as `python3` with torch for that CUDA,
+# numpy, pybind11, scikit-build-core, cmake, ninja, pytest, hypothesis, ml_dtypes; cupy for its test;
+# pytest-xdist, where it is there, tests in six processes.
+# Needs no network. Writes nothing beside the output directory and a temporary one.
+# Exits with 1 if a part failed. Whether figures are what was asked is in the table, not in the code.
+set -uo pipefail # not -e: a part that fails must not hide the others
+
+# The minutes: seconds from the start after which a part is ended. What a part leaves over, the
+# benchmark gets; it begins no figure that it has no time for, and says which it left out.
+WHOLE=${FUSEDSTEP_GPU_SECONDS:-470} # eight minutes, less what the summary takes
+BUILD=200                           # nvcc on 16 cores; nothing else can run before
+CHECKS=130                          # tests and both sanitizers, side by side: nothing is timed
+BENCHMARK=235                       # at most; alone on the GPU
+
+cd "$(dirname "$0")/.." || exit 1
+out=${1:-${OUT:-bench/results}}
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH="$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
+export PYTHONPATH="$work/site" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_NO_INDEX=1
+CMAKE_BUILD_PARALLEL_LEVEL=$(nproc)
+export CMAKE_BUILD_PARALLEL_LEVEL
+
+left() { echo $((WHOLE - SECONDS)); }
+
+# part NAME LIMIT COMMAND...: runs it with its output in a file of its own, and files how it ended.
+part() {
+  local name=$1 limit=$2 begin=$SECONDS state
+  shift 2
+  ((limit > $(left))) && limit=$(left)
+  if ((limit < 5)); then
+    state="not run: no time left"
+  else
+    timeout --kill-after=5 "$limit" "$@" > "$work/$name.log" 2>&1
+    case $? in
+      0) state=ok ;;
+      124 | 137) state="FAILED: ended after $limit s, or killed" ;;
+      *) state="FAILED: exit status $?" ;;
+    esac
+  fi
+  printf '%s\t%s\t%s\n' "$name" "$((SECONDS - begin))" "$state" > "$work/$name.state"
+}
+
+# say NAME [LINES]: the end of a part's output, and how it ended.
+say() {
+  local name=$1 seconds state
+  IFS=$'\t' read -r _ seconds state < "$work/$name.state"
+  echo "== $name ($seconds s): $state"
+  [[ -f $work/$name.log ]] && tail -n "${2:-40}" "$work/$name.log"
+  [[ $state == ok ]]
+}
+
+failed() { ! [[ $(cut -f 3 "$work/$1.state") == ok ]]; }
+
+# Several kinds of card in one machine: for each of them.
+architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -u |
+  paste -sd ';')
+nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv,noheader
+echo "for architectures: ${architectures:-none found}"
+
+part build $BUILD python3 -m pip install --verbose --no-build-isolation --no-deps \
+  --target "$work/site" -C build-dir="$work/build" -C cmake.define.FUSEDSTEP_CUDA=ON \
+  -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=${architectures:-native}" .
+say build "$(failed build && echo 80 || echo 12)"
+
+# Without this the tests below would be skipped, not failed.
+cat > "$work/built.py" << 'PYTHON'
+import fusedstep as fs
+
+cuda = fs.info()["cuda"]
+assert cuda and cuda.get("built", True), f"fusedstep must be built with CUDA, got {cuda}"
+assert cuda["devices"], f"fusedstep must find a CUDA device, got {cuda}"
+PYTHON
+part info 40 sh -c 'python3 -m fusedstep info && python3 "$0"' "$work/built.py"
+say info
+
+# Side by side. The sanitizers see each tensor as an allocation of its own, which torch's caching
+# allocator would hide; what torch's own start-up asks of CUDA in vain is not ours to report.
+workers=()
+if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 6); fi
+part tests $CHECKS env FUSEDSTEP_NUM_THREADS=2 OMP_NUM_THREADS=2 \
+  python3 -m pytest -q -p no:cacheprovider --durations=8 "${workers[@]}" tests/test_gpu*.py &
+for tool in memcheck racecheck; do
+  part $tool $CHECKS env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
+    --error-exitcode 1 --report-api-errors no python3 bench/gpu.py --small &
+done
+wait
+say tests 60
+say memcheck 25
+say racecheck 25
+
+budget=$(($(left) - 20)) # the last figure that it begins, and the files
+((budget > BENCHMARK - 20)) && budget=$((BENCHMARK - 20))
+part benchmark $BENCHMARK python3 bench/gpu.py -o "$out" --budget "$budget"
+say benchmark 140
+
+echo
+echo "== summary, $SECONDS s"
+status=0
+for name in build info tests memcheck racecheck benchmark; do
+  IFS=$'\t' read -r _ seconds state < "$work/$name.state"
+  printf '%-10s %4s s  %s\n' "$name" "$seconds" "$state"
+  failed $name && status=1
+  # Kept beside the figures: what was said of a part that failed may be long.
+  [[ -f $work/$name.log ]] && failed $name && cp "$work/$name.log" "$out/gpu-$name.log"
+done
+grep -E '^(FAILED|ERROR) |[0-9]+ (passed|failed)' "$work/tests.log" 2> /dev/null | tail -n 25
+exit $status
