@@ -206,7 +206,8 @@ bool StepTable::measure(const std::vector<Grad>& grads, const Control& control,
   }
   const Squared squared = sum_of_squares(runs);
   outcome.norm = std::sqrt(squared.sum) * control.factor;
-  outcome.skipped = control.skip_nonfinite && !squared.finite;
+  const auto* found_inf = static_cast<const float*>(control.found_inf.at);  // on the CPU
+  outcome.skipped = (control.skip_nonfinite && !squared.finite) || (found_inf && *found_inf != 0);
   return !outcome.skipped;
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -484,7 +485,8 @@ class Optimizer:
         states = self._states
         asked = None
         measured = max_norm is not None or skip_nonfinite is not False
-        if measured or loss_scale != 1.0 or self._index is not None:
+        plain = type(loss_scale) is float and loss_scale == 1.0
+        if measured or not plain or self._index is not None:
             asked = self._asked(max_norm, loss_scale, skip_nonfinite)
         try:
             natives = self._current()
@@ -516,6 +518,8 @@ class Optimizer:
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
         norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
         scale = as_number("loss_scale", loss_scale, POSITIVE)
+        if math.isinf(1 / scale):
+            raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
         first = next(iter(self._params.values()), None)
         stream = 0 if self._index is None else _gpu.stream_of(first, self._index)
         return 1 / scale, norm, skip_nonfinite, stream

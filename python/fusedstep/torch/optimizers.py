@@ -215,7 +215,9 @@ class Optimizer(torch.optim.Optimizer):
             max_norm: clips the gradients, all of them together, to this norm, as
                 `torch.nn.utils.clip_grad_norm_` does, but leaves them as they are: the step
                 multiplies as it reads. `grad_norm` is then the norm before. A number >= 0, or inf
-                to measure only (default None).
+                to measure only (default None). The norm is of this optimizer's gradients: where
+                each rank has an optimizer of its own over a part of the model
+                (`ZeroRedundancyOptimizer`), clip before the step.
             skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
                 parameter, state or step count changes (default False).
 
@@ -252,7 +254,7 @@ class Optimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
     ) -> Any:
         if max_norm is not None or skip_nonfinite is not False:
-            self._check_whole(max_norm, skip_nonfinite)
+            max_norm = self._check_whole(max_norm, skip_nonfinite)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -260,18 +262,19 @@ class Optimizer(torch.optim.Optimizer):
         self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
         return loss
 
-    def _check_whole(self, max_norm: Any, skip_nonfinite: Any) -> None:
-        """Raises unless these can be asked of a step: they need all gradients at once."""
+    def _check_whole(self, max_norm: Any, skip_nonfinite: Any) -> float | None:
+        """`max_norm`, checked; raises unless all gradients are here at once, as both need."""
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
         if max_norm is not None:
-            as_number("max_norm", max_norm, AT_LEAST_0)
+            max_norm = as_number("max_norm", max_norm, AT_LEAST_0)
         if self._stepping_in_backward:
             raise RuntimeError("max_norm and skip_nonfinite need all gradients at once, but"
                                " step_in_backward has already stepped and freed them")  # fmt: skip
         if any(map(is_dtensor, self._params())):
             raise ValueError("max_norm and skip_nonfinite must not be given for DTensors, got a"
                              " model of which this rank has a part")  # fmt: skip
+        return max_norm
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
@@ -295,10 +298,13 @@ class Optimizer(torch.optim.Optimizer):
             live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
             asked = self._asked_of_gpu(live, scale, found_inf, max_norm, skip_nonfinite)
         elif scale is not None or found_inf is not None or measured:
-            if found_inf is not None and float(found_inf):
+            bad = 0.0 if found_inf is None else float(found_inf)
+            if bad and not measured:
+                self.grad_norm = None
                 return
             factor = 1.0 if scale is None else 1 / float(scale)
-            asked = (factor, max_norm, skip_nonfinite, *_NOTHING[3:])
+            found = torch.tensor(bad, dtype=torch.float32)
+            asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, None)
         helper = _Helper(self, asked[4])
         try:
             updated = self._table.step(groups, self.state, asked, first, helper)
@@ -342,8 +348,6 @@ class Optimizer(torch.optim.Optimizer):
             for one in (scale, found_inf)
         )
         live = live or scale is not None
-        if max_norm is not None:
-            max_norm = float(max_norm)
         stream = stream_of(self._device)
         return factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm
 
