@@ -248,6 +248,25 @@ def test_more_groups_than_travel_with_the_launch(gpu):
         assert run() == here
 
 
+def test_more_tensors_than_threads_count_for_themselves(gpu):
+    """A GPU's thread counts every 128th tensor; its own one may be of another group or count."""
+
+    def run():
+        params = {f"{'ab'[i // 256 % 2]}{i}": np.ones(3, np.float32) for i in range(600)}
+        opt = fs.NAdam(params, lr=0.1, groups=[fs.Group("b*", lr=0.3, betas=(0.8, 0.99))])
+        for k in range(4):
+            grads = {
+                name: None if k == 1 and i > 300 else np.full(3, 0.5 + k, np.float32)
+                for i, name in enumerate(params)
+            }
+            opt.step(grads, skip_nonfinite=True)
+        return result(opt, params.values())
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
 def test_types_and_variants_that_need_kernels_of_their_own(gpu, controls):
     def run():
         dtypes = ["float32", "float64", "float16", "bfloat16", "float32"]
