@@ -8,6 +8,7 @@
 #include "../update.h"
 #include "find.h"
 #include "launch.h"
+#include "vector.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -35,7 +36,7 @@ FN void fetch_four(const T* from, int64_t at, int64_t n, double (&to)[kSums]) {
     alignas(16) T four[kSums];
     UNROLL
     for (unsigned i = 0; i < kSums * sizeof(T) / sizeof(Vector); ++i) {
-      const Vector vector = reinterpret_cast<const Vector*>(from + at)[i];
+      const Vector vector = load_vector(reinterpret_cast<const Vector*>(from + at) + i);
       __builtin_memcpy(reinterpret_cast<char*>(four) + sizeof(Vector) * i, &vector, sizeof(Vector));
     }
     UNROLL

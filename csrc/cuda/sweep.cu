@@ -5,52 +5,51 @@
 #include "../update.h"
 #include "find.h"
 #include "launch.h"
+#include "vector.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 namespace {
 
-// Elements begin + (0, 1, ... 7 of this thread) of a stream, in registers. Whole tiles of aligned
-// streams move in 16-byte vectors, kLane elements at a time; others, element by element, a warp side
-// by side in both.
+// This thread's eight elements of a stream's tile, in registers. Whole tiles of aligned streams move
+// in 16-byte vectors, kLane elements at a time; others, element by element as far as there are any.
+// In both a warp's accesses lie side by side.
 template <bool kWhole, int kLane, class T>
-FN void fetch(const T* from, int64_t begin, int64_t n, T (&to)[kPerThread]) {
+FN void fetch(const T* from, int64_t begin, int rest, T (&to)[kPerThread]) {
   if constexpr (kWhole) {
     UNROLL
     for (int i = 0; i < kPerThread; i += kLane) {
-      const T* here = from + begin + (i * kThreads + static_cast<int>(threadIdx.x) * kLane);
+      const T* here = from + begin + threadIdx.x * kLane + i * kThreads;
       UNROLL
       for (int k = 0; k < kLane; k += 16 / sizeof(T)) {
-        const uint4 vector = *reinterpret_cast<const uint4*>(here + k);
+        const uint4 vector = load_vector(reinterpret_cast<const uint4*>(here + k));
         __builtin_memcpy(to + i + k, &vector, 16);
       }
     }
   } else {
+    const T* here = from + begin + threadIdx.x;
     UNROLL
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t at = begin + (i * kThreads + static_cast<int>(threadIdx.x));
-      to[i] = at < n ? from[at] : T{};
-    }
+    for (int i = 0; i < kPerThread; ++i) to[i] = i * kThreads < rest ? here[i * kThreads] : T{};
   }
 }
 template <bool kWhole, int kLane, class T>
-FN void put(T* to, int64_t begin, int64_t n, const T (&from)[kPerThread]) {
+FN void put(T* to, int64_t begin, int rest, const T (&from)[kPerThread]) {
   if constexpr (kWhole) {
     UNROLL
     for (int i = 0; i < kPerThread; i += kLane) {
-      T* here = to + begin + (i * kThreads + static_cast<int>(threadIdx.x) * kLane);
+      T* here = to + begin + threadIdx.x * kLane + i * kThreads;
       UNROLL
       for (int k = 0; k < kLane; k += 16 / sizeof(T)) {
         uint4 vector;
         __builtin_memcpy(&vector, from + i + k, 16);
-        *reinterpret_cast<uint4*>(here + k) = vector;
+        store_vector(reinterpret_cast<uint4*>(here + k), vector);
       }
     }
   } else {
+    T* here = to + begin + threadIdx.x;
     UNROLL
     for (int i = 0; i < kPerThread; ++i) {
-      const int64_t at = begin + (i * kThreads + static_cast<int>(threadIdx.x));
-      if (at < n) to[at] = from[i];
+      if (i * kThreads < rest) here[i * kThreads] = from[i];
     }
   }
 }
@@ -63,15 +62,18 @@ FN void sweep_tile(const Step& step, V factor, V decay, const Piece& piece, int6
   using S = typename Types<kPair>::State;
   constexpr int kStates = Step::kStates;
   constexpr int kLane = 16 / (sizeof(G) < sizeof(P) ? sizeof(G) : sizeof(P));
+  // Elements of the tile from this thread's first one on, which may be none.
+  const int64_t left = piece.n - begin;
+  const int rest = static_cast<int>(left < kTile ? left : kTile) - static_cast<int>(threadIdx.x);
   P p[kPerThread];
   G g[kPerThread];
   S s[kStates][kPerThread];
-  fetch<kWhole, kLane>(static_cast<const P*>(piece.param), begin, piece.n, p);
-  fetch<kWhole, kLane>(static_cast<const G*>(piece.grad), begin, piece.n, g);
+  fetch<kWhole, kLane>(static_cast<const P*>(piece.param), begin, rest, p);
+  fetch<kWhole, kLane>(static_cast<const G*>(piece.grad), begin, rest, g);
   UNROLL
   for (int i = 0; i < kStates; ++i) {
     if (has_state<Step>(i)) {
-      fetch<kWhole, kLane>(static_cast<const S*>(piece.state[i]), begin, piece.n, s[i]);
+      fetch<kWhole, kLane>(static_cast<const S*>(piece.state[i]), begin, rest, s[i]);
     }
   }
   UNROLL
@@ -81,11 +83,11 @@ FN void sweep_tile(const Step& step, V factor, V decay, const Piece& piece, int6
     for (int i = 0; i < kStates; ++i) here[i] = has_state<Step>(i) ? &s[i][k] : nullptr;
     update<kDecay>(step, factor, decay, &p[k], &g[k], here);
   }
-  put<kWhole, kLane>(static_cast<P*>(piece.param), begin, piece.n, p);
+  put<kWhole, kLane>(static_cast<P*>(piece.param), begin, rest, p);
   UNROLL
   for (int i = 0; i < kStates; ++i) {
     if (has_state<Step>(i)) {
-      put<kWhole, kLane>(static_cast<S*>(piece.state[i]), begin, piece.n, s[i]);
+      put<kWhole, kLane>(static_cast<S*>(piece.state[i]), begin, rest, s[i]);
     }
   }
 }
@@ -141,8 +143,9 @@ FN void sweep_variant(const Scalars<Rule, kPair>& scalars, const Piece& piece, i
   }
 }
 
+// One block at least on each multiprocessor: ptxas would rather spill than go below some more.
 template <class Rule, unsigned kUses, int kPair>
-__global__ void __launch_bounds__(kThreads) sweep(const __grid_constant__ Sweep sweep) {
+__global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Sweep sweep) {
   double multiplier = 1;
   if (sweep.gate) {
     if (sweep.gate->skip) return;
