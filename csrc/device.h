@@ -23,6 +23,7 @@ struct Place {
 struct Live {
   void* at;
   DType dtype;
+  int padding = 0;  // tables are compared as bytes
 };
 
 // What a step is asked beside gradients and hyperparameters.

@@ -7,7 +7,7 @@ namespace fusedstep {
 
 // What holds for all tensors of a group in one step.
 struct Group {
-  bool maximize, decoupled;
+  int maximize, decoupled;  // flags; ints leave no padding, as tables are compared as bytes
   double weight_decay;
   double hypers[kMaxHypers];  // in the rule's order, lr first
 };

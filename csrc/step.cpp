@@ -149,7 +149,7 @@ void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   clear_.assign(tensors.size(), Grad{nullptr, DType::f32});
 }
 
-// Brings home the clocks that the device alone has advanced; it keeps them.
+// Brings home the clocks that the device alone has advanced.
 void StepTable::fetch_clocks() {
   std::vector<size_t> entered;
   std::vector<int64_t> slots;
@@ -159,9 +159,11 @@ void StepTable::fetch_clocks() {
     slots.push_back(tensors_[i].slot);
   }
   if (slots.empty()) return;
-  std::vector<Clock> clocks(slots.size());
-  check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
-  for (size_t k = 0; k < entered.size(); ++k) tensors_[entered[k]].clock = clocks[k];
+  const std::vector<Clock> clocks = device_clocks(slots);
+  for (size_t k = 0; k < entered.size(); ++k) {
+    tensors_[entered[k]].clock = clocks[k];
+    tensors_[entered[k]].entered = false;
+  }
 }
 
 std::vector<Clock> StepTable::clocks() {
@@ -170,6 +172,12 @@ std::vector<Clock> StepTable::clocks() {
   std::vector<Clock> all;
   for (const Tensor& t : tensors_) all.push_back(t.clock);
   return all;
+}
+
+std::vector<Clock> StepTable::device_clocks(const std::vector<int64_t>& slots) const {
+  std::vector<Clock> clocks(slots.size());
+  check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
+  return clocks;
 }
 
 double StepTable::device_norm() const {

@@ -95,6 +95,9 @@ class StepTable {
   Outcome step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
                const Control& control = {});
 
+  // The clocks that the device has at these slots; waits for it.
+  std::vector<Clock> device_clocks(const std::vector<int64_t>& slots) const;
+
   // The norm of the last step on a device that measured one; waits for the device.
   double device_norm() const;
 

@@ -265,6 +265,20 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
   return clock;
 }
 
+std::vector<size_t> TensorTable::not_begun() const {
+  std::vector<int64_t> slots;
+  for (size_t i = 0; i < counted_.size(); ++i) {
+    if (counted_[i].entered && scalars_.empty()) slots.push_back(static_cast<int64_t>(i));
+  }
+  std::vector<size_t> found;
+  if (slots.empty()) return found;
+  const std::vector<Clock> clocks = table_.device_clocks(slots);
+  for (size_t k = 0; k < slots.size(); ++k) {
+    if (clocks[k].t == 0 && clocks[k].carry[0] == 0) found.push_back(slots[k]);
+  }
+  return found;
+}
+
 void TensorTable::write_clocks() {
   for (const Active& a : active_) counted_[a.i].entered = live_;
   if (scalars_.empty() || live_) return;
@@ -339,6 +353,10 @@ py::list TensorTable::step(const py::list& groups, const py::dict& state, const 
       const size_t here = i++, place = active_.size();
       py::object grad = reader_.grad(param);
       if (grad.is_none()) continue;
+      if (counted_[here].param != param.ptr()) {
+        counted_[here] = {};
+        counted_[here].param = param.ptr();
+      }
       Active& a = active_.emplace_back();
       a.i = here;
       a.group = static_cast<int>(converted.size()) - 1;

@@ -77,6 +77,10 @@ class TensorTable {
   pybind11::list step(const pybind11::list& groups, const pybind11::dict& state,
                       const pybind11::tuple& asked, size_t first, const pybind11::object& owner);
 
+  // The parameters, by number, of which the device alone knows that every step of theirs was skipped,
+  // for a rule that keeps no count. Waits for the device.
+  std::vector<size_t> not_begun() const;
+
   // Of the last step: the norm if it was asked for, and whether it was skipped; a device tells
   // neither.
   double norm() const { return outcome_.norm; }
@@ -92,6 +96,7 @@ class TensorTable {
 
   // What the last step wrote to a parameter's scalars.
   struct Counted {
+    const void* param = nullptr;                       // whose: another may get its number
     std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
     Clock clock{};
     std::array<Known, kMaxCounts + kMaxStates> known;  // the scalars, the states

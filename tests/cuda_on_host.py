@@ -63,7 +63,7 @@ def load(library):
     module.controls = ctypes.CDLL(str(library))
     for name in ("make_stream", "end_capture"):
         getattr(module.controls, name).restype = ctypes.c_void_p
-    for name in ("begin_capture", "end_capture"):
+    for name in ("begin_capture", "end_capture", "recording"):
         getattr(module.controls, name).argtypes = [ctypes.c_void_p]
     module.controls.replay.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return module

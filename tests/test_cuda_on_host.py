@@ -31,7 +31,12 @@ def module(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(module, monkeypatch):
+def controls(module):
+    return module.controls
+
+
+@pytest.fixture
+def gpu(module, controls):
     """A context in which the memory of tensors and arrays is a GPU's."""
     stream = 0
 
@@ -44,14 +49,10 @@ def gpu(module, monkeypatch):
                 patch.setattr(_gpu, "stream_of", lambda array, index: to)
                 patch.setattr(torch_layer, "gpu_of", lambda device: module.device())
                 patch.setattr(torch_layer, "stream_of", lambda device: to)
+                patch.setattr(torch_layer, "recording", lambda device: controls.recording(to) == 1)
             yield
 
     return inside
-
-
-@pytest.fixture
-def controls(module):
-    return module.controls
 
 
 def drawn(rng, n, dtype):
@@ -734,19 +735,103 @@ def test_step_that_is_not_capturable_cannot_be_recorded(gpu, controls, stream):
         opt.step()
 
 
-def test_first_step_can_be_recorded(gpu, controls, stream):
-    """Its states and counts are made while recording, and a replay does not make them again."""
+def test_states_are_not_made_in_a_recording(gpu, controls, stream):
+    """Each replay would make them again."""
     with gpu(to=stream):
         param = torch.nn.Parameter(torch.ones(50))
-        opt = ft.SGD([param], lr=0.5, momentum=0.5, dampening=0.5, capturable=True)
+        opt = ft.AdamW([param], capturable=True)
         param.grad = torch.ones(50)
         assert controls.begin_capture(stream) == 0
+        with pytest.raises(RuntimeError, match="must come before the recording"):
+            opt.step()
+        assert controls.replay(controls.end_capture(stream), stream) == 0
+        assert not opt.state
         opt.step()
+        assert controls.begin_capture(stream) == 0
+        opt.step()
+        assert controls.end_capture(stream)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RAdam"])
+def test_loaded_optimizer_can_be_recorded_at_once(gpu, controls, stream, name):
+    torch.manual_seed(0)
+    grads = torch.randn(8, 700)
+
+    def make_one(**more):
+        param = torch.nn.Parameter(torch.ones(700))
+        param.grad = torch.zeros(700)
+        return getattr(ft, name)([param], lr=0.125, **more), param
+
+    def steps(opt, param, some, step):
+        for grad in some:
+            param.grad.copy_(grad)
+            step()
+
+    here, param = make_one()
+    steps(here, param, grads[:3], here.step)
+    saved, values = copy.deepcopy(here.state_dict()), param.detach().clone()
+    resumed, other = make_one()
+    resumed.load_state_dict(saved)
+    other.data.copy_(values)
+    steps(resumed, other, grads[3:], resumed.step)
+    with gpu(to=stream):
+        there, third = make_one(capturable=True)
+        there.load_state_dict(saved)
+        third.data.copy_(values)
+        assert controls.begin_capture(stream) == 0
+        there.step()
         graph = controls.end_capture(stream)
-        for _ in range(3):
-            assert controls.replay(graph, stream) == 0
-    # b = 1, then 1/2*b + 1/2*g = 1 for ever.
-    assert torch.equal(param.detach(), torch.full((50,), 1 - 3 * 0.5))
+        steps(there, third, grads[3:], lambda: controls.replay(graph, stream))
+        assert torch_bits(there, [third]) == torch_bits(resumed, [other])
+
+
+def test_momentum_that_never_began_is_not_in_a_checkpoint(gpu):
+    with gpu():
+        param = torch.nn.Parameter(torch.ones(3))
+        opt = ft.SGD([param], lr=0.5, momentum=0.9, dampening=0.5)
+        param.grad = torch.tensor([1.0, torch.inf, 1.0])
+        opt.step(skip_nonfinite=True)
+        for one in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+            assert not one.state
+        saved = opt.state_dict()
+        assert not saved["state"]
+        opt.load_state_dict(copy.deepcopy(saved))
+        param.grad = torch.ones(3)
+        for _ in range(2):
+            opt.step(skip_nonfinite=True)
+        # b = 1, then 0.9 + 0.5.
+        torch.testing.assert_close(param.detach(), torch.full((3,), 1 - 0.5 - 0.5 * 1.4))
+        assert opt.state_dict()["state"]
+
+
+def test_another_parameter_under_a_number_begins_anew(gpu):
+    def run():
+        params = [torch.nn.Parameter(torch.ones(9)) for _ in range(3)]
+        opt = ft.SGD([{"params": [p]} for p in params[:2]], lr=0.5, momentum=0.5, dampening=0.5)
+        for p in params:
+            p.grad = torch.ones(9)
+        opt.step(skip_nonfinite=True)
+        opt.param_groups[1]["params"] = [params[2]]
+        opt.step(skip_nonfinite=True)
+        return bits([p.detach().numpy() for p in params])
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
+def test_host_does_not_wait_for_tensors_that_sit_out(gpu, controls):
+    """After a step that only the device counted, their clocks are fetched once."""
+    with gpu():
+        params = [np.ones(9, np.float32) for _ in range(3)]
+        grads = [np.ones(9, np.float32) for _ in range(3)]
+        opt = fs.AdamW(params)
+        opt.step(grads, skip_nonfinite=True)
+        some = [grads[0], None, None]
+        opt.step(some)
+        opt.step(some)
+        assert counted(controls, lambda: opt.step(some)) == (1, 0)
+        assert [clock[0] for clock in opt._table.clocks()] == [4, 1, 1]
 
 
 # -- builds without CUDA ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <deque>
 #include <map>
 #include <memory>
@@ -32,14 +33,18 @@ class OnDevice {
  public:
   explicit OnDevice(int index) {
     check(cudaGetDevice(&before_), "tell the current device");
-    if (before_ != index) check(cudaSetDevice(index), "use the device");
+    changed_ = before_ != index;  // to set a device for nothing would open one that nobody uses
+    if (changed_) check(cudaSetDevice(index), "use the device");
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // Lets this thread allocate and ask while a stream, of this thread or another, is being recorded:
@@ -99,29 +104,42 @@ HostMemory host_memory(size_t bytes) {
 
 size_t room_for(size_t bytes) { return std::max<size_t>(4096, bytes + bytes / 2); }
 
-// Bytes that come again in most steps, and are sent when they differ. What a graph recorded stays
-// where it is, for every replay sends and reads it.
+// Device memory that grows. What it was stays: a step under way, or a graph, may be using it.
+class Growing {
+ public:
+  char* get(size_t bytes) {
+    if (bytes > room_) {
+      DeviceMemory larger = device_memory(room_for(bytes));
+      if (here_) kept_.push_back(std::move(here_));
+      here_ = std::move(larger);
+      room_ = room_for(bytes);
+    }
+    return here_.get();
+  }
+
+ private:
+  DeviceMemory here_;
+  size_t room_ = 0;
+  std::vector<DeviceMemory> kept_;
+};
+
+// Bytes that come again in most steps, and are sent when they differ.
 class Mirror {
  public:
   // Where `bytes` will be once the stream has come this far.
   const char* put(const std::vector<char>& bytes, cudaStream_t stream) {
     if (bytes.empty()) return nullptr;
-    if (capturing(stream)) return record(bytes, stream);
-    if (here_.get() && bytes == sent_) return here_.get();
-    if (bytes.size() > room_) {
-      if (here_.get()) kept_.push_back(std::move(here_));  // a step under way may be reading it
-      sent_.clear();
-      room_ = room_for(bytes.size());
-      here_ = device_memory(room_);
-    }
+    if (capturing(stream)) return for_graph(bytes);
+    if (bytes == sent_) return here_.get(bytes.size());
+    sent_.clear();
+    char* const here = here_.get(bytes.size());
     Staging& staging = staging_for(bytes.size());
     std::memcpy(staging.memory.get(), bytes.data(), bytes.size());
-    check(cudaMemcpyAsync(here_.get(), staging.memory.get(), bytes.size(), cudaMemcpyHostToDevice,
-                          stream),
+    check(cudaMemcpyAsync(here, staging.memory.get(), bytes.size(), cudaMemcpyHostToDevice, stream),
           "send the step's table");
     check(cudaEventRecord(staging.sent, stream), "record an event");
     sent_ = bytes;
-    return here_.get();
+    return here;
   }
 
   Mirror() = default;
@@ -138,51 +156,42 @@ class Mirror {
     cudaEvent_t sent;  // when the memory may be written again
   };
 
+  // The one used longest ago, or a new one.
   Staging& staging_for(size_t bytes) {
-    for (Staging& staging : staging_) {
-      if (staging.room >= bytes && cudaEventQuery(staging.sent) == cudaSuccess) return staging;
+    if (!staging_.empty()) {
+      next_ = (next_ + 1) % staging_.size();
+      Staging& oldest = staging_[next_];
+      if (cudaEventQuery(oldest.sent) == cudaSuccess) {
+        if (oldest.room < bytes) {
+          oldest.memory = host_memory(room_for(bytes));
+          oldest.room = room_for(bytes);
+        }
+        return oldest;
+      }
+      cudaGetLastError();  // cudaErrorNotReady
     }
-    cudaGetLastError();  // cudaErrorNotReady, of events that are still to come
     Staging staging = {host_memory(room_for(bytes)), room_for(bytes), nullptr};
     check(cudaEventCreateWithFlags(&staging.sent, cudaEventDisableTiming), "make an event");
-    staging_.push_back(std::move(staging));
-    return staging_.back();
+    return *staging_.insert(staging_.begin() + static_cast<std::ptrdiff_t>(next_),
+                            std::move(staging));
   }
 
-  const char* record(const std::vector<char>& bytes, cudaStream_t stream) {
-    recorded_.push_back(host_memory(bytes.size()));
-    kept_.push_back(device_memory(bytes.size()));
-    std::memcpy(recorded_.back().get(), bytes.data(), bytes.size());
-    check(cudaMemcpyAsync(kept_.back().get(), recorded_.back().get(), bytes.size(),
-                          cudaMemcpyHostToDevice, stream),
-          "record the sending of the step's table");
-    return kept_.back().get();
+  // Memory of the graph's own, at once: what a graph reads never changes.
+  const char* for_graph(const std::vector<char>& bytes) {
+    recorded_.push_back(device_memory(bytes.size()));
+    const Aside aside;
+    check(cudaMemcpyAsync(recorded_.back().get(), bytes.data(), bytes.size(),
+                          cudaMemcpyHostToDevice, aside.stream()),
+          "send the table of a recorded step");
+    aside.finish();
+    return recorded_.back().get();
   }
 
-  DeviceMemory here_;
-  size_t room_ = 0;
+  Growing here_;
   std::vector<char> sent_;
-  std::deque<Staging> staging_;
-  std::vector<DeviceMemory> kept_;
-  std::vector<HostMemory> recorded_;
-};
-
-// Memory that only the GPU writes; it grows, and a graph may hold on to what it was.
-class Scratch {
- public:
-  char* get(size_t bytes) {
-    if (bytes > room_) {
-      if (here_.get()) kept_.push_back(std::move(here_));
-      room_ = room_for(bytes);
-      here_ = device_memory(room_);
-    }
-    return here_.get();
-  }
-
- private:
-  DeviceMemory here_;
-  size_t room_ = 0;
-  std::vector<DeviceMemory> kept_;
+  std::deque<Staging> staging_;  // in a ring
+  size_t next_ = 0;              // the last one used
+  std::vector<DeviceMemory> recorded_;
 };
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
@@ -250,11 +259,13 @@ class Memory {
     const Aside aside;
     check(cudaMemsetAsync(gate_.get(), 0, sizeof(Gate), aside.stream()), "clear memory");
     aside.finish();
+    check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "make an event");
   }
   ~Memory() {
     int before;
     if (cudaGetDevice(&before) != cudaSuccess) return;
     cudaSetDevice(device_);
+    cudaEventDestroy(done_);
     clocks_.clear();
     gate_.reset();
     cudaSetDevice(before);
@@ -271,6 +282,7 @@ class Memory {
       throw std::runtime_error("a step can be recorded in a CUDA graph only with capturable=True");
     }
     const Table table = build_table(step, [this](int64_t slot) { return clock_at(slot); });
+    await_other_stream(stream);
     if (control.live) enter(step, stream);
 
     // The tensors, which are mostly the same in the next step, apart from what mostly is not.
@@ -335,14 +347,23 @@ class Memory {
       const int64_t resident = resident_blocks(kernel, kThreads, device_);
       launch(kernel, std::min(sweep.pieces.end, resident), kThreads, stream, sweep);
     }
+    if (!capturing(stream)) check(cudaEventRecord(done_, stream), "record an event");
+    last_ = stream;
   }
 
   void read_clocks(const int64_t* slots, size_t n, Clock* clocks) {
     const OnDevice on(device_);
     check(cudaDeviceSynchronize(), "finish the steps under way");
+    std::map<int64_t, std::vector<Clock>> chunks;
     for (size_t i = 0; i < n; ++i) {
-      check(cudaMemcpy(&clocks[i], clock_at(slots[i]), sizeof(Clock), cudaMemcpyDeviceToHost),
-            "read the steps' counts");
+      std::vector<Clock>& chunk = chunks[slots[i] / kChunk];
+      if (chunk.empty()) {
+        chunk.resize(kChunk);
+        check(cudaMemcpy(chunk.data(), clock_at(slots[i] / kChunk * kChunk), kChunk * sizeof(Clock),
+                         cudaMemcpyDeviceToHost),
+              "read the steps' counts");
+      }
+      clocks[i] = chunk[slots[i] % kChunk];
     }
   }
 
@@ -362,6 +383,12 @@ class Memory {
       clocks_.push_back(device_memory(kChunk * sizeof(Clock)));
     }
     return reinterpret_cast<Clock*>(clocks_[slot / kChunk].get()) + slot % kChunk;
+  }
+
+  // Two streams that step different tensors must not write one table at once.
+  void await_other_stream(cudaStream_t stream) {
+    if (stream == last_ || capturing(stream)) return;
+    check(cudaStreamWaitEvent(stream, done_, 0), "order two streams");
   }
 
   // Puts the clocks in place that the device has not counted so far: at once, and not in a graph,
@@ -389,10 +416,12 @@ class Memory {
   }
 
   int device_;
+  cudaEvent_t done_ = nullptr;  // the last step
+  cudaStream_t last_ = nullptr;
   DeviceMemory gate_;
   std::deque<DeviceMemory> clocks_;  // their places stay
   Mirror tensors_, scalars_, entering_;
-  Scratch sums_, rows_;
+  Growing sums_, rows_;  // which only the device writes
 };
 
 template <class Body>
@@ -417,7 +446,7 @@ const char* take_step(void* memory, const DeviceStep* step) {
 const char* use(int index, int* before) {
   return guarded([&] {
     check(cudaGetDevice(before), "tell the current device");
-    check(cudaSetDevice(index), "use the device");
+    if (*before != index) check(cudaSetDevice(index), "use the device");
   });
 }
 const char* index_of(const void* at, int* index) {

@@ -36,17 +36,17 @@ Table build_table(const DeviceStep& step, const std::function<Clock*(int64_t slo
                    {},
                    t.n,
                    step.control.live ? static_cast<int>(i) : t.row,
-                   aligned(t.param) && aligned(t.grad)};
+                   aligned(t.param) && aligned(t.grad) ? 1 : 0};
     for (int s = 0; s < kMaxStates; ++s) {
       if (!(t.uses >> s & 1)) continue;
       piece.state[s] = t.state[s];
-      piece.aligned = piece.aligned && aligned(t.state[s]);
+      if (!aligned(t.state[s])) piece.aligned = 0;
     }
     Launch& launch = launch_for(table.launches, t);
     launch.pieces.push_back(piece);
     launch.starts.push_back(launch.starts.back() + parts(t.n, kTile));
     if (!step.control.measure) continue;
-    table.norm_pieces.push_back({t.grad, t.n, kTypePairs[t.pair].grad, aligned(t.grad)});
+    table.norm_pieces.push_back({t.grad, t.n, kTypePairs[t.pair].grad, aligned(t.grad) ? 1 : 0});
     table.norm_starts.push_back(table.norm_starts.back() + parts(t.n, kNormBlock));
   }
   return table;

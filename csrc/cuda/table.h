@@ -17,16 +17,16 @@ constexpr int kThreads = 256, kPerThread = 8, kTile = kThreads * kPerThread;
 // sixteen sums. A tile of blocks is a subtree of the tree over all of them.
 constexpr int kNormThreads = 128, kNormShare = 4, kNormTile = kNormThreads / kNormShare;
 
-constexpr int kRowsHere = 4;  // rows that travel with the launch; more are uploaded
+constexpr int kRowsHere = 16;  // rows that travel with the launch; more are sent
 
-// One tensor in a sweep.
+// One tensor in a sweep. No struct of a table has padding, as tables are compared as bytes.
 struct Piece {
   void* param;
   const void* grad;
   void* state[kMaxStates];
   int64_t n;
   int row;
-  bool aligned;  // every stream begins at a multiple of 16 bytes
+  int aligned;  // every stream begins at a multiple of 16 bytes
 };
 
 // One gradient in the norm.
@@ -34,7 +34,7 @@ struct NormPiece {
   const void* grad;
   int64_t n;
   DType dtype;
-  bool aligned;
+  int aligned;
 };
 
 // What the norm decides and a sweep obeys.
@@ -49,6 +49,7 @@ struct Tally {
   Clock* clock;
   Live shown[kCounts];
   int group;
+  int padding = 0;
 };
 
 // Pieces [0, n) and where each begins, in tiles or blocks; starts[n] is the end. Where there is one

@@ -19,13 +19,14 @@ from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
+    any_dtensor,
     as_dense,
     as_plain,
     check_apart,
     gpu_of,
-    is_dtensor,
     local,
     new_state,
+    recording,
     stream_of,
 )
 
@@ -154,6 +155,7 @@ class Optimizer(torch.optim.Optimizer):
         """All groups as the table takes them; those that were edited are checked again."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is not None and first.device != self._device and not first.is_meta:
+            self._settle()
             self._open(first.device)  # a model may be moved after its optimizer was made
             self._seen.clear()
         rows = []
@@ -271,7 +273,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._stepping_in_backward:
             raise RuntimeError("max_norm and skip_nonfinite need all gradients at once, but"
                                " step_in_backward has already stepped and freed them")  # fmt: skip
-        if any(map(is_dtensor, self._params())):
+        if any_dtensor(self._params()):
             raise ValueError("max_norm and skip_nonfinite must not be given for DTensors, got a"
                              " model of which this rank has a part")  # fmt: skip
         return max_norm
@@ -413,6 +415,23 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- gradients and checkpoints -----------------------------------------------------------------
 
+    def _settle(self) -> None:
+        """Takes away states that no update has filled: of skipped steps the GPU alone knew."""
+        if not self._live or self._spec._counts_steps:
+            return
+        params = self._params()
+        for i in self._table.not_begun():
+            self.state.pop(params[i], None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped."""
+        self._settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return super().__getstate__()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or zeroes them; those that `flatten_` placed are always zeroed."""
         params = self._params()
@@ -460,6 +479,11 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._reset()
 
+    def _recordable(self) -> set[Any]:
+        """The parameters of groups with `capturable`, whose counts are on the device."""
+        groups = self.__dict__.get("param_groups", [])
+        return {p for group in groups if group.get("capturable") for p in group["params"]}
+
     @torch.no_grad()
     def _taken(self, param: Any, name: str, value: Any) -> Any:
         """A value of a loaded state as the step wants it."""
@@ -467,7 +491,8 @@ class Optimizer(torch.optim.Optimizer):
             return value
         tensor = value.tensor
         if name == "step" or name in self._spec._carried:
-            return _scalar(tensor, 0.0, torch.device("cpu"))
+            live = isinstance(param, torch.Tensor) and param in self._recordable()
+            return _scalar(tensor, 0.0, param.device if live else torch.device("cpu"))
         if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
             return tensor
         if tensor.shape != param.shape:
@@ -577,6 +602,7 @@ class _Helper:
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
             integer = kind == "step" and not tensor.is_floating_point()  # as torch takes it too
             if tensor.numel() == 1 and (integer or tensor.device != self._counts):
+                self._check_not_recording()
                 entry = self._optimizer.state[param]
                 entry[kind] = _scalar(tensor, 0.0, self._counts)
                 return entry[kind]
@@ -612,10 +638,20 @@ class _Helper:
         name = self._name(i)
         return f"{kind}[{name}]" if kind in ("params", "grads") else f"state[{name}]['{kind}']"
 
+    def _check_not_recording(self) -> None:
+        """Raises where what is made now would be made again by each replay of a graph."""
+        opt = self._optimizer
+        if opt._gpu is not None and recording(opt._device):
+            raise RuntimeError(
+                "a step that makes states or moves counts must come before the recording of a CUDA"
+                " graph: take one step first"
+            )
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
         opt = self._optimizer
+        self._check_not_recording()
         packed = flat.packed_states(wanted, opt._is_array)
         for param, group, names in wanted:
             entry = opt.state.get(param)

@@ -27,6 +27,12 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
+def recording(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is being recorded in a graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def announce(tensors: list[torch.Tensor]) -> None:
     """Tells autograd that tensors were written to, so that a backward through old values raises."""
     try:
@@ -69,10 +75,20 @@ def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
+def _dtensor() -> Any:
+    """The class of DTensors, or no class where torch.distributed was not imported."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor, without an import of torch.distributed where there can be none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return isinstance(tensor, getattr(module, "DTensor", ()))
+    return isinstance(tensor, _dtensor())
+
+
+def any_dtensor(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether one of many is a DTensor."""
+    kind = _dtensor()
+    return bool(kind) and any(isinstance(tensor, kind) for tensor in tensors)
 
 
 def local(tensor: Any) -> torch.Tensor:

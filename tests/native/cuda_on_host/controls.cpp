@@ -15,6 +15,11 @@ EXPORT cudaStream_t make_stream() {
   return stream;
 }
 
+EXPORT int recording(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaStreamIsCapturing(stream, &status);
+  return status != cudaStreamCaptureStatusNone;
+}
 EXPORT int begin_capture(cudaStream_t stream) {
   return cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
 }
