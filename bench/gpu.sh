@@ -92,9 +92,9 @@ compute-sanitizer --tool "$1" --launch-timeout 0 --error-exitcode 1 --report-api
 grep -qE "(ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards)" "$0.$1"
 BASH
 
-# -v: a test that failed before the time was up is named; what other packages warn of on that machine
-# is theirs. Side by side. The sanitizers see each tensor as an allocation of its own, which torch's caching
-# allocator would hide; what torch's own start-up asks of CUDA in vain is not ours to report.
+# Side by side. -v: a test that failed before the time was up is named. What other packages warn of on
+# that machine is theirs. The sanitizers see each tensor as an allocation of its own, which torch's
+# caching allocator would hide; what torch's own start-up asks of CUDA in vain is not ours to report.
 workers=()
 if python3 -c 'import xdist' 2> /dev/null; then workers=(-n 6); fi
 part tests $CHECKS env FUSEDSTEP_NUM_THREADS=2 OMP_NUM_THREADS=2 \

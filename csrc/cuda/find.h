@@ -6,12 +6,14 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-// The piece that `at` lies in, and where it starts.
+// The piece that `at` lies in, and where it starts. `place` is the number of one that lies not
+// behind it, at first 0, and becomes the number of the piece: mostly it is the same again.
 template <class P>
-FN P find(const Pieces<P>& pieces, int64_t at, int64_t& start) {
+FN P find(const Pieces<P>& pieces, int64_t at, int& place, int64_t& start) {
   start = 0;
   if (pieces.n == 1) return pieces.only;
-  int64_t low = 0, high = pieces.n;  // starts[low] <= at < starts[high]
+  int64_t low = place, high = pieces.n;  // starts[low] <= at < starts[high]
+  if (at < pieces.starts[low + 1]) high = low + 1;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (pieces.starts[middle] <= at) {
@@ -20,6 +22,7 @@ FN P find(const Pieces<P>& pieces, int64_t at, int64_t& start) {
       high = middle;
     }
   }
+  place = static_cast<int>(low);
   start = pieces.starts[low];
   return pieces.all[low];
 }

@@ -243,12 +243,13 @@ __global__ void __launch_bounds__(kNormThreads) norm(const __grid_constant__ Nor
   const int row = thread / kNormShare, share = thread % kNormShare;
   const int64_t tiles = (norm.pieces.end + kNormTile - 1) / kNormTile;
   bool bad = false;
+  int place = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t block = tile * kNormTile + row;
     double sums[kSums] = {};
     if (block < norm.pieces.end) {
       int64_t start;
-      const NormPiece piece = find(norm.pieces, block, start);
+      const NormPiece piece = find(norm.pieces, block, place, start);
       const int64_t begin = (block - start) * kNormBlock;
       if (piece.dtype == DType::f32) bad |= add_squares<float>(piece, begin, share, sums);
       if (piece.dtype == DType::f64) bad |= add_squares<double>(piece, begin, share, sums);

@@ -153,10 +153,10 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
   }
   const Row* rows = sweep.rows ? sweep.rows : sweep.here;
   Scalars<Rule, kPair> scalars;
-  int row = -1;
+  int row = -1, place = 0;
   for (int64_t tile = blockIdx.x; tile < sweep.pieces.end; tile += gridDim.x) {
     int64_t start;
-    const Piece piece = find(sweep.pieces, tile, start);
+    const Piece piece = find(sweep.pieces, tile, place, start);
     if (piece.row != row) scalars.read(rows[row = piece.row], multiplier);
     sweep_variant<Rule, kUses, kPair>(scalars, piece, (tile - start) * kTile);
   }
