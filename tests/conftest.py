@@ -19,3 +19,13 @@ def isa(request):
     """Each instruction set that this machine can run, chosen before the test begins."""
     fs.set_isa(request.param)
     return request.param
+
+
+@pytest.fixture
+def _double_scalars():
+    """Makes torch keep step, mu_product, eta and mu in float64, its default type, as we do."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

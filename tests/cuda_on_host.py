@@ -34,6 +34,8 @@ def build(directory):
     flags = [
         *("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-math-errno"),
         *("-fvisibility=hidden", "-w"),  # warnings are the build's business
+        # A GPU faults where a vector is not aligned; so does this, by an illegal instruction.
+        *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-I", str(FAKE), *includes),
         *(f"-DFUSEDSTEP_DEVICE_KIND={CPU}", f"-DFUSEDSTEP_MODULE={NAME}"),
         *('-DFUSEDSTEP_ARCHITECTURES="host"', '-DFUSEDSTEP_COMPILER="the host\'s"'),

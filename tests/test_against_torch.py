@@ -34,15 +34,6 @@ def torch_optimizer(name, params, hypers):
     return getattr(torch.optim, name)(params, **hypers, **plain)
 
 
-@pytest.fixture
-def _double_scalars():
-    """Makes torch keep step, mu_product, eta and mu in float64, its default type, as we do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.usefixtures("_double_scalars")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @each_case(torch_has)

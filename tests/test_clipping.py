@@ -240,15 +240,6 @@ def test_clipped_gradient_is_torch_s_to_a_few_ulp(dtype):
         torch.testing.assert_close(opt.grad_norm.to(dtype), norm.detach(), rtol=rtol, atol=0.0)
 
 
-@pytest.fixture
-def _double_scalars():
-    """Makes torch keep step, mu_product, eta and mu in float64, its default type, as we do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.usefixtures("_double_scalars")
 @each_case(torch_has)
 def test_clipped_steps_match_torch(name, hypers):

@@ -237,8 +237,8 @@ def test_table_is_sent_again_only_when_it_changed(gpu, controls):
 
 def test_more_groups_than_travel_with_the_launch(gpu):
     def run():
-        params = {str(i): np.ones(50, np.float32) for i in range(12)}
-        groups = [fs.Group(str(i), lr=0.1 * i) for i in range(1, 12)]
+        params = {str(i): np.ones(50, np.float32) for i in range(20)}
+        groups = [fs.Group(str(i), lr=0.1 * i) for i in range(1, 20)]
         opt = fs.Adam(params, groups=groups)
         for k in range(STEPS):
             opt.step({name: np.full(50, k + 1, np.float32) for name in params})

@@ -694,15 +694,6 @@ def test_checkpoints_move_between_cpu_and_gpu(name, here, there, file):
     assert_same(found[1], found[0])
 
 
-@pytest.fixture
-def _double_scalars():
-    """Makes torch keep step, mu_product, eta and mu in float64, its default type, as we do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.usefixtures("_double_scalars")
 @pytest.mark.parametrize("to_ours", [True, False], ids=["torch-to-ours", "ours-to-torch"])
 @each_case(lambda name, hypers: torch_has(name, hypers) and hypers.get("eps") != 0)
