@@ -108,15 +108,6 @@ def fingerprint(value):
     return value
 
 
-@pytest.fixture
-def _double_scalars():
-    """Makes torch keep step, mu_product, eta and mu in float64, its default type, as we do."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 # -- signatures and options ------------------------------------------------------------------------
 
 
