@@ -731,7 +731,7 @@ def markdown(results: Results) -> str:
                     "kernels' names"]  # fmt: skip
         parts += ["## In a trace: GPT-2 small's 148 tensors", _table(headings, rows)]
     if results.left_out:
-        parts.append("Left out, as there was no time left: " + "; ".join(results.left_out) + ".")
+        parts.append("Left out (no time left, or as it says): " + "; ".join(results.left_out) + ".")
     for failure in results.failures:
         parts.append(f"Failed: {failure.part}: `{failure.error}`")
     return "\n\n".join(parts) + "\n"

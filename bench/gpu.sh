@@ -61,6 +61,11 @@ say() {
 
 failed() { ! [[ $(cut -f 3 "$work/$1.state") == ok ]]; }
 
+if ! command -v nvidia-smi > /dev/null || ! nvidia-smi -L > /dev/null; then
+  echo "bench/gpu.sh: there is no GPU here, or no driver for it (nvidia-smi -L)" >&2
+  exit 1
+fi
+
 # Several kinds of card in one machine: for each of them.
 architectures=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d '. ' | sort -u |
   paste -sd ';')
@@ -70,14 +75,20 @@ echo "for architectures: ${architectures:-none found}"
 part build $BUILD python3 -m pip install --verbose --no-build-isolation --no-deps \
   --target "$work/site" -C build-dir="$work/build" -C cmake.define.FUSEDSTEP_CUDA=ON \
   -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=${architectures:-native}" .
-say build "$(failed build && echo 80 || echo 12)"
+if ! say build "$(failed build && echo 80 || echo 12)"; then
+  cp "$work/build.log" "$out/gpu-build.log" # there is nothing to test
+  exit 1
+fi
 
 # Without this the tests below would be skipped, not failed.
 cat > "$work/built.py" << 'PYTHON'
+import os
+
 import fusedstep as fs
 
+assert fs.__file__.startswith(os.environ["PYTHONPATH"]), f"another fusedstep: {fs.__file__}"
 cuda = fs.info()["cuda"]
-assert cuda and cuda.get("built", True), f"fusedstep must be built with CUDA, got {cuda}"
+assert cuda, f"fusedstep must be built with CUDA, got {cuda}"
 assert cuda["devices"], f"fusedstep must find a CUDA device, got {cuda}"
 PYTHON
 part info 40 sh -c 'python3 -m fusedstep info && python3 "$0"' "$work/built.py"

@@ -49,6 +49,7 @@ struct DLPackExchangeAPI {
 };
 
 enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };  // device types with CPU memory
+enum { kCuda = 2, kCudaManaged = 13 };             // with a GPU's
 enum { kFloat = 2, kBfloat = 4, kComplex = 5 };    // dtype codes
 
 // False for a type that no kernel takes.

@@ -99,7 +99,8 @@ std::pair<int, int> dlpack_device(py::handle object) {
 
 bool is_in(const Place& place, int type, int index) {
   if (place.device && place.device->kind != kCpu) {
-    return type == place.device->kind && index == place.index;
+    const int kind = type == kCudaManaged ? int{kCuda} : type;
+    return kind == place.device->kind && index == place.index;
   }
   return type == kCpu || type == kCudaHost || type == kRocmHost;
 }

@@ -45,7 +45,7 @@ def gpu(module, controls):
         with pytest.MonkeyPatch.context() as patch:
             if on:
                 patch.setattr(_gpu, "module", lambda: module)
-                patch.setattr(_gpu, "index_of", lambda a: 0 if is_array(a) else None)
+                patch.setattr(_gpu, "index_of", lambda a, *_: 0 if is_array(a) else None)
                 patch.setattr(_gpu, "stream_of", lambda array, index: to)
                 patch.setattr(torch_layer, "gpu_of", lambda device: module.device())
                 patch.setattr(torch_layer, "stream_of", lambda device: to)
@@ -859,6 +859,6 @@ def test_info_tells_of_the_gpu(gpu, capsys):
         assert fs.info()["cuda"]["devices"][0]["capability"] == "9.0"
         main(["info"])
     assert "cuda               host; devices: host (9.0), host (9.0)" in capsys.readouterr().out
-    assert _gpu._architectures("80-real 90a-virtual 120") == [
-        *("sm_80", "compute_90a", "sm_120", "compute_120"),
+    assert _gpu._architectures("80-real 90a-virtual 120 all-major") == [
+        *("sm_80", "compute_90a", "sm_120", "compute_120", "all-major"),
     ]

@@ -16,7 +16,7 @@ _MISSING = (
     "this build of fusedstep has no CUDA: install it from source with"
     " -C cmake.define.FUSEDSTEP_CUDA=ON"
 )
-_CUDA = 2  # DLPack's device type
+_CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
 
 
 def module() -> ModuleType | None:
@@ -32,8 +32,9 @@ def module() -> ModuleType | None:
 def needed(label: str, device: Any = "type 2 of DLPack") -> ModuleType:
     """`fusedstep._cuda`; ValueError about `label`, which is on `device`, where there is none."""
     found = module()
-    if found is None:
-        raise ValueError(f"{label} must be in CPU memory, got device {device}: {_MISSING}")
+    why = _MISSING if found is None else "CUDA finds no driver or no device here"
+    if found is None or not found.devices():
+        raise ValueError(f"{label} must be in CPU memory, got device {device}: {why}")
     return found
 
 
@@ -50,15 +51,18 @@ def _architectures(cmake: str) -> list[str]:
     names = []
     for word in cmake.split():
         number, _, kind = word.partition("-")
+        if not number.rstrip("af").isdigit():  # all, all-major
+            names.append(word)
+            continue
         if kind != "virtual":
-            names.append(f"sm_{number}" if number.rstrip("af").isdigit() else number)
-        if kind != "real" and number.rstrip("af").isdigit():
+            names.append(f"sm_{number}")
+        if kind != "real":
             names.append(f"compute_{number}")
     return names
 
 
-def index_of(array: Any) -> int | None:
-    """The CUDA device whose memory an array is in; None for any other memory."""
+def index_of(array: Any, label: str = "params") -> int | None:
+    """The CUDA device whose memory an array, which errors call `label`, is in; else None."""
     if isinstance(array, np.ndarray | Array):
         return None if isinstance(array, np.ndarray) else array.index
     if hasattr(array, "__dlpack_device__"):
@@ -66,12 +70,12 @@ def index_of(array: Any) -> int | None:
             kind, index = array.__dlpack_device__()
         except (ValueError, BufferError):  # unknown to DLPack, as torch's meta
             return None
-        return int(index) if int(kind) == _CUDA else None
-    shown = getattr(array, "__cuda_array_interface__", None)
-    if shown is None:
+        return int(index) if int(kind) in _CUDA else None
+    try:
+        address = array.__cuda_array_interface__["data"][0]
+    except (AttributeError, KeyError, TypeError):  # none, or one that the core says is wrong
         return None
-    address = shown["data"][0]
-    return int(needed("params").index_of(address)) if address else 0
+    return int(needed(label, "of a GPU").index_of(address)) if address else 0
 
 
 def stream_of(array: Any, index: int) -> int:

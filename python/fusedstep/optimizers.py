@@ -305,11 +305,13 @@ class Optimizer:
         """Hands the parameters to the compiled table, which checks them and keeps the counts."""
         params = list(self._params.values())
         # The CUDA device whose memory all of it is in; None: the CPU's.
-        self._index = None if self._buffer is not None or not params else _gpu.index_of(params[0])
-        device = None
+        self._index = device = None
+        if params and self._buffer is None:
+            label = f"params[{self._names[0]}]"
+            self._index = _gpu.index_of(params[0], label)
         if self._index is not None:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
-            device = _gpu.needed(f"params[{self._names[0]}]", **known).device()
+            device = _gpu.needed(label, **known).device()
         self._table = _core.StepTable(
             self._rule, self._names, params, self._group_of, device, self._index or 0
         )

@@ -170,8 +170,8 @@ int main() {
   std::fprintf(stderr, "lanes %d\n", kernels.lanes);
   for (size_t r = 0; r < rules().size(); ++r) {
     const Rule& rule = rules()[r];
-    std::vector<double> hypers;
-    for (const std::string& name : rule.hypers) hypers.push_back(hyper(name));
+    Group group = {};
+    for (size_t h = 0; h < rule.hypers.size(); ++h) group.hypers[h] = hyper(rule.hypers[h]);
     for (size_t variant = 0; variant < rule.uses.size(); ++variant) {
       for (int decay = 0; decay < kDecays; ++decay) {
         for (int pair = 0; pair < kPairs; ++pair) {
@@ -179,15 +179,12 @@ int main() {
           Random random;
           // Every variant reads the same scalars, so those of any will do.
           Clock clock = {0, {0, 0}};
-          double scalars[kMaxScalars] = {};
           for (int t = 1; t <= 9; ++t) {
-            clock.t = t;
-            rule.prepare(hypers.data(), clock, scalars + 2);
+            Row row = rule.prepare(group, clock, t == 1 ? 1 : -1);
             if (t != 1 && t != 9) continue;
-            scalars[0] = t == 1 ? 1 : -1;
-            scalars[1] = decay == kCoupled ? 0.01 : 1 - 0.03 * 0.01;
-            run_pair(pair, kernels.find[r][variant][decay][pair], rule, rule.uses[variant], scalars,
-                     random, hash);
+            row.scalars[1] = decay == kCoupled ? 0.01 : 1 - 0.03 * 0.01;
+            run_pair(pair, kernels.find[r][variant][decay][pair], rule, rule.uses[variant],
+                     row.scalars, random, hash);
           }
           std::printf("%s %zu %d %d %016" PRIx64 "\n", rule.name.c_str(), variant, decay, pair,
                       hash.value);
