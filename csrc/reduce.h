@@ -15,7 +15,7 @@ FN void load_row(const T* from, F64 (&row)[kNormRegisters]) {
   double wide[kNormLanes];
   for (int l = 0; l < kNormLanes; ++l) wide[l] = load<Lanes<float, 1>>(from + l).v;
   UNROLL
-  for (int r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
+  for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
 }
 FN void load_row(const f16* from, F64 (&row)[kNormRegisters]) {
   float narrow[kNormLanes];
@@ -25,7 +25,7 @@ FN void load_row(const f16* from, F64 (&row)[kNormRegisters]) {
 }
 FN void load_row(const double* from, F64 (&row)[kNormRegisters]) {
   UNROLL
-  for (int r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(from + r * F64::kWidth);
+  for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(from + r * F64::kWidth);
 }
 
 // fma where a*b is exact, so that two operations round as one does: the scalar set's fma may be a
