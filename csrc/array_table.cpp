@@ -85,15 +85,20 @@ void ArrayTable::set_states(const std::vector<py::list>& states,
 }
 
 std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() {
+  std::vector<Clock> clocks;
+  {
+    const py::gil_scoped_release release;  // a device may be waited for
+    clocks = table_.clocks();
+  }
   std::vector<ClockTuple> all;
-  for (const Clock& c : table_.clocks()) all.emplace_back(c.t, c.carry[0], c.carry[1]);
+  for (const Clock& c : clocks) all.emplace_back(c.t, c.carry[0], c.carry[1]);
   return all;
 }
 
-void ArrayTable::check_params() const {
+void ArrayTable::check_params(const Place& place) const {
   for (size_t i = 0; i < params_.size(); ++i) {
     const Label label{"params", &names_[i]};
-    const View now = view_of(params_[i].array, label, place_);
+    const View now = view_of(params_[i].array, label, place);
     const View& then = params_[i].view;
     if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
       throw py::value_error(label.text() +
@@ -112,16 +117,16 @@ int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vecto
     throw py::value_error("grads must have one entry per parameter (" +
                           std::to_string(params_.size()) + "), got " + std::to_string(given));
   }
-  look_at(asked);
-  const AtPlace at(place_);
-  check_params();
+  const Place place = place_for(asked);
+  const AtPlace at(place);
+  check_params(place);
   std::vector<py::object> owners;  // DLPack capsules live until the sweep is done
   std::vector<Grad> converted(given, Grad{nullptr, DType::f32});
   for (size_t i = 0; i < given; ++i) {
     const py::handle item = PyTuple_GET_ITEM(fixed.ptr(), static_cast<py::ssize_t>(i));
     if (item.is_none()) continue;
     const Label label{"grads", &names_[i]};
-    View view = view_of(item, label, place_);
+    View view = view_of(item, label, place);
     check_shape(view, params_[i].view, label);
     converted[i] = {view.data, view.dtype};
     owners.push_back(std::move(view.owner));
@@ -131,10 +136,10 @@ int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vecto
 
 int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
                               const std::vector<std::vector<double>>& groups, const Asked& asked) {
-  look_at(asked);
-  const AtPlace at(place_);
-  check_params();
-  const View view = view_of(grads, Label{"grads"}, place_);
+  const Place place = place_for(asked);
+  const AtPlace at(place);
+  check_params(place);
+  const View view = view_of(grads, Label{"grads"}, place);
   std::vector<Grad> converted;
   if (offsets.size() != params_.size()) {
     throw py::value_error("grads must have one segment per parameter (" +
@@ -153,9 +158,11 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
   return run(converted, groups, asked);
 }
 
-// Before anything is read: a device's exporters ask which stream is to wait for them.
-void ArrayTable::look_at(const Asked& asked) {
-  place_.stream = asked ? reinterpret_cast<void*>(std::get<3>(*asked)) : nullptr;
+// With the stream of this call, which a device's exporters are asked to let wait for theirs.
+Place ArrayTable::place_for(const Asked& asked) const {
+  Place place = place_;
+  if (asked) place.stream = reinterpret_cast<void*>(std::get<3>(*asked));
+  return place;
 }
 
 int64_t ArrayTable::run(const std::vector<Grad>& grads,
@@ -174,7 +181,7 @@ int64_t ArrayTable::run(const std::vector<Grad>& grads,
     converted.push_back({as_group(values, rule_), {nullptr, DType::f32}});
   }
   Control control;
-  control.stream = place_.stream;
+  control.stream = place_for(asked).stream;
   if (asked) {
     const auto& [factor, max_norm, skip_nonfinite, stream] = *asked;
     control.factor = factor;
@@ -186,6 +193,12 @@ int64_t ArrayTable::run(const std::vector<Grad>& grads,
   const py::gil_scoped_release release;
   outcome_ = table_.step(grads, converted, control);
   return outcome_.elements;
+}
+
+double ArrayTable::norm() const {
+  if (!place_.device) return outcome_.norm;
+  const py::gil_scoped_release release;
+  return table_.device_norm();
 }
 
 std::vector<py::tuple> ArrayTable::shapes() const {

@@ -43,7 +43,7 @@ class ArrayTable {
 
   // Of the last step, if it was asked for a norm: the norm, and whether it was skipped, which a
   // device does not tell.
-  double norm() const { return place_.device ? table_.device_norm() : outcome_.norm; }
+  double norm() const;
   bool skipped() const { return outcome_.skipped; }
 
   // Shapes and dtype names of the parameters.
@@ -57,10 +57,10 @@ class ArrayTable {
     View view;  // with the shape above
   };
 
-  void check_params() const;
+  void check_params(const Place& place) const;
   int64_t run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups,
               const Asked& asked);
-  void look_at(const Asked& asked);
+  Place place_for(const Asked& asked) const;
 
   int rule_;
   Place place_;

@@ -167,7 +167,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("index"))
       .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("asked"),
            py::arg("first"), py::arg("owner"))
-      .def("not_begun", &TensorTable::not_begun)
+      .def("not_begun", &TensorTable::not_begun, py::arg("params"))
       .def("norm", &TensorTable::norm)
       .def("skipped", &TensorTable::skipped);
 }

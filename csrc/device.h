@@ -42,6 +42,12 @@ struct Control {
   Live norm = {nullptr, DType::f64};       // where the norm is to be written
 };
 
+// What follows from the gradients' norm.
+struct Verdict {
+  double norm, factor;  // the factor clips too
+  int skip;
+};
+
 constexpr int kCounts = 1 + sizeof(Clock::carry) / sizeof(double);
 
 struct DeviceTensor {

@@ -34,6 +34,11 @@ int64_t count(const int64_t* shape, int ndim) {
   return n;
 }
 
+void check_aligned(const void* data, int64_t n, DType dtype, const Label& label) {
+  if (n == 0 || reinterpret_cast<uintptr_t>(data) % dtype_bytes(dtype) == 0) return;
+  throw py::value_error(label.text() + " must be aligned to its item size, got an unaligned array");
+}
+
 bool c_contiguous(const DLTensor& t) {
   if (!t.strides || count(t.shape, t.ndim) == 0) return true;
   int64_t expected = 1;
@@ -173,6 +178,7 @@ View dlpack_view(py::handle object, const Label& label, const Place& place) {
   if (!c_contiguous(*t)) not_contiguous(label);
   auto* data = static_cast<char*>(t->data) + t->byte_offset;
   const int64_t n = count(t->shape, t->ndim);
+  check_aligned(data, n, dtype, label);
   // The capsule is kept, not consumed: its own destructor gives the memory back.
   return {n ? data : &nothing, dtype, t->ndim, t->shape, n, writable && !copied, capsule};
 }
@@ -206,24 +212,37 @@ bool torch_view(py::handle tensor, const Label& label, View& view) {
 // What Numba and others show of a GPU's memory, version 2 or 3 of the protocol.
 // https://numba.readthedocs.io/en/stable/cuda/cuda_array_interface.html
 View interface_view(py::handle object, const Label& label, const Place& place) {
-  py::dict shown;
   uintptr_t address = 0;
   bool read_only = false;
-  std::vector<int64_t> shape;
+  std::vector<int64_t> shape, strides;
   std::string typestr;
+  py::object mask, stream;
+  bool strided = false;
+  const auto wrong = [&](const py::object& shown) {
+    throw py::type_error(label.text() + " must have a valid __cuda_array_interface__, got " +
+                         py::repr(shown).cast<std::string>());
+  };
+  const py::object shown = py::getattr(object, "__cuda_array_interface__");
   try {
-    shown = py::dict(py::getattr(object, "__cuda_array_interface__"));
+    const auto get = [&](const char* key) { return shown.attr("get")(key); };
     std::tie(address, read_only) = shown["data"].cast<std::pair<uintptr_t, bool>>();
     shape = shown["shape"].cast<std::vector<int64_t>>();
     typestr = shown["typestr"].cast<std::string>();
+    mask = get("mask");
+    stream = get("stream");
+    if (!stream.is_none()) (void)stream.cast<uintptr_t>();
+    strided = !get("strides").is_none();
+    if (strided) strides = get("strides").cast<std::vector<int64_t>>();
   } catch (const py::cast_error&) {
-    throw py::type_error(label.text() + " must have a valid __cuda_array_interface__, got " +
-                         py::repr(shown).cast<std::string>());
+    wrong(shown);
+  } catch (py::error_already_set& error) {
+    if (error.matches(PyExc_MemoryError)) throw;
+    wrong(shown);
   }
-  auto* data = reinterpret_cast<void*>(address);
-  const py::object mask = shown.contains("mask") ? py::object(shown["mask"]) : py::none();
+  if (strided && strides.size() != shape.size()) wrong(shown);
   if (!mask.is_none())
     throw py::type_error(label.text() + " must be a plain array, got a masked one");
+  auto* data = reinterpret_cast<void*>(address);
   View view = {};
   if (typestr == "<f4") {
     view.dtype = DType::f32;
@@ -243,22 +262,18 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
   view.ndim = static_cast<int>(shape.size());
   view.shape = held->shape.data();
   view.n = count(view.shape, view.ndim);
-  const py::object strides = shown.contains("strides") ? py::object(shown["strides"]) : py::none();
-  if (!strides.is_none() && view.n > 0) {
-    int64_t expected = dtype_bytes(view.dtype);
-    const auto given = strides.cast<std::vector<int64_t>>();
-    for (int i = view.ndim - 1; i >= 0; --i) {
-      if (shape[i] != 1 && given[i] != expected) not_contiguous(label);
-      expected *= shape[i];
-    }
+  int64_t expected = dtype_bytes(view.dtype);
+  for (int i = view.ndim - 1; strided && view.n > 0 && i >= 0; --i) {
+    if (shape[i] != 1 && strides[i] != expected) not_contiguous(label);
+    expected *= shape[i];
   }
   view.writable = !read_only;
   view.data = view.n ? data : &nothing;
   if (!place.device) elsewhere(label, place, "a GPU's memory");
+  check_aligned(view.data, view.n, view.dtype, label);
   int index = place.index;
   if (view.n) check_device(place.device->index_of(data, &index));
   if (index != place.index) elsewhere(label, place, place_text({place.device, index, nullptr}));
-  const py::object stream = shown.contains("stream") ? py::object(shown["stream"]) : py::none();
   if (!stream.is_none()) {
     const auto handle = stream.cast<uintptr_t>();
     auto* first = reinterpret_cast<void*>(handle == 1 ? 0 : handle);

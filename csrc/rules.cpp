@@ -80,7 +80,9 @@ const std::vector<Rule>& rules() {
   return all;
 }
 
-double clip_factor(double norm, double max_norm) { return host::clip_factor(norm, max_norm); }
+Verdict judge(double sum, bool nonfinite, bool found_inf, const Control& control) {
+  return host::judge(sum, nonfinite, found_inf, control.factor, control);
+}
 
 unsigned used_states(const Rule& rule, const double* hypers) {
   Clock clock{0, {0, 0}};

@@ -4,8 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "group.h"
-#include "rules/clock.h"
+#include "device.h"
 
 namespace fusedstep {
 
@@ -27,8 +26,8 @@ struct Rule {
 // In registry order, so that the place is the rule's number in Kernels::find.
 const std::vector<Rule>& rules();
 
-// What clips gradients of a global norm to max_norm.
-double clip_factor(double norm, double max_norm);
+// What becomes of gradients of this sum of squares.
+Verdict judge(double sum, bool nonfinite, bool found_inf, const Control& control);
 
 // Bit s: the rule has state s under these hyperparameters.
 unsigned used_states(const Rule& rule, const double* hypers);

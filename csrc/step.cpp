@@ -2,7 +2,6 @@
 #include "step.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -159,7 +158,7 @@ void StepTable::fetch_clocks() {
     slots.push_back(tensors_[i].slot);
   }
   if (slots.empty()) return;
-  const std::vector<Clock> clocks = device_clocks(slots);
+  const std::vector<Clock> clocks = read_clocks(slots);
   for (size_t k = 0; k < entered.size(); ++k) {
     tensors_[entered[k]].clock = clocks[k];
     tensors_[entered[k]].entered = false;
@@ -175,12 +174,18 @@ std::vector<Clock> StepTable::clocks() {
 }
 
 std::vector<Clock> StepTable::device_clocks(const std::vector<int64_t>& slots) const {
+  const Turn turn(stepping_);
+  return read_clocks(slots);
+}
+
+std::vector<Clock> StepTable::read_clocks(const std::vector<int64_t>& slots) const {
   std::vector<Clock> clocks(slots.size());
   check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
   return clocks;
 }
 
 double StepTable::device_norm() const {
+  const Turn turn(stepping_);
   double norm;
   check(device_->read_norm(memory_, &norm));
   return norm;
@@ -205,18 +210,15 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) {
   }
 }
 
-// The norm of the gradients; false if the step is not to be taken.
-bool StepTable::measure(const std::vector<Grad>& grads, const Control& control,
-                        Outcome& outcome) const {
+// What becomes of the gradients, from their norm.
+Verdict StepTable::measure(const std::vector<Grad>& grads, const Control& control) const {
   std::vector<Run> runs;
   for (size_t i = 0; i < grads.size(); ++i) {
     if (grads[i].data) runs.push_back({grads[i].data, tensors_[i].n, grads[i].dtype});
   }
   const Squared squared = sum_of_squares(runs);
-  outcome.norm = std::sqrt(squared.sum) * control.factor;
   const auto* found_inf = static_cast<const float*>(control.found_inf.at);  // on the CPU
-  outcome.skipped = (control.skip_nonfinite && !squared.finite) || (found_inf && *found_inf != 0);
-  return !outcome.skipped;
+  return judge(squared.sum, !squared.finite, found_inf && *found_inf != 0, control);
 }
 
 // Which tensors the step has, and their rows, unless the device is to prepare those.
@@ -309,8 +311,11 @@ Outcome StepTable::step(const std::vector<Grad>& grads, const std::vector<Device
     if (!control.live) fetch_clocks();
     if (control.live || control.measure) factor = 1;  // the device multiplies
   } else if (control.measure) {
-    if (!measure(grads, control, outcome)) return outcome;
-    if (std::isfinite(control.max_norm)) factor *= clip_factor(outcome.norm, control.max_norm);
+    const Verdict verdict = measure(grads, control);
+    outcome.norm = verdict.norm;
+    outcome.skipped = verdict.skip != 0;
+    if (outcome.skipped) return outcome;
+    factor = verdict.factor;
   }
   plan(grads, groups, control.live, factor);
   if (device_) {

@@ -110,13 +110,14 @@ class StepTable {
   bool in_place(const std::vector<Tensor>& tensors) const;
   std::string describe(size_t tensor, int stream) const;
   void check_overlap(const std::vector<Grad>& grads);
-  bool measure(const std::vector<Grad>& grads, const Control& control, Outcome& outcome) const;
+  Verdict measure(const std::vector<Grad>& grads, const Control& control) const;
   void plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups, bool live,
             double factor);
   void sweep_here(const std::vector<Grad>& grads);
   void sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
                    const Control& control);
   void fetch_clocks();
+  std::vector<Clock> read_clocks(const std::vector<int64_t>& slots) const;
 
   int rule_;
   std::function<std::string(size_t)> name_of_;

@@ -77,7 +77,7 @@ TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>
             return name_of(active_[place].i);
           },
           place_.device, index) {
-  if (scalars_.size() > kMaxCounts) {
+  if (scalars_.size() > kCounts) {
     throw py::value_error("scalars must be at most 3, got " + std::to_string(scalars_.size()));
   }
 }
@@ -188,6 +188,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
     }
+    a.scalars[s] = scalar;  // what the state has from now on, if it was moved
     a.numbers[s] = {view.data, view.dtype};
   }
 
@@ -195,7 +196,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   a.states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
     if (!a.states[s]) continue;
-    look(a, states_[s], a.states[s], views[s], &counted_[a.i].known[kMaxCounts + s]);
+    look(a, states_[s], a.states[s], views[s], &counted_[a.i].known[kCounts + s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }
@@ -265,14 +266,20 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
   return clock;
 }
 
-std::vector<size_t> TensorTable::not_begun() const {
+std::vector<size_t> TensorTable::not_begun(const py::list& params) {
+  const Turn turn(stepping_);
   std::vector<int64_t> slots;
-  for (size_t i = 0; i < counted_.size(); ++i) {
-    if (counted_[i].entered && scalars_.empty()) slots.push_back(static_cast<int64_t>(i));
+  for (size_t i = 0; i < std::min(counted_.size(), params.size()); ++i) {
+    const bool own = counted_[i].param == py::object(params[i]).ptr();
+    if (own && counted_[i].entered && scalars_.empty()) slots.push_back(static_cast<int64_t>(i));
   }
   std::vector<size_t> found;
   if (slots.empty()) return found;
-  const std::vector<Clock> clocks = table_.device_clocks(slots);
+  std::vector<Clock> clocks;
+  {
+    const py::gil_scoped_release release;
+    clocks = table_.device_clocks(slots);
+  }
   for (size_t k = 0; k < slots.size(); ++k) {
     if (clocks[k].t == 0 && clocks[k].carry[0] == 0) found.push_back(slots[k]);
   }

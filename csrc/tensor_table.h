@@ -77,9 +77,9 @@ class TensorTable {
   pybind11::list step(const pybind11::list& groups, const pybind11::dict& state,
                       const pybind11::tuple& asked, size_t first, const pybind11::object& owner);
 
-  // The parameters, by number, of which the device alone knows that every step of theirs was skipped,
+  // Those of the parameters, by number, of which the device alone knows that every step of theirs was skipped,
   // for a rule that keeps no count. Waits for the device.
-  std::vector<size_t> not_begun() const;
+  std::vector<size_t> not_begun(const pybind11::list& params);
 
   // Of the last step: the norm if it was asked for, and whether it was skipped; a device tells
   // neither.
@@ -87,8 +87,6 @@ class TensorTable {
   bool skipped() const { return outcome_.skipped; }
 
  private:
-  static constexpr size_t kMaxCounts = kCounts;
-
   // Where a state was that had no negation or conjugation pending: torch's object, and the memory.
   struct Known {
     const void *object = nullptr, *data = nullptr;
@@ -96,11 +94,11 @@ class TensorTable {
 
   // What the last step wrote to a parameter's scalars.
   struct Counted {
-    const void* param = nullptr;                       // whose: another may get its number
-    std::array<pybind11::object, kMaxCounts> tensors;  // kept: no other can take a tensor's place
+    const void* param = nullptr;                    // whose: another may get its number
+    std::array<pybind11::object, kCounts> tensors;  // kept: no other can take a tensor's place
     Clock clock{};
-    std::array<Known, kMaxCounts + kMaxStates> known;  // the scalars, the states
-    bool entered = false;                              // the device has the clock
+    std::array<Known, kCounts + kMaxStates> known;  // the scalars, the states
+    bool entered = false;                           // the device has the clock
   };
   struct Number {
     void* data;
@@ -112,15 +110,15 @@ class TensorTable {
     size_t i;
     int group;
     pybind11::object param, grad;
-    std::array<pybind11::object, kMaxCounts> scalars;
+    std::array<pybind11::object, kCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
-    std::array<Number, kMaxCounts> numbers;   // the scalars' memory
+    std::array<Number, kCounts> numbers;      // the scalars' memory
     std::vector<pybind11::object> stand_ins;  // what else must live through the step
   };
 
   // A state that is missing or no tensor, in an Entry, is null.
   struct Entry {
-    std::array<pybind11::object, kMaxCounts> scalars;
+    std::array<pybind11::object, kCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
     bool complete = true;
   };

@@ -38,7 +38,7 @@ def build(directory):
         *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
         *("-I", str(FAKE), *includes),
         *(f"-DFUSEDSTEP_DEVICE_KIND={CPU}", f"-DFUSEDSTEP_MODULE={NAME}"),
-        *('-DFUSEDSTEP_ARCHITECTURES="host"', '-DFUSEDSTEP_COMPILER="the host\'s"'),
+        '-DFUSEDSTEP_ARCHITECTURES="host"',
     ]
     units = [("sweep.cu", f"sweep{i}", [f"-DFUSEDSTEP_PAIR={i}"]) for i in range(PAIRS)]
     units += [(f, Path(f).stem, []) for f in ("norm.cu", "backend.cu", "table.cpp", "bindings.cpp")]

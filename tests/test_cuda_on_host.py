@@ -347,8 +347,17 @@ def test_cuda_array_interface_is_read(gpu):
     here = run(lambda a: a)
     with gpu():
         assert run(Exporter) == here
-        # A stream of its own is waited for.
-        assert run(lambda a: Exporter(a, stream=1)) == here
+        assert run(lambda a: Exporter(a, stream=1)) == here  # CUDA's default, on which we step
+
+
+def test_cuda_array_interface_s_stream_is_waited_for(gpu, controls, stream):
+    with gpu():
+        opt = fs.SGD(np.ones(3, np.float32))
+        opt.step(Exporter(np.ones(3, np.float32), stream=stream))
+        assert controls.begin_capture(stream) == 0  # of which no other stream can wait
+        with pytest.raises(RuntimeError, match=r"could not (order|record)"):
+            opt.step(Exporter(np.ones(3, np.float32), stream=stream))
+        controls.end_capture(stream)
 
 
 @pytest.mark.parametrize(
@@ -357,12 +366,17 @@ def test_cuda_array_interface_is_read(gpu):
         (lambda: Exporter(np.ones(3, np.int32)), TypeError, r"params\[0\] must be float32, .*<i4"),
         (lambda: Exporter(np.ones((4, 4), "f4")[:, ::2]), ValueError, "must be C-contiguous"),
         (lambda: Exporter(np.ones(3, "f4"), data=None), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), strides="x"), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), strides=()), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), stream="x"), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), shape=None), TypeError, "must have a valid"),
+        (lambda: Exporter(np.ones(3, "f4"), data=(2, False)), ValueError, "must be aligned"),
         (lambda: Exporter(np.ones(3, "f4"), mask=np.ones(3, bool)), TypeError, "a plain array"),
         (lambda: Exporter(np.broadcast_to(np.float32(1), (1,))), ValueError, "must be writable"),
     ],
 )
 def test_cuda_array_interface_is_checked(gpu, made, error, message):
-    with gpu(), pytest.raises((error, RuntimeError), match=message):
+    with gpu(), pytest.raises(error, match=message):
         fs.SGD([made()])
 
 
@@ -635,6 +649,39 @@ def test_gradient_or_state_on_another_device_is_refused(where):
     assert label in str(caught.value)
     assert "got device cuda:0" in str(caught.value)
     assert torch.equal(param.detach(), before)
+
+
+def test_checkpoint_leaves_the_optimizer_as_it_is(gpu):
+    with gpu():
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        opt = ft.SGD(params, lr=0.5, momentum=0.9)
+        params[0].grad = torch.full((3,), torch.nan)
+        params[1].grad = None
+        opt.step(skip_nonfinite=True)
+        buffer = opt.state[params[0]]["momentum_buffer"]
+        assert not opt.state_dict()["state"]
+        assert not copy.deepcopy(opt).state
+        assert opt.state[params[0]]["momentum_buffer"] is buffer
+        # Another parameter under the number has nothing to do with it.
+        opt.param_groups[0]["params"] = [params[1]]
+        del opt.state[params[0]]
+        params[1].grad = torch.ones(3)
+        assert opt.state_dict()["state"] == {}
+        opt.step(skip_nonfinite=True)
+        assert list(opt.state_dict()["state"]) == [0]
+
+
+def test_group_whose_device_cannot_be_opened_is_not_left_behind(monkeypatch):
+    opt = ft.SGD([torch.nn.Parameter(torch.ones(3))])
+    opt.param_groups[0]["params"] = []
+
+    def refuse(device):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(torch_layer, "gpu_of", refuse)
+    with pytest.raises(RuntimeError, match="no memory"):
+        opt.add_param_group({"params": on("cuda:0")})
+    assert len(opt.param_groups) == 1
 
 
 # -- recorded steps --------------------------------------------------------------------------------

@@ -108,6 +108,18 @@ def fingerprint(value):
     return value
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+def test_count_beyond_float32_goes_on_whatever_its_tensor_was(dtype):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    opt = ft.AdamW([param])
+    opt.step()
+    opt.state[param]["step"] = torch.tensor(2**24, dtype=dtype)
+    for _ in range(4):
+        opt.step()
+    assert float(opt.state[param]["step"]) == 2**24 + 4
+
+
 # -- signatures and options ------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ class Mirror {
   // Where `bytes` will be once the stream has come this far.
   const char* put(const std::vector<char>& bytes, cudaStream_t stream) {
     if (bytes.empty()) return nullptr;
-    if (capturing(stream)) return for_graph(bytes);
+    if (capturing(stream)) return put_to_stay(bytes);
     if (bytes == sent_) return here_.get(bytes.size());
     sent_.clear();
     char* const here = here_.get(bytes.size());
@@ -140,6 +140,17 @@ class Mirror {
     check(cudaEventRecord(staging.sent, stream), "record an event");
     sent_ = bytes;
     return here;
+  }
+
+  // At once, in memory of its own: what a graph reads never changes.
+  const char* put_to_stay(const std::vector<char>& bytes) {
+    recorded_.push_back(device_memory(bytes.size()));
+    const Aside aside;
+    check(cudaMemcpyAsync(recorded_.back().get(), bytes.data(), bytes.size(),
+                          cudaMemcpyHostToDevice, aside.stream()),
+          "send the table of a recorded step");
+    aside.finish();
+    return recorded_.back().get();
   }
 
   Mirror() = default;
@@ -174,17 +185,6 @@ class Mirror {
     check(cudaEventCreateWithFlags(&staging.sent, cudaEventDisableTiming), "make an event");
     return *staging_.insert(staging_.begin() + static_cast<std::ptrdiff_t>(next_),
                             std::move(staging));
-  }
-
-  // Memory of the graph's own, at once: what a graph reads never changes.
-  const char* for_graph(const std::vector<char>& bytes) {
-    recorded_.push_back(device_memory(bytes.size()));
-    const Aside aside;
-    check(cudaMemcpyAsync(recorded_.back().get(), bytes.data(), bytes.size(),
-                          cudaMemcpyHostToDevice, aside.stream()),
-          "send the table of a recorded step");
-    aside.finish();
-    return recorded_.back().get();
   }
 
   Growing here_;
@@ -279,7 +279,8 @@ class Memory {
     const auto stream = static_cast<cudaStream_t>(step.control.stream);
     const Control& control = step.control;
     if (!control.live && capturing(stream)) {
-      throw std::runtime_error("a step can be recorded in a CUDA graph only with capturable=True");
+      throw std::runtime_error(
+          "a step can be recorded in a CUDA graph only with capturable=True, of fusedstep.torch");
     }
     const Table table = build_table(step, [this](int64_t slot) { return clock_at(slot); });
     await_other_stream(stream);
@@ -305,6 +306,15 @@ class Memory {
     const char* const tensors_at = tensors_.put(tensors.bytes(), stream);
     const char* const scalars_at = scalars_.put(scalars.bytes(), stream);
 
+    // All that can fail, before anything is launched.
+    std::vector<int64_t> resident;
+    for (const Launch& l : table.launches) {
+      const SweepKernel kernel = kernels_for(l.pair).find[step.rule][l.uses];
+      resident.push_back(resident_blocks(kernel, kThreads, device_));
+    }
+    const int64_t norm_resident =
+        control.measure ? resident_blocks(norm_kernel, kNormThreads, device_) : 0;
+
     const bool gated = control.live || control.measure;
     auto* const gate = reinterpret_cast<Gate*>(gate_.get());
     Row* counted = nullptr;
@@ -324,9 +334,8 @@ class Memory {
         const int64_t tiles = (norm.pieces.end + kNormTile - 1) / kNormTile;
         norm.sums = reinterpret_cast<double*>(sums_.get((tiles + 1) * sizeof(double)));
         norm.finish = finish;
-        const int64_t resident = resident_blocks(norm_kernel, kNormThreads, device_);
-        launch(norm_kernel, std::max<int64_t>(1, std::min(tiles, resident)), kNormThreads, stream,
-               norm);
+        launch(norm_kernel, std::max<int64_t>(1, std::min(tiles, norm_resident)), kNormThreads,
+               stream, norm);
       } else {
         launch(finish_kernel, 1, kNormThreads, stream, finish);
       }
@@ -344,10 +353,10 @@ class Memory {
         std::copy(step.rows, step.rows + step.n_rows, sweep.here);
       }
       const SweepKernel kernel = kernels_for(l.pair).find[step.rule][l.uses];
-      const int64_t resident = resident_blocks(kernel, kThreads, device_);
-      launch(kernel, std::min(sweep.pieces.end, resident), kThreads, stream, sweep);
+      launch(kernel, std::min(sweep.pieces.end, resident[i]), kThreads, stream, sweep);
     }
-    if (!capturing(stream)) check(cudaEventRecord(done_, stream), "record an event");
+    if (capturing(stream)) return;
+    check(cudaEventRecord(done_, stream), "record an event");
     last_ = stream;
   }
 
@@ -410,7 +419,7 @@ class Memory {
       return;
     }
     const Aside aside;
-    const char* const at = entering_.put(packed.bytes(), aside.stream());
+    const char* const at = entering_.put_to_stay(packed.bytes());
     launch(enter_kernel, blocks, kThreads, aside.stream(), reinterpret_cast<const Enter*>(at), n);
     aside.finish();
   }
@@ -501,19 +510,15 @@ void Allocation::check_range(size_t at, size_t bytes) const {
 }
 void Allocation::read(size_t from, void* to, size_t bytes) const {
   check_range(from, bytes);
-  copy_to_host(index_, memory_.get() + from, to, bytes);
+  const OnDevice on(index_);
+  check(cudaDeviceSynchronize(), "finish what is under way");
+  check(cudaMemcpy(to, memory_.get() + from, bytes, cudaMemcpyDeviceToHost), "read memory");
 }
 void Allocation::write(size_t to, const void* from, size_t bytes) {
   check_range(to, bytes);
   const OnDevice on(index_);
   check(cudaDeviceSynchronize(), "finish what is under way");
   check(cudaMemcpy(memory_.get() + to, from, bytes, cudaMemcpyHostToDevice), "write memory");
-}
-
-void copy_to_host(int index, const void* from, void* to, size_t bytes) {
-  const OnDevice on(index);
-  check(cudaDeviceSynchronize(), "finish what is under way");
-  check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "read memory");
 }
 
 std::vector<DeviceInfo> devices() {

@@ -49,7 +49,4 @@ class Allocation {
   int index_;
 };
 
-// Copies memory of a GPU to the CPU's, once the device has finished what is under way.
-void copy_to_host(int index, const void* from, void* to, size_t bytes);
-
 }  // namespace fusedstep

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "backend.h"
@@ -26,8 +26,6 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
   m.doc() = "The GPU module of fusedstep. Not public: use the package.";
 
   m.attr("ARCHITECTURES") = FUSEDSTEP_ARCHITECTURES;
-  m.attr("COMPILER") = FUSEDSTEP_COMPILER;
-  m.attr("KIND") = device().kind;
   m.def("device", [] { return py::capsule(&device(), "fusedstep.device"); });
   m.def("devices", [] {
     py::list all;
@@ -51,16 +49,9 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
         return index;
       },
       py::arg("address"));
-  m.def(
-      "read",
-      [](int index, uintptr_t address, const py::buffer& to) {
-        const py::buffer_info info = bytes_of(to, true);
-        copy_to_host(index, reinterpret_cast<void*>(address), info.ptr, info.size * info.itemsize);
-      },
-      py::arg("index"), py::arg("address"), py::arg("to"));
-
-  py::class_<Allocation, std::shared_ptr<Allocation>>(m, "Allocation", py::module_local())
-      .def(py::init<size_t, int>(), py::arg("nbytes"), py::arg("index"))
+  py::class_<Allocation>(m, "Allocation", py::module_local())
+      .def(py::init<size_t, int>(), py::arg("nbytes"), py::arg("index"),
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly(
           "address", [](const Allocation& a) { return reinterpret_cast<uintptr_t>(a.data()); })
       .def_property_readonly("nbytes", &Allocation::bytes)
@@ -69,6 +60,7 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
           "read",
           [](const Allocation& a, size_t at, const py::buffer& to) {
             const py::buffer_info info = bytes_of(to, true);
+            const py::gil_scoped_release release;
             a.read(at, info.ptr, info.size * info.itemsize);
           },
           py::arg("at"), py::arg("to"))
@@ -76,6 +68,7 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
           "write",
           [](Allocation& a, size_t at, const py::buffer& from) {
             const py::buffer_info info = bytes_of(from, false);
+            const py::gil_scoped_release release;
             a.write(at, info.ptr, info.size * info.itemsize);
           },
           py::arg("at"), py::arg("from_"));

@@ -16,6 +16,10 @@ namespace {
 
 constexpr int kSums = kNormLanes / kNormShare;  // of one thread
 static_assert(kSums == 4, "a thread reads sixteen bytes of float32 at a time");
+constexpr int kAhead = 8;  // vectors in flight
+static_assert(kNormBlock % (kAhead * kNormLanes) == 0, "a whole block is read to its end");
+static_assert((kNormTile & (kNormTile - 1)) == 0 && (kNormThreads & (kNormThreads - 1)) == 0,
+              "subtrees of the tree");
 
 // What is read at a time: 16 bytes, or the 8 that four numbers of 16 bits are.
 template <bool kHalf>
@@ -51,7 +55,6 @@ FN void fetch_four(const T* from, int64_t at, int64_t n, double (&to)[kSums]) {
 // finite.
 template <bool kWhole, class T>
 FN bool add_squares(const NormPiece& piece, int64_t begin, int share, double (&sums)[kSums]) {
-  constexpr int kAhead = kWhole ? 8 : 4;  // vectors in flight
   double bad = 0;
 #pragma unroll 1
   for (int k = 0; k < kNormBlock; k += kAhead * kNormLanes) {
@@ -218,16 +221,13 @@ FN void decide(const Finish& finish, double sum) {
   __shared__ int skip;
   if (threadIdx.x == 0) {
     double factor = control.factor;
-    if (control.scale.at) factor = __dmul_rn(factor, __ddiv_rn(1, read(control.scale)));
-    gate.norm = __dmul_rn(__dsqrt_rn(sum), factor);
-    if (control.norm.at) write(control.norm, gate.norm);
-    skip = (control.found_inf.at && read(control.found_inf) != 0) ||
-           (control.skip_nonfinite && gate.nonfinite);
-    gate.skip = skip;
-    if (control.max_norm < HUGE_VAL) {
-      factor = __dmul_rn(factor, clip_factor(gate.norm, control.max_norm));
-    }
-    gate.multiplier = factor;
+    if (control.scale.at) factor = factor * (1 / read(control.scale));
+    const bool found_inf = control.found_inf.at && read(control.found_inf) != 0;
+    const Verdict verdict = judge(sum, gate.nonfinite, found_inf, factor, control);
+    gate.norm = verdict.norm;
+    gate.multiplier = verdict.factor;
+    gate.skip = skip = verdict.skip;
+    if (control.norm.at) write(control.norm, verdict.norm);
     gate.nonfinite = 0;
     gate.arrived = 0;
   }

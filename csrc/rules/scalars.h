@@ -1,7 +1,7 @@
 // A step's scalars, all in double: computed on the host, or on a GPU where only it knows the step.
 #pragma once
 
-#include "../group.h"
+#include "../device.h"
 #include "registry.h"
 
 namespace fusedstep {
@@ -35,6 +35,17 @@ FN Row prepare(const Group& group, Clock& clock, double factor) {
 FN double clip_factor(double norm, double max_norm) {
   const double factor = max_norm / (norm + 1e-6);
   return factor >= 1 ? 1 : factor;
+}
+
+// What becomes of gradients of this sum of squares, which are to be multiplied by `factor`.
+FN Verdict judge(double sum, bool nonfinite, bool found_inf, double factor,
+                 const Control& control) {
+  Verdict verdict = {__builtin_sqrt(sum) * factor, factor, 0};
+  verdict.skip = (control.skip_nonfinite && nonfinite) || found_inf;
+  if (control.max_norm < __builtin_inf()) {  // inf only measures
+    verdict.factor = factor * clip_factor(verdict.norm, control.max_norm);
+  }
+  return verdict;
 }
 
 }  // namespace FUSEDSTEP_TARGET

@@ -3,13 +3,10 @@
 from typing import Any
 
 ARCHITECTURES: str
-COMPILER: str
-KIND: int
 
 def device() -> Any: ...
 def devices() -> list[dict[str, Any]]: ...
 def index_of(address: int) -> int: ...
-def read(index: int, address: int, to: Any) -> None: ...
 
 class Allocation:
     address: int

@@ -94,9 +94,9 @@ def stream_of(array: Any, index: int) -> int:
 class Array:
     """An array in a GPU's memory, which fusedstep allocated: an optimizer's state.
 
-    `cupy.asarray(a)` and `torch.as_tensor(a)` are views of it, through `__cuda_array_interface__`;
-    `numpy.asarray(a)` is a copy in the CPU's memory, and `a[...] = x` copies into it. All of these
-    wait for the device.
+    `cupy.asarray(a)` and `torch.as_tensor(a)` are views of it, through `__cuda_array_interface__`,
+    for use on the stream that steps run on. `numpy.asarray(a)` is a copy in the CPU's memory, and
+    `a[...] = x` copies into it; both wait for the device.
     """
 
     __array_priority__ = 1

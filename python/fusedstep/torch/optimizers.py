@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import operator
 import types
@@ -108,10 +109,10 @@ class Optimizer(torch.optim.Optimizer):
     def _open(self, device: torch.device) -> None:
         """Makes the compiled table for parameters on `device`."""
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
-        self._gpu = gpu_of(device)
-        index = 0 if self._gpu is None else device.index or 0
-        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, self._gpu, index)
-        self._device = device
+        gpu = gpu_of(device)
+        index = 0 if gpu is None else device.index or 0
+        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, gpu, index)
+        self._gpu, self._device = gpu, device
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -155,7 +156,9 @@ class Optimizer(torch.optim.Optimizer):
         """All groups as the table takes them; those that were edited are checked again."""
         first = next((p for group in self.param_groups for p in group["params"]), None)
         if first is not None and first.device != self._device and not first.is_meta:
-            self._settle()
+            params = self._params()
+            for i in self._not_begun():
+                self.state.pop(params[i], None)
             self._open(first.device)  # a model may be moved after its optimizer was made
             self._seen.clear()
         rows = []
@@ -203,7 +206,7 @@ class Optimizer(torch.optim.Optimizer):
             if home != self._device:
                 self._open(home)
             self._check_capturable(self.param_groups[-1])
-        except ValueError:
+        except BaseException:
             del self.param_groups[before:]
             raise
 
@@ -415,22 +418,27 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- gradients and checkpoints -----------------------------------------------------------------
 
-    def _settle(self) -> None:
-        """Takes away states that no update has filled: of skipped steps the GPU alone knew."""
+    def _not_begun(self) -> list[int]:
+        """The parameters whose states no update has filled: of skipped steps the GPU alone knew."""
         if not self._live or self._spec._counts_steps:
-            return
-        params = self._params()
-        for i in self._table.not_begun():
-            self.state.pop(params[i], None)
+            return []
+        return self._table.not_begun(self._params())
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped."""
-        self._settle()
-        return super().state_dict()
+        result = super().state_dict()
+        for i in self._not_begun():
+            result["state"].pop(i, None)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        return super().__getstate__()
+        result = super().__getstate__()
+        if missing := self._not_begun():
+            params = self._params()
+            result["state"] = copy.copy(result["state"])
+            for i in missing:
+                result["state"].pop(params[i], None)
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients, or zeroes them; those that `flatten_` placed are always zeroed."""
@@ -571,6 +579,7 @@ class _Helper:
         self._counts = optimizer._device if live else torch.device("cpu")  # where they are
         self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._counted: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # replaced counts
         self._apart = False
 
     def copy_back(self) -> None:
@@ -581,7 +590,9 @@ class _Helper:
                     tensor.copy_(stand_in)
 
     def undo(self) -> None:
-        """After a step that raised: takes away the states that were made for it."""
+        """After a step that was not taken: states and counts as they were before it."""
+        for state, kind, tensor in reversed(self._counted):
+            state[kind] = tensor
         for param, before in reversed(self._begun):
             if before is None:
                 del self._optimizer.state[param]
@@ -604,6 +615,7 @@ class _Helper:
             if tensor.numel() == 1 and (integer or tensor.device != self._counts):
                 self._check_not_recording()
                 entry = self._optimizer.state[param]
+                self._counted.append((entry, kind, tensor))
                 entry[kind] = _scalar(tensor, 0.0, self._counts)
                 return entry[kind]
             device = self._counts
