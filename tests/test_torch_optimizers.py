@@ -550,6 +550,118 @@ def test_subclass_may_override_step():
     assert torch.equal(param.detach(), torch.full((3,), 0.5))
 
 
+class Own:
+    """A step of one's own, to put before an optimizer's or in its place."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class OwnSGD(Own, ft.SGD):
+    pass
+
+
+class OwnerSGD(OwnSGD):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def _patched_class(opt, wraps):
+    class Plain(type(opt)):
+        pass
+
+    opt.__class__ = Plain
+    own = Plain.step
+    wrap = functools.wraps(own) if wraps else lambda function: function
+
+    @wrap
+    def step(self, *args, **kwargs):
+        return own(self, *args, **kwargs)
+
+    Plain.step = step
+    return opt
+
+
+def _changed(opt, cls):
+    opt.__class__ = cls
+    return opt
+
+
+def _patched_instance(opt):
+    lr_scheduler.ExponentialLR(opt, 1.0)  # which patches it first
+    own = opt.step
+    opt.step = lambda *args, **kwargs: own(*args, **kwargs)
+    return opt
+
+
+WAYS_TO_STEP = {
+    "plain": lambda params: ft.SGD(params, lr=0.5),
+    "subclass": lambda params: OwnSGD(params, lr=0.5),
+    "subclass of a subclass": lambda params: [OwnSGD(params), OwnerSGD(params, lr=0.5)][1],
+    "mixin": lambda params: type("Mixed", (Own, ft.SGD), {})(params, lr=0.5),
+    "class changed": lambda params: _changed(
+        ft.SGD(params, lr=0.5), type("New", (ft.SGD,), {"step": lambda self: ft.SGD.step(self)})
+    ),
+    "subclass changed": lambda params: _changed(
+        OwnSGD(params, lr=0.5), type("New", (OwnSGD,), {"step": lambda self: OwnSGD.step(self)})
+    ),
+    "class patched": lambda params: _patched_class(ft.SGD(params, lr=0.5), wraps=False),
+    "class patched with wraps": lambda params: _patched_class(ft.SGD(params, lr=0.5), wraps=True),
+    "subclass patched": lambda params: _patched_class(OwnSGD(params, lr=0.5), wraps=False),
+    "instance patched": lambda params: _patched_instance(ft.SGD(params, lr=0.5)),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("way", WAYS_TO_STEP)
+def test_step_hooks_and_profiler_entry_come_once_however_step_is_reached(way, copied):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt, seen = WAYS_TO_STEP[way]([param]), []
+    if copied:  # without the hooks, as torch's
+        opt = copy.deepcopy(opt)
+        param = opt.param_groups[0]["params"][0]
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    opt.register_step_post_hook(lambda *_: seen.append("post"))
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    try:
+        for _ in range(2):
+            param.grad = torch.ones(3)
+            with torch.autograd.profiler.profile() as profile:
+                opt.step()
+            names = [event.name for event in profile.function_events]
+            assert names.count(f"Optimizer.step#{type(opt).__name__}.step") == 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == ["global pre", "pre", "post", "global post"] * 2
+    assert param[0].item() == 0.0
+
+
+def test_step_that_raises_leaves_the_hooks_to_the_next():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt, seen = OwnSGD([param]), []
+    opt.register_step_pre_hook(lambda *_: seen.append("pre"))
+    with pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 // 0)
+    opt.step()
+    assert seen == ["pre", "pre"]
+
+
+@pytest.mark.parametrize("given", [[torch.ones(3)], torch.ones(3), 1.0])
+def test_gradients_given_to_step_are_told_from_a_closure(given):
+    params = parameters()
+    opt = ft.AdamW(params)
+    set_grads(0, params)
+    rule = f"closure must be callable or None, got {type(given).__name__}: gradients are read from"
+    for give in (lambda: opt.step(given), lambda: opt.step(closure=given)):
+        with pytest.raises(TypeError, match=rule):
+            give()
+    assert_same_bits(params, parameters())
+
+
 @each_class
 def test_profiler_sees_the_step(name):
     params = parameters()

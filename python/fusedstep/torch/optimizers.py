@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import operator
 import types
@@ -236,20 +237,42 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: the optimizer is stepping in another thread; a CUDA graph is being
                 recorded and `capturable` is False.
         """
-        observed = (
+        observed = not self._observing and (
             torch.autograd._profiler_enabled()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         )
-        # A subclass's own step is wrapped by torch, and runs the hooks there.
-        if observed and type(self).step is Optimizer.step:
+        if observed:
             return self._observed_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
+
+    _observing = False  # whether a subclass's step has seen to the hooks, and calls ours
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """torch's wrapper of a subclass's own step, with the hooks run once for each call.
+
+        Only the call can tell whether they were: a class may change after construction, not all of
+        its bases' steps are wrapped, and `functools.wraps` makes others look it.
+        """
+        observed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def once(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self._observing:
+                return func(self, *args, **kwargs)
+            self._observing = True
+            try:
+                return observed(self, *args, **kwargs)
+            finally:
+                self._observing = False
+
+        return once
 
     def _step(
         self,
@@ -262,6 +285,11 @@ class Optimizer(torch.optim.Optimizer):
             max_norm = self._check_whole(max_norm, skip_nonfinite)
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure must be callable or None, got {type(closure).__name__}: gradients are"
+                    " read from the parameters' grad, where backward leaves them"
+                )
             with torch.enable_grad():
                 loss = closure()
         self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
