@@ -2,6 +2,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "dispatch.h"
@@ -29,8 +30,18 @@ void check(const char* error) {  // of a device
   if (error) throw std::runtime_error(error);
 }
 
-bool same(const Clock& a, const Clock& b) {
-  return a.t == b.t && a.carry[0] == b.carry[0] && a.carry[1] == b.carry[1];
+// Whether two clocks are the same, as bytes: NaN is NaN.
+bool same(const Clock& a, const Clock& b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
+
+// Spread over all 64 bits of which the low ones are used.
+uint64_t hash(int group, const Clock& clock) {
+  uint64_t words[sizeof(clock) / sizeof(uint64_t)], result = static_cast<uint64_t>(group);
+  std::memcpy(words, &clock, sizeof(clock));
+  for (const uint64_t word : words) {
+    result = (result ^ word) * 0x9e3779b97f4a7c15u;  // 2^64 / the golden ratio, as Knuth has it
+    result ^= result >> 32;
+  }
+  return result;
 }
 
 int64_t round_up(int64_t at, int64_t n) { return std::min(n, (at + kPiece - 1) / kPiece * kPiece); }
@@ -221,15 +232,34 @@ Verdict StepTable::measure(const std::vector<Grad>& grads, const Control& contro
   return judge(squared.sum, !squared.finite, found_inf && *found_inf != 0, control);
 }
 
+// The row of a tensor: one for each group and clock, in whatever order the tensors come.
+int StepTable::row_of(const Tensor& tensor, const Group& group, double factor) {
+  size_t at = hash(tensor.group, tensor.clock);
+  for (;; ++at) {
+    int& row = row_at_[at &= row_at_.size() - 1];
+    if (row < 0) {
+      row = static_cast<int>(rows_.size());
+      Prepared& made = prepared_.emplace_back(Prepared{tensor.group, tensor.clock, tensor.clock});
+      rows_.push_back(rules()[rule_].prepare(group, made.after, factor));
+      return row;
+    }
+    if (prepared_[row].group == tensor.group && same(prepared_[row].before, tensor.clock)) {
+      return row;
+    }
+  }
+}
+
 // Which tensors the step has, and their rows, unless the device is to prepare those.
 void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
                      bool live, double factor) {
   const Rule& rule = rules()[rule_];
   parts_.clear();
   rows_.clear();
+  prepared_.clear();
+  size_t places = 1;
+  while (places < 2 * tensors_.size()) places *= 2;
+  row_at_.assign(live ? 0 : places, -1);
   advanced_.resize(tensors_.size());
-  const Tensor* last = nullptr;  // the tensor that the last row was prepared for
-  Clock after{};
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Tensor& t = tensors_[i];
     advanced_[i] = t.clock;
@@ -239,14 +269,9 @@ void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGro
     if (live) {
       part.uses = used_states(rule, group.hypers);
     } else {
-      if (!last || last->group != t.group || !same(last->clock, t.clock)) {
-        after = t.clock;
-        rows_.push_back(rule.prepare(group, after, factor));
-        last = &t;
-      }
-      advanced_[i] = after;
-      part.row = static_cast<int>(rows_.size()) - 1;
-      part.uses = rule.uses[rows_.back().variant];
+      part.row = row_of(t, group, factor);
+      part.uses = rule.uses[rows_[part.row].variant];
+      advanced_[i] = prepared_[part.row].after;
     }
     for (int s = 0; s < kMaxStates && t.n > 0; ++s) {
       if (part.uses >> s & 1 && !t.state[s]) throw std::logic_error(describe(i, s) + " is missing");

@@ -111,6 +111,7 @@ class StepTable {
   std::string describe(size_t tensor, int stream) const;
   void check_overlap(const std::vector<Grad>& grads);
   Verdict measure(const std::vector<Grad>& grads, const Control& control) const;
+  int row_of(const Tensor& tensor, const Group& group, double factor);
   void plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups, bool live,
             double factor);
   void sweep_here(const std::vector<Grad>& grads);
@@ -137,6 +138,12 @@ class StepTable {
   };
   std::vector<Part> parts_;
   std::vector<Row> rows_;
+  struct Prepared {  // what a row was prepared from, and the clock that follows
+    int group;
+    Clock before, after;
+  };
+  std::vector<Prepared> prepared_;  // of rows_
+  std::vector<int> row_at_;         // by hash, or -1: rows_ found again; its size is a power of two
   std::vector<Segment> segments_;
   std::vector<int64_t> starts_;
   std::vector<Clock> advanced_;

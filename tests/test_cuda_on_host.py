@@ -249,15 +249,33 @@ def test_more_groups_than_travel_with_the_launch(gpu):
         assert run() == here
 
 
-def test_more_tensors_than_threads_count_for_themselves(gpu):
+def test_rows_are_one_for_each_group_and_count_however_they_alternate(gpu, controls):
+    """So few rows travel with the launch; more would be sent, in every step as counts change."""
+    with gpu():
+        params = {f"{'wb'[i % 2]}{i}": np.ones(3, np.float32) for i in range(60)}
+        grads = {name: np.ones(3, np.float32) for name in params}
+        half = {name: grads[name] if i % 3 else None for i, name in enumerate(params)}
+        opt = fs.NAdam(params, groups=[fs.Group("b*", weight_decay=0.1)])
+        opt.step(grads)
+        assert counted(controls, lambda: opt.step(grads)) == (1, 0)
+        opt.step(half)
+        opt.step(grads)
+        assert counted(controls, lambda: opt.step(grads)) == (1, 0)
+        assert {clock[0] for clock in opt._table.clocks()} == {4, 5}
+
+
+@pytest.mark.parametrize(("run_of", "many"), [(1, 2), (1, 7), (256, 2)])
+def test_more_tensors_than_threads_count_for_themselves(gpu, run_of, many):
     """A GPU's thread counts every 128th tensor; its own one may be of another group or count."""
 
     def run():
-        params = {f"{'ab'[i // 256 % 2]}{i}": np.ones(3, np.float32) for i in range(600)}
-        opt = fs.NAdam(params, lr=0.1, groups=[fs.Group("b*", lr=0.3, betas=(0.8, 0.99))])
+        names = [f"{'abcdefg'[i // run_of % many]}{i}" for i in range(900)]
+        params = {name: np.ones(3, np.float32) for name in names}
+        groups = [fs.Group(f"{c}*", lr=0.1 * k) for k, c in enumerate("bcdefg"[: many - 1], 2)]
+        opt = fs.NAdam(params, lr=0.1, groups=groups)
         for k in range(4):
             grads = {
-                name: None if k == 1 and i > 300 else np.full(3, 0.5 + k, np.float32)
+                name: None if k == 1 and i % 5 > 1 else np.full(3, 0.5 + k, np.float32)
                 for i, name in enumerate(params)
             }
             opt.step(grads, skip_nonfinite=True)

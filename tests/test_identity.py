@@ -192,6 +192,29 @@ def test_step_bits_are_the_same_everywhere(name, hypers, param, grad, isa):
             assert got_numbers == numbers
 
 
+@each_case()
+def test_step_bits_do_not_depend_on_what_groups_and_counts_lie_between(name, hypers):
+    """Tensors of one group and count share scalars; each is what it would be alone."""
+    start, steps = streams("float32", "float32")
+    rates = {"a": 0.25, "b": 0.5, "c": 0.125}
+
+    def run(keys):
+        params = {key: start[: 40 + int(key[1:])].copy() for key in keys}
+        groups = [fs.Group(f"{c}*", lr=rates[c]) for c in sorted({key[0] for key in keys})]
+        opt = make(name, params, {**hypers, "groups": groups})
+        for k, g in enumerate(steps * 2):
+            there = [key for key in keys if (k + int(key[1:])) % 4]
+            opt.step({key: g[: p.size] if key in there else None for key, p in params.items()})
+        return [[p, *opt.state.get(key, {}).values()] for key, p in params.items()]
+
+    keys = [f"{'abc'[i % 3]}{i}" for i in range(24)]
+    for key, together in zip(keys, run(keys), strict=True):
+        for a, b in zip(together, *run([key]), strict=True):
+            np.testing.assert_array_equal(
+                np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8)
+            )
+
+
 def available_bytes():
     """Memory to be had without swapping, or 0 where the system does not say."""
     try:

@@ -193,24 +193,39 @@ FN bool same(const Clock& a, const Clock& b) {
   return a.t == b.t && a.carry[0] == b.carry[0] && a.carry[1] == b.carry[1];
 }
 
-// Counts an update of every tensor and writes its row. Most tensors are where the one before was.
+// What a row was prepared from, the clock that follows, and where the row is.
+struct Prepared {
+  int group;
+  Clock before, after;
+  int64_t at;
+};
+
+// Counts an update of every tensor and writes its row. Each thread remembers its last few rows: most
+// tensors are where another one was, but groups and counts may alternate.
 __device__ __noinline__ void count_updates(const Finish& finish) {
-  Clock before = {-1, {0, 0}}, after = before;
-  int group = -1;
-  Row row = {};
+  constexpr int kKnown = 4;
+  Prepared known[kKnown];
+  for (Prepared& one : known) one.group = -1;
+  int prepared = 0;
   for (int64_t i = threadIdx.x; i < finish.n; i += blockDim.x) {
     const Tally& tally = finish.tallies[i];
     const Clock clock = clock_of(tally);
-    if (tally.group != group || !same(clock, before)) {
-      group = tally.group;
-      before = after = clock;
-      Group now = finish.groups[group].group;
-      if (finish.groups[group].lr.at) now.hypers[0] = read(finish.groups[group].lr);
-      row = prepare_numbered(Registry{}, finish.rule, now, after);
+    const Prepared* found = nullptr;
+    for (const Prepared& one : known) {
+      if (one.group == tally.group && same(one.before, clock)) found = &one;
     }
-    finish.rows[i] = row;
-    *tally.clock = after;
-    show(tally, after);
+    if (found) {
+      finish.rows[i] = finish.rows[found->at];
+    } else {
+      Prepared& made = known[prepared++ % kKnown];
+      made = {tally.group, clock, clock, i};
+      Group now = finish.groups[tally.group].group;
+      if (finish.groups[tally.group].lr.at) now.hypers[0] = read(finish.groups[tally.group].lr);
+      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, made.after);
+      found = &made;
+    }
+    *tally.clock = found->after;
+    show(tally, found->after);
   }
 }
 
