@@ -164,11 +164,11 @@ def _torch(
     make = getattr(torch.optim, cls, None)
     if make is None:
         return {}, None
-    gradient = torch.randn(n).abs_().to(getattr(torch, dtype))
+    gradient = torch.randn(n, dtype=torch.float32, device="cpu").abs_().to(getattr(torch, dtype))
     accepted = inspect.signature(make).parameters
 
     def stepper(**how: bool) -> Callable[[], Any]:
-        param = torch.nn.Parameter(torch.zeros(n, dtype=gradient.dtype))
+        param = torch.nn.Parameter(torch.zeros(n, dtype=gradient.dtype, device="cpu"))
         param.grad = gradient
         step: Callable[[], Any] = make([param], **kwargs, **how).step
         return step

@@ -164,9 +164,10 @@ def _params(shapes: Shapes, gradients: bool) -> list[Any]:
     import torch
 
     torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    kind = {"dtype": torch.float32, "device": "cpu"}
+    params = [torch.nn.Parameter(torch.zeros(shape, **kind)) for shape in shapes]
     for param in params if gradients else []:
-        param.grad = torch.randn(param.shape)
+        param.grad = torch.randn(param.shape, **kind)
     return params
 
 

@@ -603,7 +603,7 @@ class Optimizer:
                         if isinstance(value, np.ndarray)
                         else torch.as_tensor(value, device=value.device)
                         if isinstance(value, _gpu.Array)
-                        else torch.tensor(float(value))
+                        else torch.tensor(float(value), device="cpu")
                     )
             state[i] = entry
         natives = self._last_natives()

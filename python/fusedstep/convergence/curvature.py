@@ -274,7 +274,7 @@ class _Hessian:
     def _exact(self, v: Array) -> Array:
         torch = sys.modules["torch"]
         parts = [
-            torch.as_tensor(part, dtype=tensor.dtype).reshape(tensor.shape)
+            torch.as_tensor(part, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
             for part, tensor in zip(self._parts(v), self._tensors, strict=True)
         ]
         curved = [i for i, slope in enumerate(self._slopes) if slope.requires_grad]

@@ -336,7 +336,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.grad_norm = None
                 return
             factor = 1.0 if scale is None else 1 / float(scale)
-            found = torch.tensor(bad, dtype=torch.float32)
+            found = torch.tensor(bad, dtype=torch.float32, device="cpu")
             asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, None)
         helper = _Helper(self, asked[4])
         try:
@@ -347,7 +347,8 @@ class Optimizer(torch.optim.Optimizer):
         self._live = asked[4]
         self.grad_norm = asked[7]
         if measured and self._gpu is None:
-            self.grad_norm = torch.tensor(self._table.norm(), dtype=torch.float64)
+            norm = self._table.norm()
+            self.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
             if self._table.skipped():
                 helper.undo()
                 return
@@ -377,7 +378,7 @@ class Optimizer(torch.optim.Optimizer):
             if isinstance(one, torch.Tensor)
             else None
             if one is None
-            else torch.tensor(float(one), device=self._device)
+            else torch.tensor(float(one), dtype=torch.float32, device=self._device)
             for one in (scale, found_inf)
         )
         live = live or scale is not None

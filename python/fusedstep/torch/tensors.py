@@ -153,7 +153,7 @@ def _places(tensor: torch.Tensor) -> torch.Tensor:
     """The byte addresses of a tensor's elements, without repetition, in order."""
     n = _extent(tensor)
     shape, strides = (tensor.shape, tensor.stride()) if n else ((0,), (1,))
-    offsets = torch.arange(n, device="cpu").as_strided(shape, strides)
+    offsets = torch.arange(n, dtype=torch.int64, device="cpu").as_strided(shape, strides)
     return torch.unique(offsets) * tensor.itemsize + tensor.data_ptr()
 
 
