@@ -191,38 +191,47 @@ def test_a_checkpoint_has_the_progress_of_reduce_on_plateau(told):
     assert contents(straight) == contents(again)
 
 
+HALF = S.ReduceOnPlateau(0.5, factor=0.5, patience=0).to_dict()
+
+
 @pytest.mark.parametrize(
-    ("plateaus", "error", "message"),
+    ("change", "error", "message"),
     [
-        (3, ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
-        ([[None]], ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
-        ([[None], [None, 3]], TypeError, "progress must be None or"),
-        ([1], ValueError, r"state_dict\['plateaus'\] must have the progress of \[1, 2\] "),
+        (lambda d: 3, ValueError, r"\['schedules'\] must have a dict for each of 2 groups, got 3"),
+        (lambda d: d[:1], ValueError, r"\['schedules'\] must have a dict for each of 2 groups"),
+        (lambda d: [d[0], 1], TypeError, r"\['schedules'\]\[1\] must be a dict, got 1"),
+        (lambda d: [d[0], {"alpha": HALF}], ValueError, r"\[1\]\['alpha'\] must be of the hyper"),
+        (lambda d: [{"lr": 3}, d[1]], TypeError, r"\[0\]\['lr'\]: values must be a dict, got 3"),
+        (lambda d: [{"lr": [HALF, HALF]}, d[1]], TypeError, r"\['lr'\]: values must be a dict"),
+        (lambda d: [{"betas": HALF}, d[1]], TypeError, r"\[0\]\['betas'\] must be a pair, got"),
+        (lambda d: [{"lr": {"type": "Cosine"}}, d[1]], ValueError, r"\['lr'\]: values must have"),
+        (lambda d: [{"lr": {}}, d[1]], ValueError, r"\['lr'\]: values\['type'\] must be one of"),
         (
-            [[None], [None, (-1.0, None, 0, 0)]],
-            ValueError,
-            r"state_dict\['plateaus'\]\[1\]\[1\]: progress\[0\] must be",
+            lambda d: [{"lr": {**HALF, "progress": 3}}, d[1]],
+            TypeError,
+            r"\['schedules'\]\[0\]\['lr'\]: progress must be None or",
         ),
         (
-            [[(0.1, None, 0, 0)], [None, None]],
+            lambda d: [{"lr": {**HALF, "progress": [0.1, None, 0, 0]}}, d[1]],
             ValueError,
-            "must be that of the other places of its",
+            r"\[1\]\['lr'\] must have the progress of the other places of its schedule, got \(0.5",
         ),
     ],
 )
-def test_a_progress_that_does_not_fit_changes_nothing(plateaus, error, message):
+def test_schedules_that_do_not_fit_change_nothing(change, error, message):
     rate, decay, opt = plateau_optimizer()
     rate.step(1.0)
     before = contents(opt), rate.progress, decay.progress
+    saved = opt.state_dict()
     with pytest.raises(error, match=message):
-        opt.load_state_dict({**opt.state_dict(), "plateaus": plateaus})
+        opt.load_state_dict({**saved, "schedules": change(saved["schedules"])})
     assert (contents(opt), rate.progress, decay.progress) == before
 
 
-def test_a_checkpoint_without_progress_leaves_reduce_on_plateau_where_it_is():
+def test_a_checkpoint_without_schedules_leaves_reduce_on_plateau_where_it_is():
     rate, _, opt = plateau_optimizer()
     saved = opt.state_dict()
-    del saved["plateaus"]
+    del saved["schedules"]
     rate.step(1.0)
     opt.load_state_dict(saved)
     assert rate.progress == (0.5, 1.0, 0, 0)
@@ -238,11 +247,9 @@ def test_a_loaded_optimizer_stores_the_values_of_the_last_step():
         group = stored["param_groups"][0]
         assert group["lr"] == S.Linear(0.5, total=10)(2)
         assert group["betas"] == (S.Linear(0.9, 10, 0.5)(2), 0.99)
-        assert "plateaus" not in stored
-    momentum = S.ReduceOnPlateau(0.9, patience=0)
-    momentum.step(1.0)
-    inside = fs.Adam(values(0), betas=(momentum, 0.99))
-    assert inside.state_dict()["plateaus"] == [[(0.9, 1.0, 0, 0)]]
+        rate, momentum = S.Linear(0.5, total=10).to_dict(), S.Linear(0.9, 10, 0.5).to_dict()
+        assert stored["schedules"] == [{"lr": rate, "betas": [momentum, None]}]
+    assert "schedules" not in fs.Adam(values(0), lr=lambda t: 0.5).state_dict()
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])

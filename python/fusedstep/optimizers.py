@@ -9,9 +9,9 @@ import fnmatch
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
@@ -32,7 +32,7 @@ from fusedstep._hypers import (
     kept_schedules,
 )
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
-from fusedstep.schedules import ReduceOnPlateau, plateaus
+from fusedstep.schedules import Resumed, Schedule, plateaus, resumed, stored
 
 # A number, 0-d arrays and tensors included, or a schedule: a callable of the step, from 0.
 Rate = SupportsFloat | Callable[[int], SupportsFloat]
@@ -137,6 +137,14 @@ class ParamGroup(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._hypers) + 1
+
+    def _stored(self) -> dict[str, Any]:
+        """The schedules among the hyperparameters, as a checkpoint has them."""
+        return {
+            name: stored(value)
+            for name, value in self._hypers.items()
+            if any(isinstance(v, Schedule) for v in (value if name in PAIRS else [value]))
+        }
 
     def __repr__(self) -> str:
         return f"ParamGroup({', '.join(_assignments(self._hypers))}, params={self._params})"
@@ -582,8 +590,9 @@ class Optimizer:
 
         As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
         is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
-        stored as its value in the last step, or before the first step as the one it begins with;
-        where there are `ReduceOnPlateau`, `plateaus` has the progress of each group's.
+        stored as its value in the last step, or before the first step as the one it begins with.
+        One of `fusedstep.schedules` is also in `schedules`, a dict for each group that has
+        parameters, as its `to_dict`, which has the progress of a `ReduceOnPlateau`.
 
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
@@ -613,12 +622,8 @@ class Optimizer:
             if group._params
         ]
         whole = {"state": state, "param_groups": groups, "step": self._steps}
-        progress = [[one.progress for one in found] for found in self._plateaus()]
-        return {**whole, "plateaus": progress} if any(progress) else whole
-
-    def _plateaus(self) -> list[list[ReduceOnPlateau]]:
-        """The schedules that have a state, for each group that has parameters."""
-        return [plateaus(group._hypers.values()) for group in self._groups if group._params]
+        schedules = [group._stored() for group in self._groups if group._params]
+        return {**whole, "schedules": schedules} if any(schedules) else whole
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
@@ -679,7 +684,8 @@ class Optimizer:
         saved = [array.copy() for array in arrays]
         steps, used = self._steps, self._used
         hypers = [dict(group._hypers) for group in self._groups]
-        progress = [(one, one.progress) for found in self._plateaus() for one in found]
+        held = [one for group in self._groups for one in plateaus(group._hypers.values())]
+        progress = [(one, one.progress) for one in held]
 
         def put_back() -> None:
             self._table.set_states(list(states.values()), clocks)
@@ -700,9 +706,12 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
 
-        Checkpoints of `torch.optim` are taken too. A hyperparameter that is a schedule stays one,
-        and goes on at the loaded step, a `ReduceOnPlateau` with the loaded progress.
-        Hyperparameters that the dict lacks stay as they are.
+        Checkpoints of `torch.optim` are taken too. A hyperparameter that is a schedule stays the
+        one that was given, and goes on at the loaded step, a `ReduceOnPlateau` with the loaded
+        progress. Hyperparameters that the dict lacks stay as they are.
+
+        Warns:
+            UserWarning: a schedule is not the checkpoint's; the message has both.
 
         Raises:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
@@ -720,7 +729,7 @@ class Optimizer:
             if saved not in index_of:
                 raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
         steps = self._staged_steps(state_dict)
-        progress = self._staged_progress(state_dict)
+        schedules = self._staged_schedules(state_dict, hypers)
         natives = [self._native_at(values, steps) for values in hypers]
         uses = [self._uses(native) for native in natives]
         staged = {
@@ -735,6 +744,8 @@ class Optimizer:
         for i, (_, arrays) in staged.items():
             for name, array in arrays.items():
                 states[name][i][...] = array
+        if schedules.warning:  # which may be an error: nothing has changed yet
+            warnings.warn(schedules.warning, UserWarning, stacklevel=2)
         self._table.set_states(list(states.values()), clocks)
 
         # Nothing raises from here on.
@@ -744,34 +755,38 @@ class Optimizer:
             group._hypers = values
             group._edited()
             group._native = native
-        for plateau, reached in progress:
+        for plateau, reached in schedules.progress:
             plateau._go_on(reached)
 
-    def _staged_progress(self, state_dict: Mapping[str, Any]) -> list[tuple[ReduceOnPlateau, Any]]:
-        """Each schedule that has a state, and the one it had, where the dict has any."""
-        own = self._plateaus()
-        if "plateaus" not in state_dict or not any(own):
-            return []
-        saved, counts = state_dict["plateaus"], list(map(len, own))
-        lists = isinstance(saved, list) and all(isinstance(one, list) for one in saved)
-        if not lists or list(map(len, saved)) != counts:
+    def _staged_schedules(
+        self, state_dict: Mapping[str, Any], hypers: Sequence[Mapping[str, Any]]
+    ) -> Resumed:
+        """What the dict's schedules, where it has any, mean for the present ones."""
+        own = [values for group, values in zip(self._groups, hypers, strict=True) if group._params]
+        saved = state_dict.get("schedules", [{}] * len(own))
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
             raise ValueError(
-                f"state_dict['plateaus'] must have the progress of {counts} ReduceOnPlateau in the"
-                f" groups, got {saved!r}"
+                f"state_dict['schedules'] must have a dict for each of {len(own)} groups, got"
+                f" {saved!r}"
             )
-        staged: dict[int, tuple[ReduceOnPlateau, Any]] = {}
-        for i, (mine, theirs) in enumerate(zip(own, saved, strict=True)):
-            for k, (plateau, reached) in enumerate(zip(mine, theirs, strict=True)):
-                where = f"state_dict['plateaus'][{i}][{k}]"
-                try:
-                    progress = replace(plateau, progress=reached).progress
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{where}: {error}") from None
-                if staged.setdefault(id(plateau), (plateau, progress))[1] != progress:
-                    raise ValueError(
-                        f"{where} must be that of the other places of its schedule, got {reached!r}"
-                    )
-        return list(staged.values())
+        places = []
+        for i, (values, entries) in enumerate(zip(own, saved, strict=True)):
+            if not isinstance(entries, Mapping):
+                raise TypeError(f"state_dict['schedules'][{i}] must be a dict, got {entries!r}")
+            for name, entry in entries.items():
+                where = f"state_dict['schedules'][{i}][{name!r}]"
+                if name not in values:
+                    raise ValueError(f"{where} must be of the hyperparameters {', '.join(values)}")
+                if name not in PAIRS:
+                    places.append((name, where, values[name], entry))
+                    continue
+                if not isinstance(entry, list | tuple) or len(entry) != 2:
+                    raise TypeError(f"{where} must be a pair, got {entry!r}")
+                places += [
+                    (f"{name}[{k}]", f"{where}[{k}]", values[name][k], half)
+                    for k, half in enumerate(entry)
+                ]
+        return resumed(places)
 
     def _staged_steps(self, state_dict: Mapping[str, Any]) -> int:
         """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""

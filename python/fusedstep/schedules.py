@@ -9,6 +9,7 @@ on every machine: powers and cosines are the core's own. Optimizers call it befo
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
@@ -21,6 +22,7 @@ from typing import (
     Any,
     ClassVar,
     Literal,
+    NamedTuple,
     SupportsIndex,
     TypeVar,
     get_args,
@@ -1166,15 +1168,73 @@ def plateaus(values: Iterable[Any]) -> list[ReduceOnPlateau]:
     return found
 
 
-def restored(own: Any, saved: Schedule) -> Any:
-    """`own` with the progress of `saved` if that is all they differ in, else `saved`."""
-    mine, theirs = plateaus([own]), plateaus([saved])
-    before = [one.progress for one in mine]
-    if len(mine) == len(theirs):
-        for one, other in zip(mine, theirs, strict=True):
-            one._go_on(other.progress)
-        if own == saved:
-            return own
-        for one, progress in zip(mine, before, strict=True):
-            one._go_on(progress)
-    return saved
+def stored(value: Any) -> Any:
+    """A schedule, or each of several, as its `to_dict`; None for a number or another callable."""
+    if isinstance(value, list | tuple):
+        return [stored(one) for one in value]
+    return value.to_dict() if isinstance(value, Schedule) else None
+
+
+class Resumed(NamedTuple):
+    """What a checkpoint's schedules mean for those that an optimizer or scheduler has now."""
+
+    progress: list[tuple[ReduceOnPlateau, Any]]  # where each goes on from
+    warning: str  # how the two differ; empty if they do not
+
+
+def resumed(places: Iterable[tuple[str, str, Any, Any]]) -> Resumed:
+    """Compares present hyperparameters with a checkpoint's schedules, and changes nothing.
+
+    Args:
+        places: for each hyperparameter, or half of one, its name, the path of its entry in the
+            checkpoint, its present value, and the entry: what `to_dict` gave, or None.
+
+    Raises:
+        TypeError, ValueError: an entry is not such a dict, or one `ReduceOnPlateau` stands in
+            several places to which the checkpoint gives different progress.
+    """
+    reached: dict[int, tuple[ReduceOnPlateau, Any]] = {}
+    differences = []
+    for name, where, own, values in places:
+        if values is None:
+            continue
+        saved = _read(where, values)
+        mine, theirs = plateaus([own]), plateaus([saved])
+        for one, other in zip(mine, theirs, strict=True) if len(mine) == len(theirs) else ():
+            if reached.setdefault(id(one), (one, other.progress))[1] != other.progress:
+                raise ValueError(
+                    f"{where} must have the progress of the other places of its schedule, got"
+                    f" {other.progress}"
+                )
+        is_unknown = callable(own) and not isinstance(own, Schedule)
+        before, now = _without_progress(saved), _without_progress(own)
+        if before != now and not is_unknown:
+            differences.append(f"{name} was {before!r}, is {now!r}")
+    warning = "; ".join(dict.fromkeys(differences))  # once where many groups have the same
+    if warning:
+        warning = f"schedules differ from the checkpoint's, and the present ones stay: {warning}"
+    return Resumed(list(reached.values()), warning)
+
+
+def _read(where: str, values: Any) -> Any:
+    """A checkpoint's schedule; as it is where it has a class that this process does not know."""
+    try:
+        return Schedule.from_dict(values) if _is_known(values) else values
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _is_known(values: Any) -> bool:
+    """Whether no schedule in the dict has the name of an unknown class."""
+    if not isinstance(values, Mapping):
+        return True
+    kind = values.get("type")
+    named = not isinstance(kind, str) or kind in Schedule._types
+    return named and all(map(_is_known, values.values()))
+
+
+def _without_progress(schedule: Any) -> Any:
+    bare = copy.deepcopy(schedule)
+    for one in plateaus([bare]):
+        one._go_on(None)
+    return bare

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fusedstep._hypers import HYPERS, as_integer, at_step
-from fusedstep.schedules import Schedule, plateaus, restored
+from fusedstep.schedules import Resumed, plateaus, resumed, stored
 
 _Function = Callable[[int], Any]
 _Given = _Function | list[_Function]  # one for all groups, or one for each
@@ -54,6 +55,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
     """
 
     last_epoch: int
+    _last_lr: list[Any]
     _step_count: int
 
     def __init__(
@@ -84,8 +86,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             )
         _values(self._schedules, groups, last_epoch + 1)
         for group in groups:  # torch demands it of those who resume
-            rate = group["lr"]  # a tensor is written to
-            group.setdefault("initial_lr", rate.clone() if torch.is_tensor(rate) else rate)
+            group.setdefault("initial_lr", _copied(group["lr"]))
         super().__init__(optimizer, last_epoch)
 
     @property
@@ -119,62 +120,66 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
         """The rates at `last_epoch`; sets the other scheduled hyperparameters on the way."""
         groups = self.optimizer.param_groups
         values = _values(self._schedules, groups, self.last_epoch)
-        for name in self._schedules.keys() - {"lr"}:
-            for group, value in zip(groups, values[name], strict=True):
-                key = _key(name, group)
-                group[key] = (value, *group[key][1:]) if key == "betas" else value
-        return values["lr"]
+        rates = values.pop("lr")
+        _set(groups, values)
+        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, rates and schedules as plain numbers, lists and dicts; callables are left out."""
         state: dict[str, Any] = super().state_dict()
-        state["schedules"] = {
-            name: [_to_dict(one) for one in given] if isinstance(given, list) else _to_dict(given)
-            for name, given in state.pop("_schedules").items()
-        }
-        return state
+        given = state.pop("_schedules")
+        return {**state, "schedules": {name: stored(value) for name, value in given.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes over a `state_dict`, its schedules too; those it left out stay as they are.
+        """Goes on where a `state_dict` was, along the schedules that were given to this scheduler.
 
-        A schedule that differs in nothing, or only in how far a `ReduceOnPlateau` has come, stays
-        the object that it is and goes on from there.
+        A `ReduceOnPlateau` takes over the progress of the one in its place. Where the optimizer has
+        this scheduler's values, present or saved, it gets those of the step to go on from; so load
+        the optimizer first.
 
         Raises:
             TypeError, ValueError: not such a dict, or of other hyperparameters or another number of
-                groups; nothing has changed then.
+                groups, or a value of a schedule is out of range; nothing has changed then.
+
+        Warns:
+            UserWarning: a schedule is not the checkpoint's; the message has both.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
         state = dict(state_dict)
-        if "last_epoch" in state:
-            as_integer("state_dict['last_epoch']", state["last_epoch"], -1)
-        saved = state.pop("schedules", None)
+        epoch = as_integer("state_dict['last_epoch']", state.get("last_epoch", self.last_epoch), -1)
+        schedules = self._compared(state.pop("schedules", None))
+        groups = self.optimizer.param_groups
+        is_ours = [group["lr"] for group in groups] in (self._last_lr, state.get("_last_lr"))
+        before = [(one, one.progress) for one, _ in schedules.progress]
+        try:
+            for one, reached in schedules.progress:
+                one._go_on(reached)
+            values = _values(self._schedules, groups, max(epoch, 0))
+            if schedules.warning:  # which may be an error
+                warnings.warn(schedules.warning, UserWarning, stacklevel=2)
+        except BaseException:
+            for one, progress in before:
+                one._go_on(progress)
+            raise
+        super().load_state_dict({**state, "last_epoch": epoch, "_schedules": self._schedules})
+        if is_ours:
+            _set(groups, values)
+            self._last_lr = [_copied(group["lr"]) for group in groups]
+
+    def _compared(self, saved: Any) -> Resumed:
+        """What a checkpoint's schedules mean for the present ones."""
         shape = {name: _shape(given) for name, given in self._schedules.items()}
         if not isinstance(saved, Mapping) or {n: _shape(v) for n, v in saved.items()} != shape:
             raise ValueError(f"state_dict['schedules'] must be for {shape}, got {saved!r}")
-        staged = [
-            (own, None if values is None else Schedule.from_dict(values))
-            for name in shape
-            for own, values in zip(
-                _as_list(self._schedules[name]), _as_list(saved[name]), strict=True
-            )
-        ]
-        loaded = iter([_loaded(own, new, staged) for own, new in staged])
-        schedules = {
-            name: [next(loaded) for _ in given] if isinstance(given, list) else next(loaded)
-            for name, given in self._schedules.items()
-        }
-        super().load_state_dict({**state, "_schedules": schedules})
-
-
-def _loaded(own: _Function, new: Any, staged: list[tuple[_Function, Any]]) -> Any:
-    """What stands in `own`'s place: one object where it stands in several, if they agree."""
-    if new is None:
-        return own
-    alike = [other for one, other in staged if one is own]
-    first = next(other for other in alike if other == new)
-    return restored(own, first) if all(other == new for other in alike) else first
+        places = []
+        for name, given in self._schedules.items():
+            where = f"state_dict['schedules']['{name}']"
+            several = isinstance(given, list)
+            pairs = zip(_as_list(given), _as_list(saved[name]), strict=True)
+            for i, (own, entry) in enumerate(pairs):
+                places.append((name, f"{where}[{i}]" if several else where, own, entry))
+        return resumed(places)
 
 
 def _argument(name: str) -> str:
@@ -197,13 +202,30 @@ def _shape(given: Any) -> str:
     return f"{len(given)} groups" if isinstance(given, list) else "all groups"
 
 
-def _to_dict(schedule: _Function) -> dict[str, Any] | None:
-    return schedule.to_dict() if isinstance(schedule, Schedule) else None
-
-
 def _key(name: str, group: Mapping[str, Any]) -> str:
     """As in torch the first of `betas` is a momentum."""
     return "betas" if name == "momentum" and "betas" in group else name
+
+
+def _held(name: str, group: Mapping[str, Any]) -> Any:
+    """A hyperparameter as its group holds it."""
+    key = _key(name, group)
+    return group[key][0] if key == "betas" else group[key]
+
+
+def _copied(rate: Any) -> Any:
+    return rate.clone() if torch.is_tensor(rate) else rate  # a tensor is written to
+
+
+def _set(groups: Sequence[dict[str, Any]], values: Mapping[str, list[float]]) -> None:
+    """Sets hyperparameters, as torch does in the tensor where there is one."""
+    for name, found in values.items():
+        for group, value in zip(groups, found, strict=True):
+            key, held = _key(name, group), _held(name, group)
+            if torch.is_tensor(held):
+                held.fill_(value)
+            else:
+                group[key] = (value, *group[key][1:]) if key == "betas" else value
 
 
 def _per_group(name: str, given: _Given, n: int) -> list[_Function]:
@@ -224,10 +246,11 @@ def _values(
                     f"{name} must be a hyperparameter of each group, got param_groups[{i}]"
                     " without it"
                 )
-    return {
+    values = {
         name: [
             at_step(name, one, t, HYPERS[_key(name, group)])
             for one, group in zip(_per_group(name, given, len(groups)), groups, strict=True)
         ]
         for name, given in schedules.items()
     }
+    return values
