@@ -313,6 +313,47 @@ def test_a_copy_goes_its_own_way():
     assert scheduler.get_last_lr() == [COSINE(3)]
 
 
+def shared(key, value):
+    """A torch optimizer whose two groups have one tensor in that place, and their tensors."""
+    held = {"betas": (torch.tensor(0.5), torch.tensor(0.5))}.get(key, torch.tensor(0.5))
+    groups = [{"params": params} for params in (model(1), model(1))]
+    opt = torch.optim.AdamW(groups, **{"lr": 0.5, key: held}, capturable=True)
+    if value == "view":
+        views = [torch.as_tensor(one).view(()) for one in (held if key == "betas" else [held])]
+        opt.param_groups[1][key] = tuple(views) if key == "betas" else views[0]
+    return opt
+
+
+@pytest.mark.parametrize("how", ["one object", "view"])
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_one_tensor_of_several_groups_takes_no_two_values(name, how):
+    key = "betas" if name == "momentum" else name
+    falling = S.Linear(0.5, 10)
+
+    def make(opt, both):
+        given = {"schedule": S.Constant(0.5), name.replace("lr", "schedule"): both}
+        return LRScheduler(opt, **given)
+
+    opt = shared(key, how)
+    before = copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=rf"^{key} must be a tensor of its own in each group .* 0"):
+        make(opt, [S.Constant(0.5), S.Constant(0.25)])
+    assert opt.state_dict()["param_groups"] == before
+    scheduler = make(opt, [S.Constant(0.5), S.Constant(0.5).then(falling, at=1)])
+    opt.step()
+    scheduler.step()
+    before = copy.deepcopy(opt.state_dict()["param_groups"])
+    with pytest.raises(ValueError, match=r"one for 0.5 in param_groups\[0\] and 0.45 in param_gr"):
+        scheduler.step()
+    assert opt.state_dict()["param_groups"] == before
+    assert scheduler.last_epoch == 1
+    agreed = make(shared(key, how), [falling, falling])
+    agreed.optimizer.step()
+    agreed.step()
+    for one in agreed.optimizer.param_groups:
+        assert torch.equal(one[key][0] if key == "betas" else one[key], torch.tensor(0.45))
+
+
 def negative(t):
     return -0.1 if t == 2 else 0.1
 

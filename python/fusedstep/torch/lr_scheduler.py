@@ -228,6 +228,22 @@ def _set(groups: Sequence[dict[str, Any]], values: Mapping[str, list[float]]) ->
                 group[key] = (value, *group[key][1:]) if key == "betas" else value
 
 
+def _check_apart(name: str, groups: Sequence[Mapping[str, Any]], values: list[float]) -> None:
+    """Raises ValueError where one tensor would have to hold two values."""
+    first: dict[tuple[Any, int], int] = {}
+    for i, (group, value) in enumerate(zip(groups, values, strict=True)):
+        held = _held(name, group)
+        if not torch.is_tensor(held):
+            continue
+        k = first.setdefault((held.device, held.data_ptr() or id(held)), i)
+        if value != values[k]:
+            raise ValueError(
+                f"{_key(name, group)} must be a tensor of its own in each group where the schedules"
+                f" differ, got one for {values[k]} in param_groups[{k}] and {value} in"
+                f" param_groups[{i}]"
+            )
+
+
 def _per_group(name: str, given: _Given, n: int) -> list[_Function]:
     found = given if isinstance(given, list) else [given] * n
     if len(found) != n:
@@ -253,4 +269,6 @@ def _values(
         ]
         for name, given in schedules.items()
     }
+    for name, found in values.items():
+        _check_apart(name, groups, found)
     return values
