@@ -521,7 +521,7 @@ def scaler_steps(params, opt, scale, max_norm, bad=(), clip=False, fused=None, u
 
 @each_class
 @pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("fused", [None, True])
 def test_scaler_s_steps_are_clipped_by_the_unscaled_norm(name, fused, unscale):
     hypers = some_hypers(name)
     params, opt = of_torch(name, hypers=hypers)
@@ -536,7 +536,7 @@ def test_scaler_s_steps_are_clipped_by_the_unscaled_norm(name, fused, unscale):
 
 
 def test_scale_that_is_no_power_of_two_is_the_neutral_loss_scale():
-    params, opt = of_torch("Adam", hypers={"lr": 0.1})
+    params, opt = of_torch("Adam", hypers={"lr": 0.1, "fused": True})
     plain = fs.Adam(params_of(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=100)
     for seed in range(3):
@@ -565,7 +565,7 @@ def test_scaled_and_clipped_training_is_torch_s(name, bad):
 
 @pytest.mark.parametrize("asked", [{"max_norm": 1.0}, {"skip_nonfinite": True}])
 def test_step_that_the_scaler_skips_changes_nothing(asked):
-    params, opt = of_torch("AdamW")
+    params, opt = of_torch("AdamW", hypers={"fused": True})
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for taken in (False, True):
         scaler.scale(torch.ones(()))
@@ -1108,7 +1108,7 @@ def ids(rows):
 
 def test_norm_is_of_the_last_step_also_where_a_scaler_skipped_it():
     w = torch.nn.Parameter(torch.zeros(2))
-    opt = ft.SGD([w], lr=1.0)
+    opt = ft.SGD([w], lr=1.0, fused=True)
     w.grad = torch.tensor([3.0, 4.0])
     opt.step(max_norm=1.0)
     assert float(opt.grad_norm) == 5.0

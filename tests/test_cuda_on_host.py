@@ -569,7 +569,7 @@ def test_flat_parameters_are_swept_and_scaled_by_torch_amp(gpu):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(30, 70), torch.nn.Linear(70, 3))
         ft.flatten_(model)
-        opt = ft.AdamW(model.parameters(), lr=0.1)
+        opt = ft.AdamW(model.parameters(), lr=0.1, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         for k in range(5):
             opt.zero_grad()

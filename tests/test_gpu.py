@@ -392,7 +392,7 @@ def test_skipped_steps_leave_all_as_it_was(name, hypers, max_norm):
 def test_grad_scaler_skips_and_unscales_as_without_it(name, how):
     start, grads = streams("float32", "float32")
     params = [parameter(values.to(DEVICE)) for values in split(start)]
-    opt = getattr(ft, name)(params, **hypers_of(name))
+    opt = getattr(ft, name)(params, **hypers_of(name), fused=True)
     twin = [parameter(values.to(DEVICE)) for values in split(start)]
     other = getattr(ft, name)(twin, **hypers_of(name))
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=1000)

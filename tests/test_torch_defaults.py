@@ -87,11 +87,10 @@ def all_that_makes_tensors(name, fused, strided):
     return opt, norms
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("fused", [None, True])
 @each_class
-def test_default_device_and_dtype_change_nothing(name, fused, strided, dtype):
+def test_default_device_and_dtype_change_nothing(name, strided):
+    fused, dtype = (True, None)[strided], (torch.float32, torch.float64)[strided]
     expected, expected_norms = all_that_makes_tensors(name, fused, strided)
     mode = Unnamed()
     torch.set_default_dtype(dtype)

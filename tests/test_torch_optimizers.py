@@ -1193,11 +1193,12 @@ def scaled_training(opt, params, bad=(), *, clip=False, steps=8, value=math.inf)
     return scales, counts
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @each_case()
-def test_scaled_steps_have_the_bits_of_unscaled_ones(name, hypers):
+def test_scaled_steps_have_the_bits_of_unscaled_ones(name, hypers, fused):
     # A power of two scales without a rounding.
     mine, plain = parameters(), parameters()
-    opt = getattr(ft, name)(mine, **hypers)
+    opt = getattr(ft, name)(mine, fused=fused, **hypers)
     scaled_training(opt, mine, steps=4)
     train(getattr(ft, name)(plain, **hypers), plain, range(4))
     assert_same_bits(mine, plain)
@@ -1205,13 +1206,14 @@ def test_scaled_steps_have_the_bits_of_unscaled_ones(name, hypers):
 
 
 @each_peer
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("bad", [(), (3,), (0,), (0, 1, 4)])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_scaled_training_is_torch_s(name, clip, bad, value):
+@pytest.mark.parametrize(
+    ("bad", "value"), [((), 0.0), ((3,), math.inf), ((0,), math.nan), ((0, 1, 4), math.inf)]
+)
+def test_scaled_training_is_torch_s(name, fused, clip, bad, value):
     mine, theirs, opt, oracle = pair(name, {})
-    if bad == () and value is math.nan:
-        return
+    opt.param_groups[0]["fused"] = fused
     expected = scaled_training(oracle, theirs, bad, clip=clip, value=value)
     assert scaled_training(opt, mine, bad, clip=clip, value=value) == expected
     assert_close(mine, theirs)
@@ -1221,7 +1223,7 @@ def test_scaled_training_is_torch_s(name, clip, bad, value):
 @pytest.mark.parametrize("taken", [0, 2])
 def test_non_finite_gradient_changes_nothing(name, taken):
     params = parameters()
-    opt = getattr(ft, name)(params, **CASES[name][3])
+    opt = getattr(ft, name)(params, **CASES[name][3], fused=True)
     train(opt, params, range(taken))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     set_grads(9, params)
@@ -1471,16 +1473,150 @@ def test_adamw_stays_adamw_with_the_checkpoint_of_adam():
         assert (group["decoupled_weight_decay"], group["weight_decay"]) == (True, 0.3)
 
 
-def test_scaler_unscales_itself_where_fused_is_refused():
+@pytest.mark.parametrize("fused", [None, False, True])
+@pytest.mark.parametrize("module", [ft, torch.optim])
+def test_scaler_leaves_gradients_and_skipping_to_the_step_only_with_fused(module, fused):
+    # What trainers see: whether gradients are unscaled, and whether a skipped step was called.
     params = parameters()
-    assert ft.AdamW(params)._step_supports_amp_scaling
-    opt = ft.AdamW(params, fused=False)
-    assert not opt._step_supports_amp_scaling
+    opt = module.AdamW(params, fused=fused)
+    assert getattr(opt, "_step_supports_amp_scaling", False) == bool(fused)
+    called, step = [], opt.step
+    opt.step = lambda *args, **kwargs: (called.append(len(called)), step(*args, **kwargs))[1]
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (1.0, math.inf, 1.0):
+        opt.zero_grad()
+        scaler.scale(sum(factor * p.abs().sum() for p in params)).backward()
+        scaler.step(opt)
+        if factor == 1:
+            scaled = fused and module is ft  # torch's fused kernel writes to gradients
+            assert params[0].grad.abs().max() == (scaler.get_scale() if scaled else 1)
+        scaler.update()
+    assert len(called) == (3 if fused else 2)
+    assert opt.state[params[0]]["step"] == 2
+
+
+@each_class
+def test_amp_scaling_needs_fused_in_every_group(name):
+    cls, params = getattr(ft, name), parameters()
+    opt = cls(params[:2], fused=True)
+    assert opt._step_supports_amp_scaling
+    opt.add_param_group({"params": params[2:3]})
+    assert opt._step_supports_amp_scaling
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert other._step_supports_amp_scaling
+    # A checkpoint does not say how to compute.
+    plain = cls([{"params": params[:2]}, {"params": params[2:3]}])
+    saved = opt.state_dict(), plain.state_dict()
+    for one, loaded in ((opt, saved[1]), (plain, saved[0])):
+        one.load_state_dict(copy.deepcopy(loaded))
+        assert one._step_supports_amp_scaling == (one is opt)
+    opt.add_param_group({"params": params[3:4], "fused": False})
+    assert not opt._step_supports_amp_scaling
+    opt.param_groups[2]["fused"] = True
+    assert opt._step_supports_amp_scaling
+
+
+def test_scaler_of_several_processes_skips_where_another_found_inf(monkeypatch):
+    # The other process's verdict comes through the scaler, not through our gradients.
+    from torch.distributed.fsdp import sharded_grad_scaler
+
+    class Done:
+        def wait(self):
+            pass
+
+    def all_reduce(found, **_):
+        found += 1
+        return Done()
+
+    monkeypatch.setattr(sharded_grad_scaler.dist, "all_reduce", all_reduce)
+    params = parameters()
+    opt = ft.AdamW(params)
+    scaler = sharded_grad_scaler.ShardedGradScaler("cpu", init_scale=8.0)
     scaler.scale(sum(p.abs().sum() for p in params)).backward()
     scaler.step(opt)
-    assert params[0].grad.abs().max() == 1
-    assert opt.state[params[0]]["step"] == 1
+    scaler.update()
+    assert scaler.get_scale() == 4
+    assert_same_bits(params, parameters())
+
+
+# What torch's class of the name has not, with a value that changes the step.
+BEYOND = [("Rprop", "weight_decay", 0.25), ("Adam", "bias_correction", False),
+          ("AdamW", "bias_correction", False)]  # fmt: skip
+each_beyond = pytest.mark.parametrize(("name", "key", "value"), BEYOND)
+
+
+def test_every_hyperparameter_beyond_torch_s_is_here():
+    found = {
+        (name, key)
+        for name in CASES
+        if hasattr(torch.optim, name)
+        for key in defaults(name)
+        if key not in inspect.signature(getattr(torch.optim, name)).parameters
+    }
+    assert found == {(name, key) for name, key, _ in BEYOND}
+
+
+@each_beyond
+@pytest.mark.parametrize("how", ["group", "add_param_group", "load", "edit"])
+def test_key_that_torch_s_class_ignores_is_ignored(name, key, value, how):
+    mine, theirs = parameters(), parameters()
+    opts = []
+    for module, params in ((ft, mine), (torch.optim, theirs)):
+        given = {key: value} if how in ("group", "add_param_group") else {}
+        begin = [{"params": params[:2]}] if how == "add_param_group" else params
+        begin = [{"params": params, **given}] if how == "group" else begin
+        opt = getattr(module, name)(begin, lr=0.1)
+        if how == "add_param_group":
+            opt.add_param_group({"params": params[2:], **given})
+        if how == "load":  # of a torch optimizer whose groups a client made
+            other = getattr(torch.optim, name)([{"params": params, key: value}], lr=0.1)
+            opt.load_state_dict(other.state_dict())
+        if how == "edit":
+            train(opt, params, range(1))
+            opt.param_groups[0][key] = value
+        train(opt, params, range(1, 5))
+        opts.append(opt)
+    assert_close(mine, theirs)
+    groups = [[dict(g, params=0) for g in opt.param_groups] for opt in opts]
+    assert [g.get(key) for g in groups[0]] == [g.get(key) for g in groups[1]]
+
+
+@each_beyond
+def test_key_beyond_torch_s_counts_where_the_constructor_was_given_it(name, key, value):
+    default = defaults(name)[key]
+
+    def trained(begin, steps, groups, **given):
+        params = parameters()
+        sets = [{"params": params[:2]}, {"params": params[2:]}]
+        opt = getattr(ft, name)([{**s, **g} for s, g in zip(sets, groups, strict=True)], **given)
+        begin(opt)
+        train(opt, params, range(steps))
+        return params, opt
+
+    def nothing(opt):
+        pass
+
+    neutral = [torch.clone(p.detach()) for p in parameters()]
+    reference = getattr(fs, name)(
+        dict(zip("abcde", neutral, strict=True)),
+        **{key: value},
+        groups=[fs.Group(["c", "d", "e"], **{key: default})],
+    )
+    for step in range(4):
+        set_grads(step, fed := parameters())
+        reference.step(dict(zip("abcde", [p.grad for p in fed], strict=True)))
+    # Over the constructor's value, which may be the default, a group's own counts.
+    params, opt = trained(nothing, 4, [{key: value}, {}], **{key: default})
+    assert_same_bits(params, neutral)
+
+    # Checkpoints, ours and neutral, go on with it, whatever the new constructor was given.
+    for saved in (opt.state_dict(), reference.state_dict()):
+        resumed = getattr(ft, name)([{"params": params[:2]}, {"params": params[2:]}])
+        resumed.load_state_dict(copy.deepcopy(saved))
+        again = pickle.loads(pickle.dumps(copy.deepcopy(resumed)))
+        for one in (opt, resumed, again):
+            assert one._checked(one.param_groups[0])[key] == value
+            assert one._checked(one.param_groups[1])[key] == default
 
 
 @pytest.mark.parametrize(

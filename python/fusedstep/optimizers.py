@@ -51,7 +51,7 @@ _LR = len(_COMMON)
 # Keys that torch keeps in param_groups beside the hyperparameters. They say how torch computes, not
 # what, or belong to a scheduler, so a checkpoint may carry them.
 _TORCH_ONLY = {
-    *("foreach", "fused", "capturable", "differentiable", "param_names"),
+    *("foreach", "fused", "capturable", "differentiable", "param_names", "fusedstep"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
 }
 

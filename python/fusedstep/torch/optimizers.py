@@ -32,8 +32,8 @@ from fusedstep.torch.tensors import (
     stream_of,
 )
 
-# How torch computes, not what. Accepted; the first two have no effect here, and the third is for
-# parameters on a GPU.
+# How torch computes, not what. The first has no effect here, the second is for GradScaler, the next
+# for parameters on a GPU.
 _FLAGS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
@@ -41,6 +41,12 @@ _FLAGS: dict[str, Any] = {
     "differentiable": False,
 }
 _HOW = ("capturable", "differentiable")
+_KEPT = (*_HOW, "fused")  # which no checkpoint changes
+
+# A group's key for the hyperparameters beyond torch's that it heeds: those that our constructor was
+# given by name. Clients put keys of any optimizer into their groups, and torch's classes look only
+# at their own; so do ours, at theirs and these.
+_BEYOND = "fusedstep"
 
 # A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
 # where only the GPU knows it.
@@ -59,8 +65,9 @@ class Optimizer(torch.optim.Optimizer):
     Parameters are tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
     number as two reals), all on the CPU or all on one CUDA device; gradients have the parameter's
     dtype or, under float32, may be bfloat16 or float16. States are float32, float64 under float64.
-    Gradients are read, never written: after a step under `torch.amp.GradScaler` or with `max_norm`
-    they are as backward left them.
+    A step reads gradients and never writes them: with `max_norm`, or with `fused=True` under
+    `torch.amp.GradScaler`, they stay as backward left them. Without `fused=True` it is the scaler
+    that unscales them before, and that does not call `step` where one is not finite.
 
     On a CUDA device a step is queued on torch's current stream and does not wait for it. Results
     are the CPU's, bit by bit. With `capturable=True`, with `skip_nonfinite`, under `GradScaler` or
@@ -75,7 +82,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _spec: ClassVar[type[neutral.Optimizer]]
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
-    _extra: ClassVar[dict[str, Any]]  # keys that a group has only where they are not the default
+    _extra: ClassVar[dict[str, Any]]  # keys that a group has only where the constructor got them
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
     _begins_at_once: ClassVar[bool]  # states exist before the first step
     _stepping_in_backward: set[Any]
@@ -86,12 +93,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, **hypers: Any) -> None:
         self._reset()
-        given = {
-            name: value
-            for name, value in hypers.items()
-            if name not in self._extra or value != self._extra[name]
-        }
-        super().__init__(params, {**self._spec._fixed, **given})
+        beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
+        heard = {_BEYOND: beyond} if beyond else {}
+        super().__init__(params, {**self._spec._fixed, **self._given, **hypers, **heard})
         if self._begins_at_once:
             rows = self._current()
             helper = _Helper(self, self._counts_live(rows))
@@ -119,9 +123,12 @@ class Optimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by torch.amp.GradScaler, which then leaves scale and non-finite gradients to step.
 
-        As in torch not with `fused=False`: a trainer that clips needs gradients unscaled before.
+        As in torch only with `fused=True`: trainers, and scalers over several processes, count on
+        gradients that are unscaled before the step, and on a step that is not called otherwise.
         """
-        return all(group.get("fused") is not False for group in self.param_groups)
+        if self._stepping_in_backward:  # to be refused by the step, and by name
+            return True
+        return all(group.get("fused") for group in self.param_groups)
 
     # -- hyperparameters ---------------------------------------------------------------------------
 
@@ -132,6 +139,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"differentiable must be False, got {group['differentiable']!r}: not supported"
             )
         known = {**self._extra, **self._spec._fixed, **self._given, **group}
+        heard = group.get(_BEYOND, ())
+        known |= {n: value for n, value in self._extra.items() if n not in heard}
         return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
 
     def _check_capturable(self, group: Mapping[str, Any]) -> None:
@@ -426,7 +435,7 @@ class Optimizer(torch.optim.Optimizer):
         self._spec._check_divides()
         found: list[tuple[Any, Any]] = []
         for group in self.param_groups:
-            native = self._spec._native({**self._extra, **self._given, **group})
+            native = self._spec._native(self._checked(group))
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 state = {
@@ -494,19 +503,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])
+        loaded = "defaults" not in state  # by load_state_dict, not from a copy or a pickle
         for k, group in enumerate(state["param_groups"]):
             known = before[k] if k < len(before) else {}
             group.update(self._spec._fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
             for name, default in self._given.items():
                 group.setdefault(name, known.get(name, default))
-            for name in self._extra:
+            for name in (*self._extra, _BEYOND):
                 if name in known:
                     group.setdefault(name, known[name])
-            for flag in _HOW:  # how to compute, which is not the checkpoint's to say
+            for flag in _KEPT if loaded else ():
                 if flag in group:
-                    group[flag] = known.get(flag, False)
+                    group[flag] = known.get(flag, _FLAGS[flag])
             self._checked(group)
-        if "defaults" not in state:  # from load_state_dict, not from a copy or a pickle
+        if loaded:
             entries: defaultdict[Any, Any] = defaultdict(dict)
             for key, entry in state["state"].items():
                 if isinstance(entry, dict):
@@ -729,13 +739,18 @@ class _Hidden:
         self.tensor = tensor
 
 
-def _hide(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def _hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     def hidden(entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
         return {n: _Hidden(v) if isinstance(v, torch.Tensor) else v for n, v in entry.items()}
 
-    return {**state_dict, "state": {k: hidden(e) for k, e in state_dict["state"].items()}}
+    groups = state_dict["param_groups"]
+    if "step" in state_dict:  # a neutral optimizer's, which has no keys but its own
+        beyond = sorted(optimizer._extra.keys() - _FLAGS.keys())
+        groups = [{**group, _BEYOND: beyond} for group in groups] if beyond else groups
+    state = {k: hidden(e) for k, e in state_dict["state"].items()}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def _scalar(value: Any, default: float, device: torch.device) -> torch.Tensor:
@@ -787,7 +802,6 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{name}() {error}") from None
-        bound.apply_defaults()
         Optimizer.__init__(self, **bound.arguments)
 
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -831,7 +845,9 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
             "Args:",
             "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
             *spec._argument_docs(signature, schedules=False),
-            "foreach, fused: accepted, without effect.",
+            "foreach: accepted, without effect.",
+            "fused: True lets `GradScaler` leave unscaling and skipping to the step, which then",
+            "    leaves gradients scaled, as torch's fused classes do (default None).",
             "capturable: on a CUDA device, keeps step counts there, so that steps can be recorded",
             "    in a CUDA graph (default False).",
             "differentiable: must be False.",
