@@ -119,8 +119,10 @@ def scenario(*parameters):
 each_library = scenario(*((name,) for name in LIBRARIES))
 
 
-def sharded(seed=0):
+def sharded(seed=0, flatten=False):
     model = net(seed)
+    if flatten:
+        ft.flatten_(model)
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
@@ -213,6 +215,14 @@ def fsdp2(lib, name, rank, folder):
         if isinstance(value, torch.Tensor) and value.dim()
     )
     return SimpleNamespace(params=full(model), shapes=shapes, states_alike=alike)
+
+
+@scenario()
+def fsdp2_of_a_flattened_model(rank, folder):
+    """It takes the values into shards of its own, and the views are nobody's any more."""
+    model = sharded(flatten=True)
+    train(model, optimizer(ft, model), rank)
+    return full(model)
 
 
 @each_library
@@ -321,6 +331,20 @@ def gradient_placed_otherwise(rank, folder):
     return results
 
 
+@scenario()
+def sent_after_flatten(rank, folder):
+    """One model in the memory of all processes, which step it in turn, each on its own batches."""
+    model = SENT[0]
+    opt = optimizer(ft, model, "SGD")
+    for turn in range(RANKS):
+        if turn == rank:
+            train(model, opt, rank)
+        dist.barrier()
+    return SimpleNamespace(
+        params=full(model), shared=[param.is_shared() for param in model.parameters()]
+    )
+
+
 def error_of(call):
     try:
         call()
@@ -352,7 +376,11 @@ def refusals(rank, folder):
 # -- the processes ---------------------------------------------------------------------------------
 
 
-def work(rank, folder):
+SENT = []  # the model that the processes got from the one that started them
+
+
+def work(rank, folder, sent):
+    SENT.append(sent)
     torch.set_num_threads(1)  # two processes share few cores
     dist.init_process_group(
         "gloo",
@@ -377,7 +405,9 @@ def work(rank, folder):
 def results(tmp_path_factory):
     """By scenario, what each rank returned."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    sent = net()
+    ft.flatten_(sent)
+    torch.multiprocessing.spawn(work, (str(folder), sent), nprocs=RANKS)
     ranks = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
 
     def of(*key):
@@ -386,6 +416,7 @@ def results(tmp_path_factory):
             assert not isinstance(result, str), result
         return found
 
+    of.sent = sent
     return of
 
 
@@ -467,6 +498,21 @@ def test_fsdp2_equals_one_process(results, name):
         assert result.states_alike
     assert found[0].shapes == [(3, 6), (3,), (1, 5), (1,)]
     assert found[1].shapes == [(2, 6), (2,), (0, 5), (0,)]
+
+
+def test_fsdp2_of_a_flattened_model_equals_one_process(results):
+    for params in results("fsdp2_of_a_flattened_model"):
+        assert_equal(params, alone())
+
+
+def test_a_flattened_model_is_shared_with_the_processes_that_it_is_sent_to(results):
+    expected = net()
+    for rank in range(RANKS):
+        train(expected, optimizer(ft, expected, "SGD"), rank)
+    for result in results("sent_after_flatten"):
+        assert_equal(result.params, full(expected))
+        assert all(result.shared)
+    assert_equal(full(results.sent), full(expected))
 
 
 @pytest.mark.parametrize("name", THEIRS)

@@ -16,37 +16,54 @@ from fusedstep.buffers import _Layout
 from fusedstep.torch.tensors import (
     DTYPES,
     allocate,
+    announce,
     check_apart,
     dense_strides,
     is_dtensor,
+    own_storage,
     state_dtype,
 )
 
 
-def _packed(
-    like: Sequence[torch.Tensor], dtype: torch.dtype
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A buffer of zeros, and views of it with the shapes and dimension orders of `like`."""
-    layout = _Layout({i: (tensor.numel(),) for i, tensor in enumerate(like)})
-    buffer = allocate(layout.n, dtype, like[0].device)
-    views = [
-        buffer.as_strided(tensor.shape, dense_strides(tensor), at)
-        for tensor, at in zip(like, layout.offsets, strict=True)
-    ]
-    return buffer, views
+class _Memory:
+    """Zeros for tensors like others, one after the other: memory that only this object sees whole.
+
+    What it gives away is a storage of its own for each tensor (`own_storage`), as anything that
+    saves, copies, sends or compares tensors does so by storage. Such a storage may be moved, as
+    `share_memory_` does, and then lets go of what it was on; the views here stay where they are.
+    """
+
+    def __init__(self, like: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        layout = _Layout({i: (tensor.numel(),) for i, tensor in enumerate(like)})
+        self._whole = allocate(layout.n, dtype, like[0].device)
+        self.views = [
+            self._whole.as_strided(tensor.shape, dense_strides(tensor), at)
+            for tensor, at in zip(like, layout.offsets, strict=True)
+        ]
+        self._flat = own_storage(self._whole)
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The whole, 1-D: the same tensor each time, unless it has been moved."""
+        if not _same_place(self._flat, self._whole):
+            self._flat = own_storage(self._whole)
+        return self._flat
+
+    def apart(self) -> list[torch.Tensor]:
+        """The views as tensors to give away."""
+        return [own_storage(view) for view in self.views]
 
 
 class _Part:
-    """The parameters of one dtype, their buffers, and the view that each was given."""
+    """The parameters of one dtype, their memory, and what each was given of it."""
 
     def __init__(self, params: list[torch.Tensor]) -> None:
         self.params = [weakref.ref(param) for param in params]
         self.places = {id(param): k for k, param in enumerate(params)}
-        self.flat, self.views = _packed(params, params[0].dtype)
-        self.flat_grad, self.grads = _packed(params, params[0].dtype)
-        # What parameters get as their gradients: `param.grad.data = ...` must not move our own.
-        self.given = [grad.detach() for grad in self.grads]
-        self.addresses = [grad.data_ptr() for grad in self.grads]
+        self.values = _Memory(params, params[0].dtype)
+        self.grads = _Memory(params, params[0].dtype)
+        self.given = self.grads.apart()  # what parameters get as their gradients
+        self.addresses = [grad.data_ptr() for grad in self.grads.views]
         self.warned = False
 
     def place(self, param: torch.Tensor) -> int | None:
@@ -60,9 +77,9 @@ class _Part:
             if (param := ref()) is None or self.place(param) is None:
                 continue
             shape = tuple(param.shape)
-            if not _same_place(param, self.views[k]):
+            if not _same_place(param, self.values.views[k]):
                 return f"parameter {k}, of shape {shape}, has"
-            if param.grad is not None and not _same_place(param.grad, self.grads[k]):
+            if param.grad is not None and not _same_place(param.grad, self.grads.views[k]):
                 return f"the gradient of parameter {k}, of shape {shape}, has"
         return None
 
@@ -75,17 +92,18 @@ class _Part:
                 continue
             given = self.given[k]
             if param.grad is not given or given.data_ptr() != self.addresses[k]:
-                if not _same_place(param, self.views[k]):
+                if not _same_place(param, self.values.views[k]):
                     continue
-                self.given[k] = param.grad = self.grads[k].detach()
+                self.given[k] = param.grad = own_storage(self.grads.views[k])
             if not param.requires_grad:
                 param.grad = None
             places.append(k)
         if len(places) == len(self.places):
-            self.flat_grad.zero_()
+            self.grads.flat.zero_()
+            announce(self.given)  # autograd counts the writes of each tensor apart
         else:
             for k in places:
-                self.grads[k].zero_()
+                self.given[k].zero_()
         return len(places)
 
 
@@ -108,7 +126,8 @@ class Flat:
     """The flat buffers that `flatten_` made, one pair for each dtype.
 
     `flat` and `flat_grad` are the buffers where there is one dtype, `flats` and `flat_grads` all of
-    them by dtype. The gaps between parameters are zero and stay so.
+    them by dtype. The gaps between parameters are zero and stay so. Autograd does not see that what
+    is written to a buffer is written to the tensors on it, nor the other way round.
     """
 
     def __init__(self, parts: dict[torch.dtype, _Part]) -> None:
@@ -117,12 +136,12 @@ class Flat:
     @property
     def flats(self) -> dict[torch.dtype, torch.Tensor]:
         """The parameters' buffer of each dtype, 1-D."""
-        return {dtype: part.flat for dtype, part in self._parts.items()}
+        return {dtype: part.values.flat for dtype, part in self._parts.items()}
 
     @property
     def flat_grads(self) -> dict[torch.dtype, torch.Tensor]:
         """The gradients' buffer of each dtype, 1-D, laid out as the parameters'."""
-        return {dtype: part.flat_grad for dtype, part in self._parts.items()}
+        return {dtype: part.grads.flat for dtype, part in self._parts.items()}
 
     def _only(self, buffers: dict[torch.dtype, torch.Tensor], name: str) -> torch.Tensor:
         if len(buffers) > 1:
@@ -142,7 +161,7 @@ class Flat:
 
     def __repr__(self) -> str:
         counts = [f"{len(p.params)} x {dtype}" for dtype, p in self._parts.items()]
-        n = sum(view.numel() for part in self._parts.values() for view in part.views)
+        n = sum(v.numel() for part in self._parts.values() for v in part.values.views)
         return f"Flat({', '.join(counts)}, {n} elements)"
 
 
@@ -157,9 +176,14 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     `zero_grad` of a fusedstep optimizer or of `module` zeroes the views and keeps them, whatever
     `set_to_none` says; of a parameter that was frozen meanwhile it drops the gradient.
 
+    Each parameter, gradient and state has a storage of its own on that memory, which torch refuses
+    to resize: what saves, copies or compares tensors by storage (`torch.save`, `copy.deepcopy`,
+    safetensors, accelerate, `torch.distributed.checkpoint`) does as it would without flatten_.
+
     If something later moves a parameter or a gradient out of its view (`.to`, `p.data = ...`,
-    another object's `zero_grad`, DistributedDataParallel with `gradient_as_bucket_view`), steps
-    stay correct and `step` warns once. `flat_grad` is then not all that is to be reduced.
+    `share_memory` and what sends a model to another process, another object's `zero_grad`,
+    DistributedDataParallel with `gradient_as_bucket_view`), steps stay correct and `step` warns
+    once. `flat_grad` is then not all that is to be reduced.
 
     Args:
         module_or_params: a module, whose parameters that require a gradient are taken, or an
@@ -204,18 +228,17 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     for param in params.values():
         by_dtype.setdefault(param.dtype, []).append(param)
 
-    # All the memory that there is need of, before anything changes.
-    parts = {dtype: _Part(found) for dtype, found in by_dtype.items()}
     with torch.no_grad():
-        for part in parts.values():
+        # All the memory that there is need of, before anything changes.
+        parts = {dtype: _Part(found) for dtype, found in by_dtype.items()}
+        places = {dtype: part.values.apart() for dtype, part in parts.items()}
+        for dtype, part in parts.items():
             _all.add(part)
-            for param, view, grad in zip(
-                by_dtype[part.flat.dtype], part.views, part.given, strict=True
-            ):
-                view.copy_(param)
+            for param, value, grad in zip(by_dtype[dtype], places[dtype], part.given, strict=True):
+                value.copy_(param)
                 if param.grad is not None:
                     grad.copy_(param.grad)
-                param.data = view
+                param.data = value
                 param.grad = grad
                 if param in _parts:  # a part that it leaves
                     _parts[param].places.pop(id(param), None)
@@ -267,7 +290,7 @@ def _check(params: dict[str, Any]) -> None:
 def is_flat(param: torch.Tensor) -> bool:
     """Whether flatten_ placed the parameter and it is still there."""
     part = _parts.get(param)
-    return part is not None and _same_place(param, part.views[part.places[id(param)]])
+    return part is not None and _same_place(param, part.values.views[part.places[id(param)]])
 
 
 def restore(params: Sequence[torch.Tensor]) -> int:
@@ -315,8 +338,8 @@ def packed_states(
             if param in _parts:
                 for name in filter(is_array, names):
                     together.setdefault((id(_parts[param]), name), []).append(param)
-    result = {}
+    result: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
     for (_, name), params in together.items():
-        for param, view in zip(params, _packed(params, state_dtype(params[0]))[1], strict=True):
-            result[param, name] = view
+        states = _Memory(params, state_dtype(params[0])).apart()
+        result.update(zip(((param, name) for param in params), states, strict=True))
     return result

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fusedstep import _core, _gpu, _runtime
 
@@ -54,6 +55,15 @@ def allocate(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(n, dtype=dtype, device=device)
     memory = _core.allocate(n * dtype.itemsize, _runtime.huge_pages())
     return torch.from_numpy(memory).view(dtype)
+
+
+def own_storage(view: torch.Tensor) -> torch.Tensor:
+    """A dense view as a tensor of its own: its storage spans no more, and keeps the memory alive.
+
+    Through DLPack, which takes every dtype and device. The storage cannot be resized.
+    """
+    run = from_dlpack(to_dlpack(view.as_strided((view.numel(),), (1,))))
+    return run.as_strided(view.shape, view.stride()).detach()
 
 
 def new_state(param: torch.Tensor) -> torch.Tensor:
