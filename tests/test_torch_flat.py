@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedstep.torch as ft
 from cases import each_case
@@ -595,6 +596,10 @@ def twice():
     return [param, nn.Parameter(torch.ones(2)), param]
 
 
+def wrapped():
+    return [nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))]
+
+
 def with_first(*others):
     return [nn.Parameter(torch.ones(3)), *others]
 
@@ -617,6 +622,7 @@ def with_first(*others):
         (lambda: net().named_parameters(), TypeError, r"params\[0\] must .* got tuple"),
         (lambda: with_first(nn.Parameter(torch.ones(2)) * 2), TypeError, r"params\[1\] must be a"),
         (twice, ValueError, r"params\[2\] must be given once, got it as 0 too"),
+        (wrapped, TypeError, r"params\[0\] must be an ordinary parameter, got TwoTensor"),
         (shared_memory, ValueError, r"\[0\] and module_or_params\[1\] must not share"),
         (
             lambda: with_first(nn.Parameter(torch.ones(2, device="meta"))),

@@ -355,6 +355,50 @@ def test_torch_refuses_to_resize_what_flatten_gave(nbytes):
     assert_same(model, expected)
 
 
+def resized(tensor, nbytes):
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
+@pytest.mark.parametrize("nbytes", [0, 4, 23])
+@pytest.mark.parametrize("of", ["parameter", "gradient", "both"])
+def test_flatten_refuses_tensors_without_memory_and_changes_nothing(of, nbytes):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    weight = model[0].weight
+    label = r"module_or_params\[0.weight\]"
+    if of != "parameter":
+        weight.grad = resized(torch.ones(3, 2), nbytes)
+    if of != "gradient":
+        resized(weight, nbytes)
+    else:
+        label = "the gradient of " + label
+    places = [param.data_ptr() for param in model.parameters()]
+    grads = [param.grad for param in model.parameters()]
+    message = rf"^{label} must have memory, 24 bytes of it, got a storage of {nbytes} bytes$"
+    with pytest.raises(ValueError, match=message):
+        ft.flatten_(model)
+    assert [param.data_ptr() for param in model.parameters()] == places
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert "zero_grad" not in vars(model)
+
+
+def test_flatten_counts_what_a_view_spans():
+    base = torch.ones(4, 4)
+    param = nn.Parameter(base[1:, 1:])  # from element 5 to element 15
+    resized(base, 60)
+    with pytest.raises(ValueError, match="64 bytes of it, got a storage of 60 bytes"):
+        ft.flatten_([param])
+    resized(base, 64)
+    ft.flatten_([param])
+
+
+def test_step_in_backward_refuses_parameters_without_memory():
+    model = nn.Linear(2, 3)
+    resized(model.weight, 0)
+    with pytest.raises(ValueError, match=r"^params\[0\] must have memory, 24 bytes of it"):
+        ft.step_in_backward(model, ft.SGD(model.parameters()))
+
+
 # -- autograd --------------------------------------------------------------------------------------
 
 
@@ -369,6 +413,16 @@ def test_a_backward_through_a_zeroed_gradient_is_noticed(of):
     opt.zero_grad()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_parameters_flattened_in_inference_mode_train():
+    model, expected = net(False), net(False)
+    with torch.inference_mode():
+        ft.flatten_(model)
+    opt, other = ft.AdamW(model.parameters()), ft.AdamW(expected.parameters())
+    train(model, opt)
+    train(expected, other)
+    assert_same(model, expected)
 
 
 # -- the neutral optimizers ------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from fusedstep.torch.tensors import (
     allocate,
     announce,
     check_apart,
+    check_memory,
     dense_strides,
     is_dtensor,
     own_storage,
@@ -195,7 +196,8 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
 
     Raises:
         TypeError, ValueError: something is not a parameter in memory of its own on the device of
-            the others, is given twice, or there is none; nothing has changed then.
+            the others, is given twice, or there is none; a storage was resized to less than its
+            parameter or gradient spans. Nothing has changed then.
 
     Example:
         >>> import torch
@@ -228,7 +230,7 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
     for param in params.values():
         by_dtype.setdefault(param.dtype, []).append(param)
 
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         # All the memory that there is need of, before anything changes.
         parts = {dtype: _Part(found) for dtype, found in by_dtype.items()}
         places = {dtype: part.values.apart() for dtype, part in parts.items()}
@@ -269,6 +271,7 @@ def _check(params: dict[str, Any]) -> None:
             raise ValueError(f"{label} must be on {home} as the others, got {param.device}")
         if param.device.type == "cpu" and param.is_shared():
             raise ValueError(f"{label} must not be in shared memory, which it would leave")
+        check_memory(label, param)
         if param.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{label} must be {known}, got {param.dtype}")
@@ -276,6 +279,8 @@ def _check(params: dict[str, Any]) -> None:
             raise ValueError(f"{label} must require a gradient, got a frozen parameter")
         if param.grad is not None and param.grad.layout != torch.strided:
             raise ValueError(f"{label} must have a dense gradient, got {param.grad.layout}")
+        if param.grad is not None:
+            check_memory(f"the gradient of {label}", param.grad)
         for dtype in (getattr(param, "grad_dtype", None), getattr(param.grad, "dtype", None)):
             if dtype not in (None, param.dtype):
                 raise TypeError(f"{label} must have a gradient of {param.dtype}, got {dtype}")
@@ -284,6 +289,12 @@ def _check(params: dict[str, Any]) -> None:
         if id(param) in seen:
             raise ValueError(f"{label} must be given once, got it as {seen[id(param)]} too")
         seen[id(param)] = name
+    for name, param in params.items():
+        if type(param).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"module_or_params[{name}] must be an ordinary parameter, got"
+                f" {type(param).__name__}"
+            )
     check_apart({f"module_or_params[{name}]": param for name, param in params.items()})
 
 

@@ -137,8 +137,7 @@ def as_plain(
     if tensor.device != device:
         where = "the CPU" if device.type == "cpu" else device
         raise ValueError(f"{label} must be on {where}, got device {tensor.device}")
-    if tensor.numel() and not tensor.untyped_storage().nbytes():
-        raise ValueError(f"{label} must have memory, got a storage of 0 bytes")
+    check_memory(label, tensor)
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{label} must be {known}, got {tensor.dtype}")
@@ -157,6 +156,15 @@ def _extent(tensor: torch.Tensor) -> int:
         return 0
     dims = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in dims)
+
+
+def check_memory(label: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a tensor whose storage was resized to less than it spans."""
+    wanted = (tensor.storage_offset() + _extent(tensor)) * tensor.itemsize
+    if tensor.numel() and (found := tensor.untyped_storage().nbytes()) < wanted:
+        raise ValueError(
+            f"{label} must have memory, {wanted} bytes of it, got a storage of {found} bytes"
+        )
 
 
 def _places(tensor: torch.Tensor) -> torch.Tensor:
@@ -185,6 +193,7 @@ def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
     for label, tensor in tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
             continue  # said elsewhere
+        check_memory(label, tensor)
         if _overlaps_itself(tensor):
             raise ValueError(
                 f"{label} must have memory of its own for each element, got shape"
