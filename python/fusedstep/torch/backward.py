@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad
 
 from fusedstep.torch import flat
 from fusedstep.torch.flat import stepped_in_backward
-from fusedstep.torch.optimizers import Optimizer
+from fusedstep.torch.optimizers import Optimizer, Place
 from fusedstep.torch.tensors import check_apart, is_dtensor
 
 
@@ -47,6 +47,8 @@ class StepInBackward:
     def __init__(self, optimizer: Optimizer, params: list[torch.Tensor]) -> None:
         self._optimizer = optimizer
         self._params = params
+        self._backward = -1  # torch's number of the one under way, never used again
+        self._places: dict[int, Place] = {}
         self._handles = [self._register(param) for param in params]
         optimizer._stepping_in_backward.add(self)
         for param in params:
@@ -54,20 +56,38 @@ class StepInBackward:
         _guard_clipping()
 
     def _register(self, param: torch.Tensor) -> Any:
-        place = self._optimizer._place(param, None)
         # Weak, as torch's hooks are no part of the cycles that Python can collect.
         running = weakref.ref(self)
 
         def hook(param: torch.Tensor) -> None:
-            nonlocal place
             if (this := running()) is None:
                 return
-            place = this._optimizer._place(param, place)
+            place = this._place(param)
             if place is not None:  # else its group was removed: the gradient is the caller's
                 this._optimizer._step_one(param, place)
                 param.grad = None
 
         return param.register_post_accumulate_grad_hook(hook)
+
+    def _place(self, param: torch.Tensor) -> Place | None:
+        """Where the optimizer has the parameter; None where it has it no longer.
+
+        Groups may be edited at any time. All of them are looked at once in each backward, and again
+        where a parameter is not in the place that was found then.
+        """
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward != -1:  # of a compiled one torch does not tell
+            place = self._places.get(id(param))
+            if place is None:
+                return None
+            k, j, _ = place
+            groups = self._optimizer.param_groups
+            if k < len(groups):
+                params = groups[k]["params"]
+                if j < len(params) and params[j] is param:
+                    return place
+        self._backward, self._places = backward, self._optimizer._places()
+        return self._places.get(id(param))
 
     def remove(self) -> None:
         """Leaves gradients and steps to the caller again."""

@@ -52,6 +52,10 @@ _BEYOND = "fusedstep"
 # where only the GPU knows it.
 _Row = tuple[list[Any], list[float], dict[str, Any], Any]
 
+# Where a parameter is: its group, its place there, and its number, counted over all groups as in
+# `state_dict`.
+Place = tuple[int, int, int]
+
 # What a step is asked beside gradients and groups, see TensorTable::step. Mostly nothing.
 _NOTHING = (1.0, None, False, 0, False, None, None, None)
 
@@ -85,7 +89,9 @@ class Optimizer(torch.optim.Optimizer):
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where the constructor got them
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
     _begins_at_once: ClassVar[bool]  # states exist before the first step
+    param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
+    _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
 
     grad_norm: torch.Tensor | None
     """The norm of all gradients before the last step, if that step had `max_norm` or
@@ -95,10 +101,14 @@ class Optimizer(torch.optim.Optimizer):
         self._reset()
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
         heard = {_BEYOND: beyond} if beyond else {}
-        super().__init__(params, {**self._spec._fixed, **self._given, **hypers, **heard})
+        self._found = set()
+        try:
+            super().__init__(params, {**self._spec._fixed, **self._given, **hypers, **heard})
+        finally:
+            self._found = None
         if self._begins_at_once:
             rows = self._current()
-            helper = _Helper(self, self._counts_live(rows))
+            helper = _Helper(self, self._counts_live(rows), rows)
             for params, native, group, _ in rows:
                 names = ["step", *self._spec._uses(native)]
                 helper._begin([(param, group, names) for param in params])
@@ -108,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
         self._open(torch.device("cpu"))
         self._live = False  # whether the step counts are on the device
         self.grad_norm = None
-        self._seen: list[tuple[tuple[Any, ...] | None, _Row]] = []
+        self._seen: dict[int, tuple[tuple[Any, ...] | None, _Row]] = {}
         self.__dict__.setdefault("_stepping_in_backward", set())
 
     def _open(self, device: torch.device) -> None:
@@ -164,34 +174,40 @@ class Optimizer(torch.optim.Optimizer):
 
     def _current(self) -> list[_Row]:
         """All groups as the table takes them; those that were edited are checked again."""
-        first = next((p for group in self.param_groups for p in group["params"]), None)
-        if first is not None and first.device != self._device and not first.is_meta:
-            params = self._params()
-            for i in self._not_begun():
-                self.state.pop(params[i], None)
-            self._open(first.device)  # a model may be moved after its optimizer was made
-            self._seen.clear()
-        rows = []
-        for k, group in enumerate(self.param_groups):
-            values = tuple(map(group.get, self._read))
-            if k < len(self._seen):
-                before, row = self._seen[k]
-                same = row[0] is group["params"] and row[2] is group
-                if same and before and all(map(operator.is_, values, before)):
-                    rows.append(row)
-                    continue
-            self._check_capturable(group)
-            known, lr = group, group.get("lr")
-            if self._gpu is None or not isinstance(lr, torch.Tensor) or lr.device != self._device:
-                lr = None
-            else:  # to read it would be to wait for the device
-                known, lr = {**group, "lr": 0.0}, lr.detach()
-            row = (group["params"], self._spec._native(self._checked(known)), group, lr)
-            rows.append(row)
-            # Tensors and lists may be written to: a group with one is read each time.
-            self._seen[k:] = [(values if all(map(_is_fixed, values)) else None, row)]
-        del self._seen[len(rows) :]
+        self._settle(next((p for group in self.param_groups for p in group["params"]), None))
+        rows = [self._row(k, group) for k, group in enumerate(self.param_groups)]
+        if len(self._seen) > len(rows):
+            self._seen = {k: self._seen[k] for k in range(len(rows))}
         return rows
+
+    def _settle(self, param: torch.Tensor | None) -> None:
+        """Before a step: makes the table one for the device, to which a model may have moved."""
+        if param is None or param.device == self._device or param.is_meta:
+            return
+        params = self._params()
+        for i in self._not_begun():
+            self.state.pop(params[i], None)
+        self._open(param.device)
+        self._seen.clear()
+
+    def _row(self, k: int, group: dict[str, Any]) -> _Row:
+        """Group k as the table takes it."""
+        values = tuple(map(group.get, self._read))
+        if k in self._seen:
+            before, row = self._seen[k]
+            same = row[0] is group["params"] and row[2] is group
+            if same and before and all(map(operator.is_, values, before)):
+                return row
+        self._check_capturable(group)
+        known, lr = group, group.get("lr")
+        if self._gpu is None or not isinstance(lr, torch.Tensor) or lr.device != self._device:
+            lr = None
+        else:  # to read it would be to wait for the device
+            known, lr = {**group, "lr": 0.0}, lr.detach()
+        row = (group["params"], self._spec._native(self._checked(known)), group, lr)
+        # Tensors and lists may be written to: a group with one is read each time.
+        self._seen[k] = (values if all(map(_is_fixed, values)) else None, row)
+        return row
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as torch's; checks its hyperparameters first."""
@@ -199,26 +215,50 @@ class Optimizer(torch.optim.Optimizer):
             # As in torch only here: a scheduler may cycle a momentum down to 0.
             self._spec._check_together(self._checked({**self.defaults, **param_group}))
         before = len(getattr(self, "param_groups", ()))
-        super().add_param_group(param_group)
+        self._append(param_group)
         try:
-            params = self._params()
-            home = next((param.device for param in params if not param.is_meta), self._device)
-            for i in self._indices(len(self.param_groups) - 1):
-                device = params[i].device  # meta: parameters that are yet to get memory
+            group = self.param_groups[-1]
+            real = (p for one in self.param_groups for p in one["params"] if not p.is_meta)
+            home = next((param.device for param in real), self._device)
+            for j, param in enumerate(group["params"]):
+                device = param.device
                 if device.type not in ("cpu", "cuda", "meta"):
-                    raise ValueError(
-                        f"params[{self._name(i)}] must be on the CPU or a CUDA device, got {device}"
-                    )
-                if device not in (home, torch.device("meta")):
-                    raise ValueError(
-                        f"params[{self._name(i)}] must be on {home} as the others, got {device}"
-                    )
+                    rule = "on the CPU or a CUDA device"
+                elif device not in (home, torch.device("meta")):  # which is yet to get memory
+                    rule = f"on {home} as the others"
+                else:
+                    continue
+                first = sum(len(one["params"]) for one in self.param_groups[:-1])
+                (name,) = _names_in(group, first + j, 1, j)
+                raise ValueError(f"params[{name}] must be {rule}, got {device}")
             if home != self._device:
                 self._open(home)
-            self._check_capturable(self.param_groups[-1])
+            self._check_capturable(group)
         except BaseException:
             del self.param_groups[before:]
             raise
+
+    def _append(self, param_group: dict[str, Any]) -> None:
+        """torch's part of `add_param_group`.
+
+        It looks through all groups for the new one's parameters. In a constructor, where nobody
+        else can have changed a group, those that were found before are remembered instead.
+        """
+        if self._found is None:
+            super().add_param_group(param_group)
+            return
+        groups = self.param_groups
+        self.param_groups = [{**group, "params": []} for group in groups[:1]]  # whether by name
+        try:
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+        finally:
+            self.param_groups = groups
+        params = set(map(id, group["params"]))
+        if not self._found.isdisjoint(params):
+            raise ValueError("some parameters appear in more than one parameter group")
+        self._found |= params
+        groups.append(group)
 
     # -- the step ----------------------------------------------------------------------------------
 
@@ -325,10 +365,14 @@ class Optimizer(torch.optim.Optimizer):
         self,
         groups: list[_Row],
         first: int = 0,
+        at: int = 0,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        """Steps the parameters of `groups`, with the loss scale that torch.amp has set."""
+        """Steps the parameters of `groups`, with the loss scale that torch.amp has set.
+
+        `first` is the number of the first, and `at` its place in its group.
+        """
         found_inf = self.__dict__.get("found_inf")
         if found_inf is not None and self._stepping_in_backward:
             raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
@@ -347,7 +391,7 @@ class Optimizer(torch.optim.Optimizer):
             factor = 1.0 if scale is None else 1 / float(scale)
             found = torch.tensor(bad, dtype=torch.float32, device="cpu")
             asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, None)
-        helper = _Helper(self, asked[4])
+        helper = _Helper(self, asked[4], groups, first, at)
         try:
             updated = self._table.step(groups, self.state, asked, first, helper)
         except BaseException:
@@ -394,41 +438,28 @@ class Optimizer(torch.optim.Optimizer):
         stream = stream_of(self._device)
         return factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm
 
-    def _place(self, param: torch.Tensor, guess: int | None) -> int | None:
-        """The parameter's number, which `guess` mostly is; None for one of another optimizer."""
+    def _places(self) -> dict[int, Place]:
+        """Where each parameter is, by its `id`."""
+        places: dict[int, Place] = {}
         first = 0
-        for group in self.param_groups:
-            params = group["params"]
-            if guess is not None and first <= guess < first + len(params):
-                if params[guess - first] is param:
-                    return guess
-                break
-            first += len(params)
-        return next((i for i, other in enumerate(self._params()) if other is param), None)
+        for k, group in enumerate(self.param_groups):
+            for j, param in enumerate(group["params"]):
+                places.setdefault(id(param), (k, j, first + j))
+            first += len(group["params"])
+        return places
 
-    def _step_one(self, param: torch.Tensor, i: int) -> None:
-        """Steps parameter i."""
-        rows = self._current()
-        k = next(k for k in range(len(rows)) if i in self._indices(k))
-        self._update([([param], *rows[k][1:])], i)
+    def _step_one(self, param: torch.Tensor, place: Place) -> None:
+        """Steps one parameter; looks at its own group alone."""
+        self._settle(param)
+        k, j, i = place
+        _, native, group, lr = self._row(k, self.param_groups[k])
+        self._update([([param], native, group, lr)], i, j)
 
     def _is_array(self, name: str) -> bool:
         return name in neutral._RULES[self._spec._rule][1]
 
-    def _indices(self, k: int) -> range:
-        """The numbers of group k's parameters, counted over all groups as in `state_dict`."""
-        first = sum(len(group["params"]) for group in self.param_groups[:k])
-        return range(first, first + len(self.param_groups[k]["params"]))
-
     def _params(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
-
-    def _name(self, i: int) -> str:
-        """What errors call parameter i: its name if it has one, else its number."""
-        for k, group in enumerate(self.param_groups):
-            if i in self._indices(k) and "param_names" in group:
-                return str(group["param_names"][i - self._indices(k).start])
-        return str(i)
 
     def _divisors(self) -> list[tuple[Any, Any]]:
         """Each parameter with its `_divisor` under the present hyperparameters."""
@@ -543,7 +574,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
             return tensor
         if tensor.shape != param.shape:
-            label = f"state_dict['state'][{self._place(param, None)}]['{name}']"
+            label = f"state_dict['state'][{self._places()[id(param)][2]}]['{name}']"
             raise ValueError(
                 f"{label} must have shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
             )
@@ -604,17 +635,20 @@ class LookAhead(Optimizer):
             raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
         super().load_state_dict(state_dict)
 
-    def _current(self) -> list[_Row]:
+    def _settle(self, param: torch.Tensor | None) -> None:
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
-        return super()._current()
+        super()._settle(param)
 
 
 class _Helper:
     """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
 
-    def __init__(self, optimizer: Optimizer, live: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, live: bool, rows: list[_Row], first: int = 0, at: int = 0
+    ) -> None:
         self._optimizer = optimizer
+        self._rows, self._first, self._at = rows, first, at  # see Optimizer._update
         self._counts = optimizer._device if live else torch.device("cpu")  # where they are
         self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -641,13 +675,26 @@ class _Helper:
                 entry.update(before)
 
     def _moved(self) -> None:
-        flat.warn_of_broken(self._optimizer._params())
+        flat.warn_of_broken(self._params)
+
+    # Of the step alone, which may be one parameter's: no step looks at what it does not update.
+
+    @functools.cached_property
+    def _params(self) -> list[torch.Tensor]:
+        return [param for params, *_ in self._rows for param in params]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        names: list[str] = []
+        for params, _, group, _ in self._rows:
+            names += _names_in(group, self._first + len(names), len(params), self._at)
+        return names
 
     def _name(self, i: int) -> str:
-        return self._optimizer._name(i)
+        return self._names[i - self._first]
 
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-        label, param = self._label(i, kind), self._optimizer._params()[i]
+        label, param = self._label(i, kind), self._params[i - self._first]
         device = self._optimizer._device
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
             integer = kind == "step" and not tensor.is_floating_point()  # as torch takes it too
@@ -676,7 +723,7 @@ class _Helper:
     def _written(self) -> dict[str, torch.Tensor]:
         """What the step may write to, by what errors call it."""
         found = {}
-        for i, param in enumerate(self._optimizer._params()):
+        for i, param in enumerate(self._params, self._first):
             if param.grad is None:
                 continue
             found[self._label(i, "params")] = param
@@ -716,8 +763,9 @@ class _Helper:
                     continue
                 initial = 0.0 if name == "step" else opt._spec._initial(name, hypers)
                 if given is not None and (opt._is_array(name) or not _is_number(given)):
-                    i = next(i for i, other in enumerate(opt._params()) if other is param)
-                    raise TypeError(f"{self._label(i, name)} must be a tensor, got {given!r}")
+                    at = next(k for k, other in enumerate(self._params) if other is param)
+                    label = self._label(self._first + at, name)
+                    raise TypeError(f"{label} must be a tensor, got {given!r}")
                 if not opt._is_array(name):
                     entry[name] = _scalar(given, initial, self._counts)
                     continue
@@ -726,6 +774,12 @@ class _Helper:
                 if initial:
                     both = complex(initial, initial)  # two reals
                     entry[name].fill_(both if param.is_complex() else initial)
+
+
+def _names_in(group: Mapping[str, Any], first: int, n: int, at: int = 0) -> list[str]:
+    """What errors call the n parameters of a group from place `at` on: their names or numbers."""
+    given = group.get("param_names", ())[at : at + n]
+    return [*map(str, given), *map(str, range(first + len(given), first + n))]
 
 
 def _is_number(value: Any) -> bool:

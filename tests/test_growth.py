@@ -1,0 +1,80 @@
+"""What grows with the number of parameters or groups grows no faster: by counts, not by a clock."""
+
+import sys
+
+import pytest
+import torch
+
+import fusedstep.torch as ft
+
+
+def calls(run):
+    """How many functions were called, Python's and C's."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class Counted(list):
+    """A list that counts the elements read from it."""
+
+    read = 0
+
+    def __iter__(self):
+        for item in super().__iter__():
+            Counted.read += 1
+            yield item
+
+    def __getitem__(self, key):
+        Counted.read += 1
+        return super().__getitem__(key)
+
+
+def cost(run):
+    Counted.read = 0
+    return calls(run) + Counted.read
+
+
+def check_linear(make):
+    """`make(n)` gives what is to be run for n: its cost for 4n is at most 4 times that for n."""
+    make(5)()  # what is made once
+    small, large = cost(make(50)), cost(make(200))
+    assert large <= 4.1 * small
+
+
+def test_a_constructor_of_torch_is_linear_in_groups():
+    def make(n):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2))]} for _ in range(n)]
+        return lambda: ft.Adam(groups)
+
+    check_linear(make)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_steps_in_backward_are_linear_in_parameters(grouped, strided):
+    def make(n):
+        tensors = [torch.ones(2, 2) for _ in range(n)]
+        if strided:
+            tensors = [tensor.repeat(1, 2)[:, ::2] for tensor in tensors]
+        model = torch.nn.ParameterList(map(torch.nn.Parameter, tensors))
+        params = list(model)
+        opt = ft.Adam([{"params": [p]} for p in params] if grouped else params)
+        for group in opt.param_groups:
+            group["params"] = Counted(group["params"])
+        opt.param_groups = Counted(opt.param_groups)
+        ft.step_in_backward(model, opt)
+        losses = [sum(p.sum() for p in params) for _ in range(2)]
+        losses[0].backward()
+        return losses[1].backward
+
+    check_linear(make)
