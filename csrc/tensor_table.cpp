@@ -49,10 +49,6 @@ std::string shape_text(const TensorView& view) {
   return fusedstep::shape_text(view.shape, view.ndim);
 }
 
-double rounded(double value, DType dtype) {
-  return dtype == DType::f64 ? value : static_cast<float>(value);
-}
-
 std::vector<py::str> interned(const std::vector<std::string>& names) {
   std::vector<py::str> all;
   for (const std::string& name : names) {
@@ -106,6 +102,12 @@ void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
       return;
     }
   }
+  replace(a, kind, tensor, view, place);
+}
+
+// Puts in a tensor's place what torch makes of it.
+void TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
+                          const Place& place) {
   py::object made = owner_.attr("_plain")(a.i, kind, tensor);
   if (!reader_.read(made, view, place)) {
     throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
@@ -184,6 +186,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     a.scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
     look(a, scalars_[s], scalar, view, &counted_[a.i].known[s], !live_);
+    if (shows_less(s, view)) replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
@@ -241,26 +244,28 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   gradients_[place] = {g.data, g.dtype};
 }
 
-// The counts that the state's tensors show; more finely where they are still those that the last
-// step wrote, as float32 is exact to 2^24 only.
+// Whether a scalar is float32 where a step uses more: a checkpoint shall have what the next step
+// reads. A step count is exact to 2^24; on the device, which is not waited for, it shows as much.
+bool TensorTable::shows_less(size_t s, const TensorView& view) const {
+  if (view.n != 1 || view.dtype != DType::f32) return false;
+  return s > 0 || (!live_ && *static_cast<const float*>(view.data) >= 0x1p24f);
+}
+
+// The counts that the state's tensors show.
 Clock TensorTable::clock_of(const Active& a, bool begins) const {
   Clock clock{0, {begins ? 0.0 : 1.0, 0}};
-  // The device looks at the tensors, and takes these numbers where they show no others.
-  if (live_) return scalars_.empty() || begins ? clock : counted_[a.i].clock;
+  if (live_) return clock;  // the device looks at the tensors
   for (size_t s = 0; s < scalars_.size(); ++s) {
-    const Counted& last = counted_[a.i];
     const auto [data, dtype] = a.numbers[s];
     const double shown =
         dtype == DType::f64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
-    const double known = s ? last.clock.carry[s - 1] : static_cast<double>(last.clock.t);
-    const bool same = a.scalars[s].is(last.tensors[s]) && shown == rounded(known, dtype);
     if (s) {
-      clock.carry[s - 1] = same ? known : shown;
-    } else if (shown >= 0 && shown < 9e18 && shown == std::floor(shown)) {
-      clock.t = same ? last.clock.t : static_cast<int64_t>(shown);
+      clock.carry[s - 1] = shown;
+    } else if (shown >= 0 && shown < 0x1p53 && shown == std::floor(shown)) {
+      clock.t = static_cast<int64_t>(shown);
     } else {
-      throw py::value_error(state_label(a, scalars_[s]) + " must be an integer >= 0, got " +
-                            std::to_string(shown));
+      throw py::value_error(state_label(a, scalars_[s]) +
+                            " must be an integer from 0 to 2^53 - 1, got " + std::to_string(shown));
     }
   }
   return clock;
@@ -291,17 +296,15 @@ void TensorTable::write_clocks() {
   if (scalars_.empty() || live_) return;
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
-    Counted& counted = counted_[a.i];
-    counted.clock = table_.clock(place);
+    const Clock clock = table_.clock(place);
     for (size_t s = 0; s < scalars_.size(); ++s) {
-      const double value = s ? counted.clock.carry[s - 1] : static_cast<double>(counted.clock.t);
+      const double value = s ? clock.carry[s - 1] : static_cast<double>(clock.t);
       const auto [data, dtype] = a.numbers[s];
       if (dtype == DType::f64) {
         *static_cast<double*>(data) = value;
       } else {
         *static_cast<float*>(data) = static_cast<float>(value);
       }
-      if (!a.scalars[s].is(counted.tensors[s])) counted.tensors[s] = a.scalars[s];
     }
   }
 }

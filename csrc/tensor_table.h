@@ -49,7 +49,7 @@ class Trail {
 };
 
 // Nothing is taken from an earlier step but what cannot be stale: the verdict that memory does not
-// overlap, while it is where it was, and counts finer than the float32 tensors that show them.
+// overlap, while it is where it was.
 class TensorTable {
  public:
   // `scalars` are the state's 0-d tensors by name: the step count, then what the clock carries. A
@@ -68,7 +68,7 @@ class TensorTable {
   //   owner   asked for what only torch can do:
   //     _plain(i, kind, tensor) -> the same as a plain tensor in its place, or an error that says
   //         what is wrong; kind is "params", "grads" or a state's name. Counts are on the device
-  //         where they are live, else on the CPU.
+  //         where they are live, else on the CPU, and no narrower than a step uses them.
   //     _begin([(parameter, torch's group, names)]) makes the states that are missing
   //     _match(i, [parameter, gradient, *states]) -> the same, dense and of equal strides
   //     _moved() is told, before anything is written, that memory is elsewhere than in the last step
@@ -92,11 +92,9 @@ class TensorTable {
     const void *object = nullptr, *data = nullptr;
   };
 
-  // What the last step wrote to a parameter's scalars.
+  // What the last step found out about a parameter.
   struct Counted {
     const void* param = nullptr;                    // whose: another may get its number
-    std::array<pybind11::object, kCounts> tensors;  // kept: no other can take a tensor's place
-    Clock clock{};
     std::array<Known, kCounts + kMaxStates> known;  // the scalars, the states
     bool entered = false;                           // the device has the clock
   };
@@ -128,6 +126,9 @@ class TensorTable {
   void read(size_t place, const Entry& entry, bool begins);
   void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
             Known* known = nullptr, bool on_host = false);
+  void replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
+               const Place& place);
+  bool shows_less(size_t s, const TensorView& view) const;
   Live number(const pybind11::handle& tensor, const char* name) const;
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;

@@ -554,7 +554,8 @@ def test_count_beyond_float32_stays_exact_on_the_device(gpu, module):
         opt = ft.RAdam([param], lr=0.1, betas=(0.9, 1 - 2**-24))
         param.grad = torch.ones(8)
         opt.step(skip_nonfinite=True)
-        opt.state[param]["step"].fill_(2.0**24)
+        entry = opt.state[param]
+        entry["step"] = entry["step"].double().fill_(2.0**24)
         for _ in range(5):
             opt.step(skip_nonfinite=True)
         return torch_bits(opt, [param])

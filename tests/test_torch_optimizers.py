@@ -872,12 +872,23 @@ def test_deepcopy_of_model_and_optimizer_together():
 
 
 def assert_same_layout(mine, theirs):
-    """The same keys, and tensors of the same dtypes and shapes under them."""
+    """The same keys, and tensors of the same dtypes and shapes under them.
+
+    But for what torch carries from step to step in float32, which is double here.
+    """
+
+    def layout(entry):
+        carried = {"mu_product", "eta", "mu"}
+        return {
+            k: (torch.float64 if k in carried else v.dtype, v.shape)
+            for k, v in entry.items()
+            if v is not None
+        }
+
     assert set(mine["state"]) == set(theirs["state"])
     for i, entry in theirs["state"].items():
-        layout = {k: (v.dtype, v.shape) if v is not None else None for k, v in entry.items()}
         found = {k: (v.dtype, v.shape) for k, v in mine["state"][i].items()}
-        assert found == {k: v for k, v in layout.items() if v is not None}
+        assert found == layout(entry)
     for group, expected in zip(mine["param_groups"], theirs["param_groups"], strict=True):
         assert set(group) == set(expected)
         for key in set(group) - {"foreach", "fused"}:
@@ -896,8 +907,8 @@ def test_state_dict_is_laid_out_as_torch_s(name, hypers, dtype):
     for i, entry in oracle.state_dict()["state"].items():
         for key, value in entry.items():
             if value is not None:
-                torch.testing.assert_close(opt.state_dict()["state"][i][key], value,
-                                           rtol=1e-5, atol=1e-5)  # fmt: skip
+                found = opt.state_dict()["state"][i][key].to(value.dtype)
+                torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
 
 
 def torch_implementations(name):
@@ -962,12 +973,8 @@ def test_own_state_dict_resumes_to_the_bit(name, hypers):
     train(first, params, range(3))
     second = getattr(ft, name)(params)
     second.load_state_dict(state_dict=first.state_dict())
-    carried = {"mu_product", "eta", "mu"} & set(second.state[params[0]])
     train(second, params, range(3, 5))
-    if carried:  # in float32 in the state, as torch keeps them, and finer in the first optimizer
-        assert_close(params, plain)
-    else:
-        assert_same_bits(params, plain)
+    assert_same_bits(params, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -981,14 +988,14 @@ def test_load_keeps_float32_state_under_short_parameters(name, dtype):
     second.load_state_dict(first.state_dict())
     entries = zip(first.state.values(), second.state.values(), strict=True)
     for entry, loaded in entries:
-        assert {v.dtype for v in loaded.values()} <= {torch.float32}
+        assert {v.dtype for n, v in loaded.items() if v.ndim or n == "step"} <= {torch.float32}
         assert fingerprint(loaded) == fingerprint(entry)
     for step in range(3, 5):
         set_grads(step, params, others)
         first.step()
         second.step()
     assert {p.dtype for p in others} == {dtype}
-    assert name in ("NAdam", "ASGD") or fingerprint(params) == fingerprint(others)
+    assert fingerprint(params) == fingerprint(others)
 
 
 def test_load_of_torch_s_bfloat16_state_widens_it():

@@ -607,13 +607,14 @@ class Optimizer:
             if i in self._tensors:
                 torch = sys.modules["torch"]
                 for name, value in entry.items():
-                    entry[name] = (
-                        torch.from_numpy(value)
-                        if isinstance(value, np.ndarray)
-                        else torch.as_tensor(value, device=value.device)
-                        if isinstance(value, _gpu.Array)
-                        else torch.tensor(float(value), device="cpu")
-                    )
+                    if isinstance(value, np.ndarray):
+                        entry[name] = torch.from_numpy(value)
+                    elif isinstance(value, _gpu.Array):
+                        entry[name] = torch.as_tensor(value, device=value.device)
+                    else:  # torch's float32 where that is exact
+                        exact = name == "step" and value <= 2**24
+                        dtype = torch.float32 if exact else torch.float64
+                        entry[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
             state[i] = entry
         natives = self._last_natives()
         groups = [

@@ -570,7 +570,7 @@ class Optimizer(torch.optim.Optimizer):
         tensor = value.tensor
         if name == "step" or name in self._spec._carried:
             live = isinstance(param, torch.Tensor) and param in self._recordable()
-            return _scalar(tensor, 0.0, param.device if live else torch.device("cpu"))
+            return _scalar(name, tensor, 0.0, param.device if live else torch.device("cpu"))
         if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
             return tensor
         if tensor.shape != param.shape:
@@ -697,13 +697,14 @@ class _Helper:
         label, param = self._label(i, kind), self._params[i - self._first]
         device = self._optimizer._device
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
-            integer = kind == "step" and not tensor.is_floating_point()  # as torch takes it too
-            if tensor.numel() == 1 and (integer or tensor.device != self._counts):
-                self._check_not_recording()
-                entry = self._optimizer.state[param]
-                self._counted.append((entry, kind, tensor))
-                entry[kind] = _scalar(tensor, 0.0, self._counts)
-                return entry[kind]
+            if tensor.numel() == 1 and not tensor.is_complex():
+                count = _scalar(kind, tensor, 0.0, self._counts)
+                if (count.dtype, count.device) != (tensor.dtype, tensor.device):
+                    self._check_not_recording()
+                    entry = self._optimizer.state[param]
+                    self._counted.append((entry, kind, tensor))
+                    entry[kind] = count
+                    return count
             device = self._counts
         plain, copied = as_plain(tensor, label, param, device)
         if copied and kind != "grads":
@@ -767,7 +768,7 @@ class _Helper:
                     label = self._label(self._first + at, name)
                     raise TypeError(f"{label} must be a tensor, got {given!r}")
                 if not opt._is_array(name):
-                    entry[name] = _scalar(given, initial, self._counts)
+                    entry[name] = _scalar(name, given, initial, self._counts)
                     continue
                 state = packed.get((param, name))
                 entry[name] = new_state(param) if state is None else state
@@ -807,13 +808,18 @@ def _hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def _scalar(value: Any, default: float, device: torch.device) -> torch.Tensor:
-    """A 0-d tensor of the kind that torch keeps counts in."""
-    double = torch.get_default_dtype() == torch.float64
-    dtype = torch.float64 if double else torch.float32
-    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+def _scalar(name: str, value: Any, default: float, device: torch.device) -> torch.Tensor:
+    """A count as a 0-d tensor, no narrower than a step uses it.
+
+    `step` as torch keeps it, which in float32 is exact to 2^24; what a rule carries, in float64.
+    """
+    given = value.dtype if isinstance(value, torch.Tensor) else None
+    double = name != "step" or torch.float64 in (given, torch.get_default_dtype())
+    if given is not None and value.device.type != "cpu":
+        dtype = torch.float64 if double else torch.float32
         return value.detach().reshape(()).to(device=device, dtype=dtype, copy=True)
     number = default if value is None else float(value)
+    dtype = torch.float64 if double or number >= 2**24 else torch.float32
     return torch.full((), number, dtype=dtype, device=device)
 
 
