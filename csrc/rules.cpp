@@ -5,6 +5,7 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 #define FUSEDSTEP_TARGET host
@@ -12,6 +13,12 @@
 
 namespace fusedstep {
 namespace {
+
+constexpr int count_words(const char* text) {
+  int count = 0;
+  for (char before = ' '; *text; before = *text++) count += before == ' ' && *text != ' ';
+  return count;
+}
 
 std::vector<std::string> words(const char* text) {
   std::istringstream stream(text);
@@ -21,7 +28,8 @@ std::vector<std::string> words(const char* text) {
 }
 
 template <class Step, size_t... kState>
-void divide(const double* scalars, const double* const* states, int64_t n, double* result) {
+void divide(const double* scalars, [[maybe_unused]] const double* const* states, int64_t n,
+            double* result) {
   Step step;
   std::memcpy(&step, scalars, sizeof(step));
   for (int64_t i = 0; i < n; ++i) {
@@ -43,10 +51,27 @@ Rule::Divisors divisors_of(long) {  // the rule has none
   return nullptr;
 }
 
+// Whether hyperparameters choose among the rule's variants.
+template <class R, class = void>
+constexpr bool kChooses = false;
+template <class R>
+constexpr bool kChooses<R, std::void_t<decltype(&R::variant)>> = true;
+
+template <class R>
+int variant(const double* hypers) {
+  if constexpr (kChooses<R>) return R::variant(host::hypers_of<R>(hypers));
+  return 0;
+}
+
 template <class R, int kVariant = 0>
 void add_variants(Rule& rule) {
   using Step = typename R::template Step<double, kVariant>;
-  static_assert(sizeof(Step) == sizeof(typename R::template Step<double, 0>), "the same scalars");
+  using First = typename R::template Step<double, 0>;
+  static_assert(sizeof(Step) == sizeof(First), "the same scalars");
+  static_assert(Step::kStates == count_words(R::kStates), "kStates: as many as have names");
+  static_assert(Step::kStates <= kMaxStates, "kernels.h sizes its tables by kMaxStates");
+  static_assert(Step::kHas >> Step::kStates == 0, "kHas: states that the rule has");
+  static_assert(kChooses<R> || Step::kHas == First::kHas, "variant() says which states there are");
   rule.uses.push_back(Step::kHas);
   rule.divisors.push_back(divisors_of<Step>(0));
   if constexpr (kVariant + 1 < R::kVariants) add_variants<R, kVariant + 1>(rule);
@@ -54,11 +79,10 @@ void add_variants(Rule& rule) {
 
 template <class R>
 Rule describe() {
-  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, host::prepare<R>, {}};
+  static_assert(count_words(R::kHypers) * sizeof(double) == sizeof(typename R::Hypers),
+                "kHypers and Hypers: the same hyperparameters");
+  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, variant<R>, host::prepare<R>, {}};
   add_variants<R>(rule);
-  if (rule.hypers.size() * sizeof(double) != sizeof(typename R::Hypers)) {
-    throw std::logic_error(rule.name + ": kHypers and Hypers differ in length");
-  }
   return rule;
 }
 
@@ -85,8 +109,7 @@ Verdict judge(double sum, bool nonfinite, bool found_inf, const Control& control
 }
 
 unsigned used_states(const Rule& rule, const double* hypers) {
-  Clock clock{0, {0, 0}};
-  return rule.uses[rule.prepare(group_of(rule, hypers), clock, 1).variant];
+  return rule.uses[rule.variant(hypers)];
 }
 
 void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,

@@ -13,6 +13,10 @@ struct Rule {
   std::vector<std::string> hypers, states;
   std::vector<unsigned> uses;  // per variant, bit i: it has state i
 
+  // The variant that these hyperparameters choose. The step's number may choose another one, which
+  // has the same states.
+  int (*variant)(const double* hypers);
+
   // The row of the update that follows `clock`, which is advanced to it.
   Row (*prepare)(const Group& group, Clock& clock, double factor);
 

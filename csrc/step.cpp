@@ -265,12 +265,9 @@ void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGro
     advanced_[i] = t.clock;
     if (!grads[i].data) continue;
     const Group& group = groups[t.group].group;
-    Part part = {i, t.group, 0};
-    if (live) {
-      part.uses = used_states(rule, group.hypers);
-    } else {
+    Part part = {i, t.group, used_states(rule, group.hypers)};
+    if (!live) {
       part.row = row_of(t, group, factor);
-      part.uses = rule.uses[rows_[part.row].variant];
       advanced_[i] = prepared_[part.row].after;
     }
     for (int s = 0; s < kMaxStates && t.n > 0; ++s) {

@@ -39,13 +39,15 @@ struct Adam {
     }
   };
 
+  FN static int variant(const Hypers& h) { return h.amsgrad != 0 ? kAmsgrad : kPlain; }
+
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool correct = h.bias_correction != 0;
     const double bias1 = correct ? 1 - power(h.beta1, clock.t) : 1;
     const double bias2 = correct ? 1 - power(h.beta2, clock.t) : 1;
     s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), h.lr / bias1,
          1 / __builtin_sqrt(bias2), h.eps};
-    return h.amsgrad != 0 ? kAmsgrad : kPlain;
+    return variant(h);
   }
 };
 

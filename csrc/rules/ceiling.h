@@ -30,9 +30,11 @@ struct Ceiling {
     }
   };
 
+  FN static int variant(const Hypers& h) { return static_cast<int>(h.states); }
+
   FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {0};
-    return static_cast<int>(h.states);
+    return variant(h);
   }
 };
 

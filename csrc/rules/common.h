@@ -6,7 +6,9 @@
 //                            CUDA, double on the host
 //   divisor                  in Step, of the states, where the rule divides: what it divides by,
 //                            for the whole of lr; convergence.safe_lr asks for it
-//   prepare                  computes the scalars of update number clock.t and picks the variant
+//   variant                  which variant the hyperparameters choose, where they decide on states
+//   prepare                  computes the scalars of update number clock.t and picks the variant, of
+//                            those with the same states
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once
 

@@ -42,9 +42,13 @@ struct RmsProp {
     }
   };
 
+  FN static int variant(const Hypers& h) {
+    return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
+  }
+
   FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, h.eps, h.momentum, SquareAverage<double>::of(h.alpha), Average<double>::of(h.alpha)};
-    return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
+    return variant(h);
   }
 };
 

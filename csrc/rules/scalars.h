@@ -7,19 +7,24 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
+template <class Rule>
+FN typename Rule::Hypers hypers_of(const double* values) {
+  typename Rule::Hypers hypers;
+  static_assert(sizeof(hypers) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
+  __builtin_memcpy(&hypers, values, sizeof(hypers));
+  return hypers;
+}
+
 // The row of the update that follows `clock`, which is advanced to it; gradients are multiplied by
 // `factor` first.
 template <class Rule>
 FN Row prepare(const Group& group, Clock& clock, double factor) {
   Row row = {};
-  typename Rule::Hypers hypers;
-  __builtin_memcpy(&hypers, group.hypers, sizeof(hypers));
   typename Rule::template Step<double, 0> step;
   static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars, "kernels.h: kMaxScalars");
-  static_assert(sizeof(hypers) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
   ++clock.t;
   row.decay = group.weight_decay != 0 && !group.decoupled ? kCoupled : kScaled;
-  row.variant = Rule::prepare(hypers, clock, step);
+  row.variant = Rule::prepare(hypers_of<Rule>(group.hypers), clock, step);
   __builtin_memcpy(row.scalars + 2, &step, sizeof(step));
   row.scalars[0] = group.maximize ? -factor : factor;
   if (row.decay == kCoupled) {

@@ -31,12 +31,16 @@ struct Sgd {
     }
   };
 
+  FN static int variant(const Hypers& h) {
+    if (h.momentum == 0) return kPlain;
+    return h.nesterov != 0 ? kNesterov : kMomentum;
+  }
+
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool first = clock.carry[0] == 0;  // of the buffer, which may come later than t = 1
     s = {h.lr, h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening};
-    if (h.momentum == 0) return kPlain;
-    clock.carry[0] = 1;
-    return h.nesterov != 0 ? kNesterov : kMomentum;
+    if (h.momentum != 0) clock.carry[0] = 1;
+    return variant(h);
   }
 };
 
