@@ -64,6 +64,7 @@ Doubles divisors(const std::string& name, const std::vector<double>& hypers, int
     if (state && !first) first = &*state;
     data.push_back(state ? state->data() : nullptr);
   }
+  if (!first) throw py::value_error("states must have one array at least");
   Doubles result(std::vector<py::ssize_t>(first->shape(), first->shape() + first->ndim()));
   divisors(rule, hypers.data(), t, data.data(), first->size(), result.mutable_data());
   return result;

@@ -19,12 +19,12 @@ void sweep(const Segment& segment, int64_t begin, int64_t end) {
   const V factor(static_cast<S>(segment.scalars[0])), decay(static_cast<S>(segment.scalars[1]));
   P* param = static_cast<P*>(segment.param);
   const G* grad = static_cast<const G*>(segment.grad);
-  S* state[kStates];
+  S* state[kRoom<Step>];
   for (int i = 0; i < kStates; ++i) state[i] = static_cast<S*>(segment.state[i]);
 
   int64_t at = begin;
   for (; at + V::kWidth <= end; at += V::kWidth) {
-    S* here[kStates];
+    S* here[kRoom<Step>];
     for (int i = 0; i < kStates; ++i) here[i] = has_state<Step>(i) ? state[i] + at : nullptr;
     update<kDecay>(step, factor, decay, param + at, grad + at, here);
   }
@@ -34,8 +34,8 @@ void sweep(const Segment& segment, int64_t begin, int64_t end) {
   const int64_t rest = end - at;
   P tail_param[V::kWidth] = {};
   G tail_grad[V::kWidth] = {};
-  S tail_state[kStates][V::kWidth] = {};
-  S* here[kStates];
+  S tail_state[kRoom<Step>][V::kWidth] = {};
+  S* here[kRoom<Step>];
   __builtin_memcpy(tail_param, param + at, rest * sizeof(P));
   __builtin_memcpy(tail_grad, grad + at, rest * sizeof(G));
   for (int i = 0; i < kStates; ++i) {

@@ -62,11 +62,26 @@ FN constexpr bool has_state(int i) {
   return Step::kHas >> i & 1;
 }
 
-// One register of every stream. States that a variant lacks are dead variables.
+// The length of arrays with an entry for each state: one at least, as there are no empty arrays.
+template <class Step>
+constexpr int kRoom = Step::kStates > 0 ? Step::kStates : 1;
+
+// The equation, on as many states as the rule has.
+template <class Step, class V, class... State>
+FN void apply(const Step& step, V& p, V g, V* states, State&... state) {
+  if constexpr (sizeof...(state) < Step::kStates) {
+    apply(step, p, g, states, state..., states[sizeof...(state)]);
+  } else {
+    step(p, g, state...);
+  }
+}
+
+// One register of every stream. States that a rule or variant lacks are dead variables.
 template <int kDecay, class V, class Step, class P, class G, class S>
 FN void update(const Step& step, V factor, V decay, P* param, const G* grad, S* const* state) {
   constexpr int kStates = Step::kStates;
-  V p = load<V>(param), g = load<V>(grad) * factor, s[kStates];
+  static_assert(kStates <= kMaxStates, "kernels.h sizes its tables by kMaxStates");
+  V p = load<V>(param), g = load<V>(grad) * factor, s[kRoom<Step>];
   UNROLL
   for (int i = 0; i < kStates; ++i) {
     if (has_state<Step>(i)) s[i] = load<V>(state[i]);
@@ -76,9 +91,7 @@ FN void update(const Step& step, V factor, V decay, P* param, const G* grad, S* 
   } else {
     p = decay * p;
   }
-  if constexpr (kStates == 1) step(p, g, s[0]);
-  if constexpr (kStates == 2) step(p, g, s[0], s[1]);
-  if constexpr (kStates == 3) step(p, g, s[0], s[1], s[2]);
+  apply(step, p, g, s);
   store(param, p);
   UNROLL
   for (int i = 0; i < kStates; ++i) {

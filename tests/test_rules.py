@@ -1,6 +1,7 @@
 """What a rule may be: its states under any hyperparameters, and the most and the fewest of them."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,3 +50,52 @@ def test_variant_of_a_step_has_the_states_that_hyperparameters_say(tmp_path):
     )
     assert wrong == []
     assert int(rows) == 14 * sum(3 ** len(hypers) for hypers, *_ in _core.rules().values())
+
+
+def sources_of_toys(directory, most_states):
+    """A copy of the core whose rules are those of native/toys/registry.h, one of four states."""
+    csrc = directory / "csrc"
+    shutil.copytree(CSRC, csrc)
+    shutil.copy(TESTS / "native" / "toys" / "registry.h", csrc / "rules" / "registry.h")
+    text = (csrc / "kernels.h").read_text()
+    for name, value in (("kRules", 2), ("kMaxStates", most_states)):
+        text, found = re.subn(rf"(constexpr int {name} =) \d+;", rf"\1 {value};", text)
+        assert found == 1
+    (csrc / "kernels.h").write_text(text)
+    return csrc
+
+
+def test_rules_of_no_state_and_of_four_are_swept(tmp_path):
+    csrc = sources_of_toys(tmp_path, most_states=4)
+    scalar, fake = "-DFUSEDSTEP_TARGET=scalar", f"-I{TESTS / 'native' / 'cuda_on_host'}"
+    lines = build(
+        tmp_path / "toys",
+        csrc,
+        [TESTS / "native" / "toys" / "main.cpp", fake],
+        [csrc / "rules.cpp"],
+        [csrc / "kernels.cpp", scalar],
+    )
+    got = {}
+    for line in lines:
+        rule, where, _, *values = line.split()
+        got.setdefault((rule, where), []).append([float(x) for x in values])
+
+    def after_two_steps(states):
+        p, g, *s = ([10.0 * k + i for i in range(5)] for k in range(2 + states))
+        for _ in range(2):
+            d = g
+            for k in range(states):
+                s[k] = d = [x + y for x, y in zip(s[k], d, strict=True)]
+            p = [x - 0.5 * y for x, y in zip(p, d, strict=True)]
+        return [p, g, *s]
+
+    for where in ("cpu", "gpu"):
+        assert got["four", where] == after_two_steps(4)
+        assert got["none", where] == after_two_steps(0)
+
+
+def test_rule_of_more_states_than_tables_have_room_for_does_not_compile(tmp_path):
+    csrc = sources_of_toys(tmp_path, most_states=3)
+    refused = compile("-DFUSEDSTEP_TARGET=scalar", "-fsyntax-only", csrc / "kernels.cpp")
+    assert refused.returncode != 0
+    assert "kernels.h sizes its tables by kMaxStates" in refused.stderr

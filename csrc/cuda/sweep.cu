@@ -67,7 +67,7 @@ FN void sweep_tile(const Step& step, V factor, V decay, const Piece& piece, int6
   const int rest = static_cast<int>(left < kTile ? left : kTile) - static_cast<int>(threadIdx.x);
   P p[kPerThread];
   G g[kPerThread];
-  S s[kStates][kPerThread];
+  S s[kRoom<Step>][kPerThread];
   fetch<kWhole, kLane>(static_cast<const P*>(piece.param), begin, rest, p);
   fetch<kWhole, kLane>(static_cast<const G*>(piece.grad), begin, rest, g);
   UNROLL
@@ -78,7 +78,7 @@ FN void sweep_tile(const Step& step, V factor, V decay, const Piece& piece, int6
   }
   UNROLL
   for (int k = 0; k < kPerThread; ++k) {
-    S* here[kStates];
+    S* here[kRoom<Step>];
     UNROLL
     for (int i = 0; i < kStates; ++i) here[i] = has_state<Step>(i) ? &s[i][k] : nullptr;
     update<kDecay>(step, factor, decay, &p[k], &g[k], here);
