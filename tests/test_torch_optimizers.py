@@ -1,6 +1,8 @@
 """What a training script relies on in torch.optim, asked of fusedstep.torch beside torch itself."""
 
+import collections.abc
 import copy
+import fractions
 import functools
 import inspect
 import io
@@ -1624,6 +1626,152 @@ def test_key_beyond_torch_s_counts_where_the_constructor_was_given_it(name, key,
         for one in (opt, resumed, again):
             assert one._checked(one.param_groups[0])[key] == value
             assert one._checked(one.param_groups[1])[key] == default
+
+
+class Listed(collections.abc.Sequence):
+    """A sequence that is no list, as a configuration's."""
+
+    def __init__(self, values):
+        self.values = list(values)
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, i):
+        return self.values[i]
+
+
+# Each number as another kind of number, each pair as another kind of pair.
+KINDS = {
+    "list": (float, list),
+    "sequence": (float, Listed),
+    "array": (np.array, np.array),
+    "numpy": (np.float64, lambda pair: tuple(map(np.float64, pair))),
+    "numpy float32": (np.float32, lambda pair: np.array(pair, np.float32)),
+    "integers": (lambda number: np.int64(number) if number == int(number) else number, list),
+    "fractions": (fractions.Fraction, lambda pair: list(map(fractions.Fraction, pair))),
+}
+
+
+def of_kind(kind, hypers):
+    number, pair = KINDS[kind]
+
+    def other(value):
+        if isinstance(value, bool):
+            return np.bool_(value)
+        return pair(value) if isinstance(value, tuple) else number(value)
+
+    return {name: other(value) for name, value in hypers.items()}
+
+
+def is_plain(value):
+    """Whether a checkpoint may hold it for `torch.load(weights_only=True)`, and quickly read."""
+    if type(value) is tuple:
+        return all(map(is_plain, value))
+    return value is None or type(value) in (int, float, bool, str)
+
+
+def groups_of(opt):
+    return [{k: v for k, v in group.items() if k != "params"} for group in opt.param_groups]
+
+
+def all_hypers(name):
+    """A value for each hyperparameter that a constructor takes, exact as float32."""
+    found = {"lr": 0.5}
+    for hypers in CASES[name]:
+        found |= {k: v for k, v in hypers.items() if k not in found}
+    exact = lambda value: float(np.float32(value))  # noqa: E731
+    return {
+        k: v if isinstance(v, bool) else tuple(map(exact, v)) if isinstance(v, tuple) else exact(v)
+        for k, v in found.items()
+        if k not in ("nesterov", "maximize")
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "constructor") for name in CASES),
+        *(("AdamW", way) for way in ("group", "add_param_group", "load", "edit")),
+    ],
+)
+def test_numbers_of_other_libraries_are_python_s_in_groups(name, way, kind):
+    hypers = all_hypers(name)
+    other = of_kind(kind, hypers)
+    mine, plain = parameters(), parameters()
+    cls = getattr(ft, name)
+    if way == "constructor":
+        opt = cls(mine, **other)
+    elif way == "group":
+        opt = cls([{"params": mine, **other}], **hypers)
+    elif way == "add_param_group":
+        opt = cls(mine[:1], **hypers)
+        opt.add_param_group({"params": mine[1:], **other})
+    else:
+        opt = cls(mine, **hypers)
+    if way == "load":
+        saved = opt.state_dict()
+        saved["param_groups"][0].update(other)
+        opt.load_state_dict(saved)
+    train(opt, mine, range(1))
+    if way == "edit":
+        opt.param_groups[0].update(other)
+        assert all(opt.param_groups[0][name] is value for name, value in other.items())  # as torch
+    train(opt, mine, range(1, 3))
+    train(cls(plain, **hypers), plain, range(3))
+    assert_same_bits(mine, plain)
+    neutral = getattr(fs, name)([np.ones(3)], **other).param_groups[0]
+    assert all(is_plain(neutral[key]) for key in hypers)
+    assert {key: neutral[key] for key in hypers} == hypers
+    if way != "edit":
+        assert all(is_plain(v) for group in groups_of(opt) for k, v in group.items()
+                   if k != "fusedstep")  # fmt: skip
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)["param_groups"][0]
+    assert {key: saved[key] for key in hypers} == hypers
+
+
+def test_tensors_stay_tensors_in_groups():
+    rate, beta = torch.tensor(0.5), torch.tensor([0.5])
+    opt = ft.AdamW(parameters(), lr=rate, betas=[beta, np.float64(0.75)])
+    group = opt.param_groups[0]
+    assert group["lr"] is rate
+    assert group["betas"][0] is beta
+    assert group["betas"][1:] == (0.75,)
+    assert type(group["betas"][1]) is float
+
+
+@pytest.mark.parametrize(
+    "betas",
+    [[0.5, 0.75], Listed([0.5, 0.75]), np.array([0.5, 0.75]), torch.tensor([0.5, 0.75]),
+     [np.float64(0.5), torch.tensor(0.75)], (torch.tensor(0.5), torch.tensor(0.75))],
+)  # fmt: skip
+def test_edited_group_is_read_anew_only_where_its_values_changed(betas, monkeypatch):
+    mine, theirs = parameters(), parameters()
+    opt, oracle = ft.AdamW(mine, lr=0.1), ft.AdamW(theirs, lr=0.1)
+    given = betas if not hasattr(betas, "clone") else betas.clone()
+    opt.param_groups[0]["betas"] = given
+    oracle.param_groups[0]["betas"] = (0.5, 0.75)
+    read, checked = [], ft.AdamW._checked
+    monkeypatch.setattr(
+        ft.AdamW, "_checked", lambda self, group: (read.append(self), checked(self, group))[1]
+    )
+    train(opt, mine, range(3))
+    assert len(read) == 1
+    where = given.values if isinstance(given, Listed) else given
+    if isinstance(where, tuple):
+        where[0].fill_(0.25)
+    else:
+        where[0] = 0.25
+    train(opt, mine, range(3, 5))
+    assert len(read) == 2
+    train(oracle, theirs, range(3))
+    oracle.param_groups[0]["betas"] = (0.25, 0.75)
+    train(oracle, theirs, range(3, 5))
+    assert_same_bits(mine, theirs)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ PAIRS = {
 }
 
 
-def _as_float(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
     """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
     if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
         value = value.detach()
@@ -101,7 +101,7 @@ def _as_float(value: Any) -> float | None:
 
 def as_number(name: str, value: Any, hyper: Hyper) -> float:
     """`value` as a float that the rule accepts, or TypeError or ValueError."""
-    number = value if type(value) is float else _as_float(value)
+    number = value if type(value) is float else as_float(value)
     if number is None:
         rule = hyper.rule.replace(" and", "")
         kind = f"a number {rule}".replace("number finite", "finite number")

@@ -9,15 +9,16 @@ import inspect
 import operator
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
-from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, HYPERS, as_float, as_number, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
@@ -118,7 +119,8 @@ class Optimizer(torch.optim.Optimizer):
         self._open(torch.device("cpu"))
         self._live = False  # whether the step counts are on the device
         self.grad_norm = None
-        self._seen: dict[int, tuple[tuple[Any, ...] | None, _Row]] = {}
+        # For each group the values it was read with and, where they can be written to, copies.
+        self._seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]] = {}
         self.__dict__.setdefault("_stepping_in_backward", set())
 
     def _open(self, device: torch.device) -> None:
@@ -152,6 +154,14 @@ class Optimizer(torch.optim.Optimizer):
         heard = group.get(_BEYOND, ())
         known |= {n: value for n, value in self._extra.items() if n not in heard}
         return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
+
+    def _to_python(self, group: dict[str, Any]) -> None:
+        """Puts Python's numbers and tuples where a group has those of other libraries.
+
+        A group with them is slower to read, and its checkpoint is refused by `weights_only`.
+        """
+        for name in {*self._read, *_FLAGS} & group.keys():
+            group[name] = _as_python(group[name])
 
     def _check_capturable(self, group: Mapping[str, Any]) -> None:
         if group.get("capturable") and self._gpu is None:
@@ -194,19 +204,20 @@ class Optimizer(torch.optim.Optimizer):
         """Group k as the table takes it."""
         values = tuple(map(group.get, self._read))
         if k in self._seen:
-            before, row = self._seen[k]
+            before, copies, row = self._seen[k]
             same = row[0] is group["params"] and row[2] is group
-            if same and before and all(map(operator.is_, values, before)):
+            same = same and all(map(operator.is_, values, before))
+            if same and (copies is None or copies == tuple(map(_copied, values))):
                 return row
         self._check_capturable(group)
+        copies = None if all(map(_is_fixed, values)) else tuple(map(_copied, values))
         known, lr = group, group.get("lr")
         if self._gpu is None or not isinstance(lr, torch.Tensor) or lr.device != self._device:
             lr = None
         else:  # to read it would be to wait for the device
             known, lr = {**group, "lr": 0.0}, lr.detach()
         row = (group["params"], self._spec._native(self._checked(known)), group, lr)
-        # Tensors and lists may be written to: a group with one is read each time.
-        self._seen[k] = (values if all(map(_is_fixed, values)) else None, row)
+        self._seen[k] = (values, copies, row)
         return row
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -233,6 +244,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"params[{name}] must be {rule}, got {device}")
             if home != self._device:
                 self._open(home)
+            self._to_python(group)
             self._check_capturable(group)
         except BaseException:
             del self.param_groups[before:]
@@ -498,6 +510,8 @@ class Optimizer(torch.optim.Optimizer):
         result = super().state_dict()
         for i in self._not_begun():
             result["state"].pop(i, None)
+        for group in result["param_groups"]:  # which may have been edited since they were made
+            self._to_python(group)
         return result
 
     def __getstate__(self) -> dict[str, Any]:
@@ -547,6 +561,7 @@ class Optimizer(torch.optim.Optimizer):
                 if flag in group:
                     group[flag] = known.get(flag, _FLAGS[flag])
             self._checked(group)
+            self._to_python(group)
         if loaded:
             entries: defaultdict[Any, Any] = defaultdict(dict)
             for key, entry in state["state"].items():
@@ -838,8 +853,32 @@ _FIXED = (float, int, bool, types.NoneType)
 def _is_fixed(value: Any) -> bool:
     """Whether a hyperparameter can change only by being replaced."""
     if type(value) is tuple:
-        return all(type(half) in _FIXED for half in value)
-    return type(value) in _FIXED
+        return all(map(_is_fixed, value))
+    return type(value) in _FIXED or isinstance(value, np.generic)
+
+
+def _as_python(value: Any) -> Any:
+    """A number of any kind as Python's, several as a tuple of such; tensors and all else as is."""
+    if type(value) in _FIXED or isinstance(value, torch.Tensor | str):
+        return value
+    if isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0:
+        return tuple(map(_as_python, value))
+    if isinstance(value, np.bool_):
+        return bool(value)
+    number = as_float(value)
+    return value if number is None else number
+
+
+def _copied(value: Any) -> Any:
+    """What a hyperparameter is now, to be compared with what it is later."""
+    if _is_fixed(value):
+        return value
+    if isinstance(value, Sequence):
+        return [_copied(half) for half in value]
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu"
+    if plain or type(value) is np.ndarray:
+        return value.tolist()
+    return object()  # unlike all others: read again
 
 
 def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
