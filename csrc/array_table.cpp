@@ -19,12 +19,6 @@ void check_shape(const View& got, const View& expected, const Label& label) {
                         shape_text(got.shape, got.ndim));
 }
 
-void check_writable(const View& view, const Label& label) {
-  if (!view.writable) {
-    throw py::value_error(label.text() + " must be writable, got a read-only array");
-  }
-}
-
 }  // namespace
 
 ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
@@ -126,7 +120,7 @@ int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vecto
     const py::handle item = PyTuple_GET_ITEM(fixed.ptr(), static_cast<py::ssize_t>(i));
     if (item.is_none()) continue;
     const Label label{"grads", &names_[i]};
-    View view = view_of(item, label, place);
+    View view = grad_of(item, label, place, params_[i].view);
     check_shape(view, params_[i].view, label);
     converted[i] = {view.data, view.dtype};
     owners.push_back(std::move(view.owner));

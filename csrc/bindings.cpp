@@ -143,6 +143,8 @@ PYBIND11_MODULE(_core, m) {
         py::overload_cast<const std::string&, const std::vector<double>&>(used_states),
         py::arg("rule"), py::arg("hypers"));
 
+  m.def("array_of", array_of, py::arg("array"), py::arg("name"));
+  m.def("address_of", address_of, py::arg("array"));
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
 
   py::class_<ArrayTable>(m, "StepTable")

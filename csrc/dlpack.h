@@ -50,7 +50,8 @@ struct DLPackExchangeAPI {
 
 enum { kCpu = 1, kCudaHost = 3, kRocmHost = 11 };  // device types with CPU memory
 enum { kCuda = 2, kCudaManaged = 13 };             // with a GPU's
-enum { kFloat = 2, kBfloat = 4, kComplex = 5 };    // dtype codes
+// Dtype codes.
+enum { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
 // False for a type that no kernel takes.
 inline bool dlpack_dtype(const DLTensor& t, DType& dtype) {

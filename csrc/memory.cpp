@@ -3,6 +3,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <tuple>
@@ -16,6 +18,13 @@ namespace py = pybind11;
 
 namespace fusedstep {
 namespace {
+
+// What check_writable says it got.
+constexpr char kReadOnly[] = "a read-only array";
+constexpr char kScalar[] = "a NumPy scalar, which is immutable: an array of no dimensions may be";
+constexpr char kCopy[] = "an exporter that copies its memory";
+constexpr char kUnsaid[] =
+    "an array whose library does not say that it may be written: train a copy, numpy.array(x)";
 
 // The address of all that is empty: an exporter may give none, or a new one each time.
 char nothing;
@@ -34,9 +43,64 @@ int64_t count(const int64_t* shape, int ndim) {
   return n;
 }
 
+// Where `n` elements at `data` lie; all that is empty has one address. The first page is never
+// anybody's: an address there is an offset from none.
+void* memory_at(void* data, int64_t n, const Label& label) {
+  if (n == 0) return &nothing;
+  if (reinterpret_cast<uintptr_t>(data) >= 4096) return data;
+  throw py::value_error(label.text() + " must have memory for its elements, got none");
+}
+
 void check_aligned(const void* data, int64_t n, DType dtype, const Label& label) {
   if (n == 0 || reinterpret_cast<uintptr_t>(data) % dtype_bytes(dtype) == 0) return;
   throw py::value_error(label.text() + " must be aligned to its item size, got an unaligned array");
+}
+
+// Whether an error says that an exporter cannot, and not that the interpreter wants to stop.
+bool is_refusal(const py::error_already_set& error) {
+  return error.matches(PyExc_Exception) && !error.matches(PyExc_MemoryError);
+}
+
+// The attribute, or null where there is none. Unlike pybind11's, it lets other errors through.
+py::object attribute(py::handle object, const char* name) {
+  auto found = py::reinterpret_steal<py::object>(PyObject_GetAttrString(object.ptr(), name));
+  if (found) return found;
+  if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+  PyErr_Clear();
+  return found;
+}
+
+// A class of a module that is not ours to import: nothing is of it before somebody has done so.
+class Imported {
+ public:
+  Imported(const char* module, const char* name) : module_(module), name_(name) {}
+
+  bool has(py::handle object) {
+    if (!type_) {
+      const py::object modules = py::module_::import("sys").attr("modules");
+      const py::object module = modules.attr("get")(module_);
+      if (module.is_none()) return false;
+      type_ = attribute(module, name_).release();
+      if (!type_) return false;  // it is in the middle of its own import
+    }
+    return py::isinstance(object, type_);
+  }
+
+ private:
+  const char *module_, *name_;
+  py::handle type_;
+};
+
+bool is_torch_tensor(py::handle object) {
+  static Imported tensor("torch", "Tensor");
+  return tensor.has(object);
+}
+
+void check_unmasked(py::handle array, const Label& label) {
+  static Imported masked("numpy.ma", "MaskedArray");
+  if (masked.has(array)) {
+    throw py::type_error(label.text() + " must be a plain array, got a masked one");
+  }
 }
 
 bool c_contiguous(const DLTensor& t) {
@@ -88,13 +152,14 @@ View numpy_view(const py::array& array, const Label& label) {
   const auto* shape = reinterpret_cast<const int64_t*>(proxy->dimensions);
   const bool writable = (proxy->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
   const int64_t n = count(shape, proxy->nd);
-  return {n ? proxy->data : &nothing, dtype, proxy->nd, shape, n, writable, array};
+  void* data = memory_at(proxy->data, n, label);
+  return {data, dtype, proxy->nd, shape, n, writable ? nullptr : kReadOnly, array};
 }
 
 // DLPack's device type and index; type 0 for one that DLPack does not know, such as torch's meta.
 std::pair<int, int> dlpack_device(py::handle object) {
   try {
-    const py::tuple device(py::getattr(object, "__dlpack_device__")());
+    const py::tuple device(object.attr("__dlpack_device__")());
     return {py::int_(device[0]), py::int_(device[1])};
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_ValueError) && !error.matches(PyExc_BufferError)) throw;
@@ -117,7 +182,7 @@ bool is_in(const Place& place, int type, int index) {
 
 // The capsule of object.__dlpack__(), by the newest protocol the exporter knows.
 py::object dlpack_capsule(py::handle object, const Place& place) {
-  const py::object method = py::getattr(object, "__dlpack__");
+  const py::object method = object.attr("__dlpack__");
   py::dict asked;
   if (place.device && place.device->kind != kCpu) {
     // The exporter lets this stream wait for its own; 1 is the one that CUDA calls 0.
@@ -131,69 +196,129 @@ py::object dlpack_capsule(py::handle object, const Place& place) {
   return method(**asked);
 }
 
-View dlpack_view(py::handle object, const Label& label, const Place& place) {
-  const auto [type, index] = dlpack_device(object);
-  if (!is_in(place, type, index)) {
-    const py::object text =
-        py::getattr(object, "device", py::str("type {} of DLPack").format(type));
-    elsewhere(label, place, "device " + py::str(text).cast<std::string>());
+// The classes whose arrays may be written although a version of theirs exports unversioned capsules.
+bool is_mutable(py::handle object) {
+  static Imported cupy("cupy", "ndarray");
+  return is_torch_tensor(object) || cupy.has(object);
+}
+
+// Whether `object` shows this memory as writable by a protocol that has a word for it.
+bool shows_writable(py::handle object, const void* data) {
+  try {
+    for (const char* name : {"__array_interface__", "__cuda_array_interface__"}) {
+      const py::object shown = attribute(object, name);
+      if (!shown) continue;
+      const auto [address, read_only] = shown["data"].cast<std::pair<uintptr_t, bool>>();
+      return !read_only && reinterpret_cast<void*>(address) == data;
+    }
+    Py_buffer buffer;
+    if (!PyObject_CheckBuffer(object.ptr())) return false;
+    if (PyObject_GetBuffer(object.ptr(), &buffer, PyBUF_FULL) != 0) throw py::error_already_set();
+    const bool writable = !buffer.readonly && buffer.buf == data;
+    PyBuffer_Release(&buffer);
+    return writable;
+  } catch (const py::cast_error&) {
+    return false;
+  } catch (const py::error_already_set& error) {
+    if (!is_refusal(error)) throw;
+    return false;
   }
+}
+
+// An array as DLPack shows it, of any dtype and strides.
+struct Exported {
+  py::object capsule;  // kept, not consumed: its own destructor gives the memory back
+  const DLTensor* tensor;
+  char* data;
+  const char* fixed;
+};
+
+Exported exported(py::handle object, const Label& label, const Place& place) {
   // A torch tensor that takes part in autograd refuses to export; its detached alias does not.
   py::object source = py::reinterpret_borrow<py::object>(object);
-  if (py::hasattr(object, "detach")) source = py::getattr(object, "detach")();
+  if (const py::object detach = attribute(object, "detach")) source = detach();
 
-  py::object capsule;
+  Exported result = {};
   try {
-    capsule = dlpack_capsule(source, place);
+    result.capsule = dlpack_capsule(source, place);
   } catch (py::error_already_set& error) {
-    if (error.matches(PyExc_MemoryError)) throw;
+    if (!is_refusal(error)) throw;
     py::raise_from(error, PyExc_ValueError,
                    (label.text() + " must be exportable through DLPack, got " +
                     py::str(error.value()).cast<std::string>())
                        .c_str());
     throw py::error_already_set();
   }
-  const DLTensor* t;
-  bool writable = true, copied = false;
-  if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
-    const auto* managed = static_cast<DLManagedTensorVersioned*>(
-        PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+  PyObject* capsule = result.capsule.ptr();
+  const bool versioned = PyCapsule_IsValid(capsule, "dltensor_versioned");
+  if (versioned) {
+    const auto* managed =
+        static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
     if (managed->version.major != 1) {
       throw py::value_error(label.text() + " must export DLPack version 1, got version " +
                             std::to_string(managed->version.major));
     }
-    writable = !(managed->flags & 1);
-    copied = (managed->flags & 2) != 0;
-    t = &managed->tensor;
-  } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
-    t = &static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
+    result.tensor = &managed->tensor;
+    result.fixed = managed->flags & 1 ? kReadOnly : managed->flags & 2 ? kCopy : nullptr;
+  } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+    const void* managed = PyCapsule_GetPointer(capsule, "dltensor");
+    result.tensor = &static_cast<const DLManagedTensor*>(managed)->tensor;
   } else {
     throw py::type_error(label.text() + " must export a DLPack capsule, got " +
-                         py::repr(capsule).cast<std::string>());
+                         py::repr(result.capsule).cast<std::string>());
   }
-  DType dtype;
-  if (!dlpack_dtype(*t, dtype)) {
-    wrong_dtype(label, py::str(py::getattr(object, "dtype", py::str("another type"))));
+  const DLTensor& t = *result.tensor;
+  result.data = static_cast<char*>(
+      memory_at(static_cast<char*>(t.data) + t.byte_offset, count(t.shape, t.ndim), label));
+  // An unversioned capsule has no word for read-only: JAX's and TensorFlow's immutable arrays come
+  // in one.
+  if (!versioned && !is_mutable(object) && !shows_writable(object, result.data)) {
+    result.fixed = kUnsaid;
   }
-  if (!c_contiguous(*t)) not_contiguous(label);
-  auto* data = static_cast<char*>(t->data) + t->byte_offset;
-  const int64_t n = count(t->shape, t->ndim);
-  check_aligned(data, n, dtype, label);
-  // The capsule is kept, not consumed: its own destructor gives the memory back.
-  return {n ? data : &nothing, dtype, t->ndim, t->shape, n, writable && !copied, capsule};
+  return result;
 }
 
-// Torch's tensor class, once somebody has imported torch; else null.
-py::handle torch_tensor_type() {
-  static py::handle type;
-  if (!type) {
-    const py::dict modules = py::module_::import("sys").attr("modules");
-    if (modules.contains("torch")) {
-      type = py::getattr(modules["torch"], "Tensor", py::none()).release();
-      if (type.is_none()) type = py::handle();  // torch is in the middle of its own import
-    }
-  }
-  return type;
+// Throws unless the storage reaches as far as the tensor, whose elements span `extent`: torch lets
+// one be shrunk under it (FSDP frees memory so), and then shows an address of nothing.
+void check_storage(py::handle tensor, int64_t extent, int64_t item_bytes, const Label& label) {
+  if (extent == 0) return;
+  const auto first = tensor.attr("storage_offset")().cast<int64_t>();
+  const auto bytes = tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>();
+  const int64_t needed = (first + extent) * item_bytes;
+  if (bytes >= needed) return;
+  throw py::value_error(label.text() + " must have memory for its elements, got a storage of " +
+                        std::to_string(bytes) + " bytes where they need " + std::to_string(needed));
+}
+
+// DLPack would lose the negation that is pending in a lazy view of torch's.
+void check_settled(py::handle tensor, const Label& label) {
+  if (!tensor.attr("is_neg")().cast<bool>()) return;
+  throw py::value_error(label.text() + " must not have its negative bit set, got a lazy view");
+}
+
+void check_place(py::handle object, const Label& label, const Place& place) {
+  const auto [type, index] = dlpack_device(object);
+  if (is_in(place, type, index)) return;
+  py::object text = attribute(object, "device");
+  if (!text) text = py::str("type {} of DLPack").format(type);
+  elsewhere(label, place, "device " + py::str(text).cast<std::string>());
+}
+
+std::string dtype_text(py::handle object) {
+  const py::object dtype = attribute(object, "dtype");
+  return dtype ? py::str(dtype).cast<std::string>() : "another type";
+}
+
+View dlpack_view(py::handle object, const Label& label, const Place& place) {
+  check_place(object, label, place);
+  const Exported seen = exported(object, label, place);
+  const DLTensor& t = *seen.tensor;
+  DType dtype;
+  if (!dlpack_dtype(t, dtype)) wrong_dtype(label, dtype_text(object));
+  if (!c_contiguous(t)) not_contiguous(label);
+  const int64_t n = count(t.shape, t.ndim);
+  check_aligned(seen.data, n, dtype, label);
+  return {seen.data, dtype, t.ndim, t.shape, n, seen.fixed, seen.capsule};
 }
 
 // A tensor as the NumPy array that torch makes of it, several times faster than through DLPack.
@@ -201,12 +326,44 @@ py::handle torch_tensor_type() {
 bool torch_view(py::handle tensor, const Label& label, View& view) {
   py::object array;
   try {
-    array = py::getattr(tensor, "detach")().attr("numpy")();
-  } catch (py::error_already_set&) {
+    array = tensor.attr("detach")().attr("numpy")();
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_RuntimeError)) throw;
     return false;
   }
   view = numpy_view(py::reinterpret_borrow<py::array>(array), label);
   return true;
+}
+
+bool is_numpy_scalar(py::handle object) {
+  static const py::handle generic =
+      py::object(py::module_::import("numpy").attr("generic")).release();
+  return py::isinstance(object, generic);
+}
+
+[[noreturn]] void not_an_array(py::handle object, const Label& label) {
+  throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
+                       py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+}
+
+// NumPy's letter for a dtype code of DLPack's; null for one that it has no type for. Bfloat16 is
+// shown by its bits.
+const char* numpy_kind(int code) {
+  switch (code) {
+    case kInt:
+      return "i";
+    case kUnsigned:
+    case kBfloat:
+      return "u";
+    case kFloat:
+      return "f";
+    case kComplex:
+      return "c";
+    case kBool:
+      return "b";
+    default:
+      return nullptr;
+  }
 }
 
 // What Numba and others show of a GPU's memory, version 2 or 3 of the protocol.
@@ -222,7 +379,7 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
     throw py::type_error(label.text() + " must have a valid __cuda_array_interface__, got " +
                          py::repr(shown).cast<std::string>());
   };
-  const py::object shown = py::getattr(object, "__cuda_array_interface__");
+  const py::object shown = object.attr("__cuda_array_interface__");
   try {
     const auto get = [&](const char* key) { return shown.attr("get")(key); };
     std::tie(address, read_only) = shown["data"].cast<std::pair<uintptr_t, bool>>();
@@ -236,7 +393,7 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
   } catch (const py::cast_error&) {
     wrong(shown);
   } catch (py::error_already_set& error) {
-    if (error.matches(PyExc_MemoryError)) throw;
+    if (!is_refusal(error)) throw;
     wrong(shown);
   }
   if (strided && strides.size() != shape.size()) wrong(shown);
@@ -267,10 +424,10 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
     if (shape[i] != 1 && strides[i] != expected) not_contiguous(label);
     expected *= shape[i];
   }
-  view.writable = !read_only;
-  view.data = view.n ? data : &nothing;
+  view.fixed = read_only ? kReadOnly : nullptr;
   if (!place.device) elsewhere(label, place, "a GPU's memory");
-  check_aligned(view.data, view.n, view.dtype, label);
+  check_aligned(data, view.n, view.dtype, label);
+  view.data = memory_at(data, view.n, label);
   int index = place.index;
   if (view.n) check_device(place.device->index_of(data, &index));
   if (index != place.index) elsewhere(label, place, place_text({place.device, index, nullptr}));
@@ -310,26 +467,112 @@ View view_of(py::handle object, const Label& label, const Place& place) {
   static const py::handle ndarray = py::type::of(py::array()).release();
   const bool plain = py::type::handle_of(object).is(ndarray);
   if (plain || py::isinstance<py::array>(object)) {
-    if (!plain && py::hasattr(object, "mask")) {
-      throw py::type_error(label.text() + " must be a plain array, got a masked one");
-    }
+    if (!plain) check_unmasked(object, label);
     if (!here) elsewhere(label, place, "a NumPy array");
     return numpy_view(py::reinterpret_borrow<py::array>(object), label);
   }
-  const py::handle tensor = torch_tensor_type();
-  View view;
-  if (tensor && py::isinstance(object, tensor)) {
-    if (here && torch_view(object, label, view)) return view;
-    if (py::getattr(object, "is_neg")().cast<bool>()) {  // DLPack would lose the pending negation
-      throw py::value_error(label.text() + " must not have its negative bit set, got a lazy view");
+  if (is_torch_tensor(object)) {
+    View view;
+    if (!here || !torch_view(object, label, view)) {
+      check_settled(object, label);
+      view = dlpack_view(object, label, place);
     }
+    check_storage(object, view.n, dtype_bytes(view.dtype), label);
+    return view;
   }
-  if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
+  if (is_numpy_scalar(object)) {
+    if (!here) elsewhere(label, place, "a NumPy scalar");
+    View view = numpy_view(py::array(py::reinterpret_borrow<py::object>(object)), label);
+    view.fixed = kScalar;
+    return view;
+  }
+  if (attribute(object, "__dlpack__") && attribute(object, "__dlpack_device__")) {
     return dlpack_view(object, label, place);
   }
-  if (py::hasattr(object, "__cuda_array_interface__")) return interface_view(object, label, place);
-  throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
-                       py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+  if (attribute(object, "__cuda_array_interface__")) return interface_view(object, label, place);
+  not_an_array(object, label);
+}
+
+View grad_of(py::handle object, const Label& label, const Place& place, const View& param) {
+  const bool number = PyFloat_CheckExact(object.ptr()) || PyLong_CheckExact(object.ptr());
+  if (!number || param.ndim > 0) return view_of(object, label, place);
+  if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a Python number");
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (PyErr_Occurred()) {  // an integer beyond all doubles
+    PyErr_Clear();
+    throw py::value_error(label.text() + " must fit in " + dtype_name(param.dtype) + ", got " +
+                          py::repr(object).cast<std::string>());
+  }
+  // NumPy rounds it, in the way it rounds a number that meets an array; but has no bfloat16.
+  const bool bf16 = param.dtype == DType::bf16;
+  const char* type = bf16 ? "float32" : dtype_name(param.dtype);
+  py::array array = py::module_::import("numpy").attr("asarray")(value, type);
+  if (bf16) {
+    uint32_t bits;
+    std::memcpy(&bits, array.data(), sizeof bits);
+    if (!std::isnan(value)) bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
+    array = py::array_t<uint16_t>(std::vector<py::ssize_t>{});
+    *static_cast<uint16_t*>(array.mutable_data()) = static_cast<uint16_t>(bits >> 16);
+  }
+  return {array.mutable_data(), param.dtype, 0, nullptr, 1, nullptr, array};
+}
+
+void check_writable(const View& view, const Label& label) {
+  if (view.fixed == kScalar)
+    throw py::type_error(label.text() + " must be an array, got " + kScalar);
+  if (view.fixed) throw py::value_error(label.text() + " must be writable, got " + view.fixed);
+}
+
+std::pair<py::array, bool> array_of(py::handle object, const std::string& name) {
+  const Label label{name.c_str()};
+  if (py::isinstance<py::array>(object)) {
+    check_unmasked(object, label);
+    return {py::reinterpret_borrow<py::array>(object), false};
+  }
+  if (is_numpy_scalar(object)) {
+    auto array = py::array(py::reinterpret_borrow<py::object>(object));
+    array.attr("flags").attr("writeable") = false;
+    return {array, false};
+  }
+  if (!attribute(object, "__dlpack__") || !attribute(object, "__dlpack_device__")) {
+    not_an_array(object, label);
+  }
+  const bool torch = is_torch_tensor(object);
+  if (torch) check_settled(object, label);
+  check_place(object, label, {});
+  const Exported seen = exported(object, label, {});
+  const DLTensor& t = *seen.tensor;
+  const char* kind = t.dtype.lanes == 1 ? numpy_kind(t.dtype.code) : nullptr;
+  if (!kind || t.dtype.bits % 8) wrong_dtype(label, dtype_text(object));
+  const int64_t item = t.dtype.bits / 8;
+  const bool bf16 = t.dtype.code == kBfloat;
+  const std::vector<py::ssize_t> shape(t.shape, t.shape + t.ndim);
+  std::vector<py::ssize_t> strides(t.ndim);
+  int64_t extent = 1, dense = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    const int64_t stride = t.strides ? t.strides[i] : dense;
+    strides[i] = stride * item;
+    extent = shape[i] && extent ? extent + (shape[i] - 1) * stride : 0;
+    dense *= shape[i];
+  }
+  if (torch) check_storage(object, extent, item, label);
+  py::array array(py::dtype(kind + std::to_string(item)), shape, strides, seen.data, seen.capsule);
+  if (seen.fixed) array.attr("flags").attr("writeable") = false;
+  return {array, bf16};
+}
+
+uintptr_t address_of(py::handle object) {
+  const Label label{"params"};
+  const void* data = object.ptr();  // a scalar is in nobody's memory but its own
+  if (py::isinstance<py::array>(object)) {
+    const auto array = py::reinterpret_borrow<py::array>(object);
+    data = array.size() ? array.data() : &nothing;
+  } else if (attribute(object, "__dlpack__")) {
+    data = exported(object, label, {}).data;
+  } else if (const py::object shown = attribute(object, "__cuda_array_interface__")) {
+    return shown["data"].cast<std::pair<uintptr_t, bool>>().first;
+  }
+  return reinterpret_cast<uintptr_t>(data);
 }
 
 void check_grad_dtype(const Label& label, DType param, DType grad) {

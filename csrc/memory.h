@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "device.h"
 
@@ -15,9 +16,9 @@ struct View {
   void* data;
   DType dtype;
   int ndim;
-  const int64_t* shape;  // the exporter's, alive while `owner` is
-  int64_t n;             // elements
-  bool writable;
+  const int64_t* shape;    // the exporter's, alive while `owner` is
+  int64_t n;               // elements
+  const char* fixed;       // what it is that must not be written; null for what may
   pybind11::object owner;  // the array, the DLPack capsule, or what the shape was copied to
 };
 
@@ -28,9 +29,22 @@ struct Label {
   std::string text() const;
 };
 
-// Reads `object`. Throws TypeError for what exposes no memory or an unsupported dtype, ValueError
-// for memory that is elsewhere, not C-contiguous, not aligned or not in native byte order.
+// Reads `object`, a NumPy scalar too. Throws TypeError for what exposes no memory or an unsupported dtype, ValueError
+// for memory that is not there, elsewhere, not C-contiguous, not aligned or not in native byte order.
 View view_of(pybind11::handle object, const Label& label, const Place& place = {});
+
+// A gradient of `param`: a Python number too where that is one element without a dimension.
+View grad_of(pybind11::handle object, const Label& label, const Place& place, const View& param);
+
+// Throws ValueError for memory of which nobody says that it may be written.
+void check_writable(const View& view, const Label& label);
+
+// Any array in the CPU's memory as NumPy's, of whatever dtype and strides, and whether its elements
+// are the bits of bfloat16; never a copy, but of a NumPy scalar. Throws as view_of.
+std::pair<pybind11::array, bool> array_of(pybind11::handle object, const std::string& name);
+
+// Where an array, on whatever device, begins.
+uintptr_t address_of(pybind11::handle object);
 
 // The device in a capsule of another extension module of this build; null for None.
 const Device* device_of(const pybind11::object& capsule);

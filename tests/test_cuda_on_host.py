@@ -389,6 +389,7 @@ def test_cuda_array_interface_s_stream_is_waited_for(gpu, controls, stream):
         (lambda: Exporter(np.ones(3, "f4"), stream="x"), TypeError, "must have a valid"),
         (lambda: Exporter(np.ones(3, "f4"), shape=None), TypeError, "must have a valid"),
         (lambda: Exporter(np.ones(3, "f4"), data=(2, False)), ValueError, "must be aligned"),
+        (lambda: Exporter(np.ones(3, "f4"), data=(0, False)), ValueError, "must have memory for"),
         (lambda: Exporter(np.ones(3, "f4"), mask=np.ones(3, bool)), TypeError, "a plain array"),
         (lambda: Exporter(np.broadcast_to(np.float32(1), (1,))), ValueError, "must be writable"),
     ],

@@ -97,8 +97,7 @@ def forms():
     yield "leaves, arrays", leaves, dict
     yield "leaves, leaves", leaves, leaves
     yield "exporters", listed(exporters), listed(exporters)
-    legacy = listed(lambda arrays: exporters(arrays, legacy=True))
-    yield "legacy exporters", legacy, legacy
+    yield "list, legacy exporters", listed(dict), listed(lambda a: exporters(a, legacy=True))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])

@@ -50,27 +50,12 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
 
 
 def as_array(value: Any, name: str) -> Array:
-    """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy."""
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array, got a masked one")
-    if isinstance(value, np.ndarray):
-        return value
-    if hasattr(value, "detach"):  # a torch tensor, which exports only outside autograd
-        value = value.detach()
-        if str(value.dtype) == "torch.bfloat16":  # NumPy has no bfloat16 of its own
-            bits: Array = value.view(sys.modules["torch"].int16).numpy()
-            return bits.view(as_dtype("bfloat16", name))
-    if not hasattr(value, "__dlpack__"):
-        raise TypeError(
-            f"{name} must be a NumPy array or a DLPack exporter, got {type(value).__name__}"
-        )
-    try:
-        return np.from_dlpack(value)
-    except (BufferError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must be exportable to NumPy through DLPack, got {type(value).__name__} on"
-            f" device {getattr(value, 'device', 'unknown')}: {error}"
-        ) from error
+    """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy.
+
+    It is read-only where nothing says that the memory may be written.
+    """
+    array, is_bfloat16 = _core.array_of(value, name)
+    return array.view(as_dtype("bfloat16", name)) if is_bfloat16 else array
 
 
 class _Layout:
