@@ -242,6 +242,107 @@ def test_strided_tensor_is_measured_to_its_last_element():
     assert fs.FlatBuffer.pack([empty, empty.T])[0].shape == (0, 3)
 
 
+# -- containers that make their arrays anew -------------------------------------------------------
+
+
+class Anew(collections.abc.Mapping):
+    """Makes an array from `found(key)` whenever it is asked for one."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def __getitem__(self, key):
+        return self.found(key)
+
+    def __iter__(self):
+        return iter("ab")
+
+    def __len__(self):
+        return 2
+
+
+class Rows:
+    """As a dataset in a file: its rows are read when they are asked for."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return (self.rows(i) for i in range(2))
+
+
+def npz(path):
+    np.savez(path / "w.npz", a=ones(), b=ones())
+    return np.load(path / "w.npz")
+
+
+def shelf(path):
+    with shelve.open(str(path / "shelf")) as opened:
+        opened.update(a=ones(), b=ones())
+    return shelve.open(str(path / "shelf"))  # its user closes it
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (npz, "a"),
+        (shelf, "a"),
+        (lambda path: Anew(lambda key: ones()), "a"),
+        (lambda path: Anew(lambda key: torch.ones(4)), "a"),
+        (lambda path: Anew(lambda key: Shows(ones())), "a"),
+        (lambda path: Rows(lambda i: ones()), "0"),
+        (lambda path: Rows(lambda i: np.float32(i)), "0"),
+        (lambda path: {1: ones(), 2: Rows(lambda i: ones())}[2], "0"),
+    ],
+)
+def test_container_that_makes_its_arrays_anew_is_refused(tmp_path, make, key):
+    params = make(tmp_path)
+    kind = type(params).__name__
+    says = rf"params must give the same arrays each .*, got a {kind} that makes params\[{key}\]"
+    for use in (fs.Adam, lambda p: convergence.curvature(lambda p: p, p)):
+        with pytest.raises(ValueError, match=says):
+            use(params)
+    if hasattr(params, "close"):
+        params.close()
+
+
+def test_container_that_gives_another_number_the_second_time_is_refused():
+    arrays = [ones()]
+
+    class Grows:
+        def __iter__(self):
+            yield from list(arrays)
+            arrays.append(ones())
+
+    with pytest.raises(ValueError, match="got a Grows that makes params"):
+        fs.SGD(Grows())
+
+
+def test_container_that_keeps_its_arrays_is_trained():
+    memory = {key: ones() for key in "ab"}
+    views = Anew(lambda key: memory[key][:])  # another object each time, of the same memory
+    tensors = Anew(lambda key: torch.from_numpy(memory[key]))
+    rows = Rows(lambda i: memory["ab"[i]][:])
+    proxy = types.MappingProxyType(memory)
+    lists = [tuple(memory.values()), collections.deque(memory.values()), memory.values()]
+    for params in (views, tensors, rows, proxy, *lists, iter(memory.values())):
+        before = memory["a"][0]
+        fs.SGD(params, lr=1.0).step([ones(), ones()])
+        assert memory["a"][0] == memory["b"][0] == before - 1
+    fs.SGD(Anew(lambda key: ones(shape=0)))  # nothing to train
+
+
+def test_gradients_may_come_from_any_container(tmp_path):
+    params = {"a": ones(), "b": ones()}
+    opt = fs.SGD(params, lr=0.25)
+    with npz(tmp_path) as grads, shelf(tmp_path) as more:
+        for some in (grads, more, Anew(lambda key: ones()), Rows(lambda i: ones())):
+            opt.step(some)
+    assert not params["a"].any()
+    assert not params["b"].any()
+    assert fs.FlatBuffer.pack(Anew(lambda key: ones()))["b"].sum() == 4  # copies, as it says
+
+
 # -- masks, interrupts ----------------------------------------------------------------------------
 
 

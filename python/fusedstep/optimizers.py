@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
@@ -155,19 +156,23 @@ def _assignments(hypers: Mapping[str, Any]) -> list[str]:
 
 
 def is_array(thing: Any) -> bool:
-    """Whether it is one array, not several."""
+    """Whether it is one array or NumPy scalar, not several."""
     exports = hasattr(thing, "__dlpack__") or hasattr(thing, "__cuda_array_interface__")
-    return isinstance(thing, np.ndarray) or exports
+    return isinstance(thing, np.ndarray | np.generic) or exports
 
 
 def name_params(params: Params) -> dict[Key, Any]:
     """Parameters in any form that an optimizer takes, by name or number."""
     if isinstance(params, Mapping):
         named = dict(params.items())
+        _check_lasting(params, named, map(params.__getitem__, named))
     elif is_array(params):
         named = {0: params}
     elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
-        named = dict(enumerate(params))
+        once = iter(params)
+        named = dict(enumerate(once))
+        if once is not params:  # an iterator can be asked only once
+            _check_lasting(params, named, params)
     else:
         raise TypeError(
             "params must be an array, a FlatBuffer, or a sequence or dict of arrays,"
@@ -176,6 +181,24 @@ def name_params(params: Params) -> dict[Key, Any]:
     if len({str(key) for key in named}) < len(named):
         raise ValueError(f"params must have distinct names, got {list(named)[:8]}")
     return named
+
+
+def _check_lasting(params: Params, named: Mapping[Key, Any], again: Iterable[Any]) -> None:
+    """Raises ValueError where `again` gives other arrays: training would move copies of ours.
+
+    So do `np.load` of an .npz file, `shelve`, and the rows of a dataset in a file.
+    """
+    for key, first, second in zip_longest(named, named.values(), again):
+        arrays = is_array(first) + is_array(second)
+        if second is first or not arrays:  # of what is none the core says so
+            continue
+        if arrays == 1 or _core.address_of(first) != _core.address_of(second):
+            kind = "dict" if isinstance(params, Mapping) else "list"
+            raise ValueError(
+                "params must give the same arrays each time it is asked, got a"
+                f" {type(params).__name__} that makes params[{key}] anew: train the arrays of"
+                f" {kind}(params), and store them afterwards"
+            )
 
 
 def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
@@ -207,8 +230,10 @@ class Optimizer:
     sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch
     tensors, CuPy arrays, or anything else that exports its memory through DLPack or
     `__cuda_array_interface__`; all in CPU memory, or all on one CUDA device. All must be
-    C-contiguous and writable, float32, float64, float16 or bfloat16. States are float32, or float64
-    for float64 parameters, in flat buffers of their own.
+    C-contiguous, float32, float64, float16 or bfloat16, and in memory that is known to be writable,
+    which JAX's and TensorFlow's immutable arrays are not. A container must keep its arrays: one
+    that reads them from a file whenever it is asked, as `np.load` of an .npz file, is refused.
+    States are float32, or float64 for float64 parameters, in flat buffers of their own.
 
     On a CUDA device a step is queued, not waited for, on the stream that is torch's or CuPy's
     current one if the first parameter is theirs, else on the one that the parameter names, else on
