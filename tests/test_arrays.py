@@ -424,6 +424,62 @@ def test_interrupt_under_a_tensor_is_passed_on(error):
         fs.SGD(bad)
 
 
+# -- numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["array", "list", "dict", "tensor"])
+def test_number_is_a_gradient_of_a_parameter_without_dimensions(dtype, form):
+    rounded = ones(dtype, ()) * ones(dtype, ()).dtype.type(0.1)
+    for grad in (0.1, rounded[()], 3, 1e-9, 257 / 256, 1.00390625 + 2**-12):
+        make = tensor if form == "tensor" else np.copy
+        theirs, ours = make(ones(dtype, ())), make(ones(dtype, ()))
+        wrap = {"list": lambda x: [x], "dict": lambda x: {"w": x}}.get(form, lambda x: x)
+        fs.SGD(wrap(theirs), lr=1.0).step(wrap(np.asarray(grad, rounded.dtype)))
+        fs.SGD(wrap(ours), lr=1.0).step(wrap(grad), max_norm=np.inf)
+        assert float(ours) == float(theirs)
+
+
+def test_number_of_numpy_s_has_a_dtype():
+    param = ones(shape=())
+    opt = fs.SGD(param, lr=1.0)
+    with pytest.raises(TypeError, match=r"grads\[0\] must be float32.*got float64"):
+        opt.step(np.float64(1))
+    with pytest.raises(TypeError, match=r"grads\[0\] must be float32.*got int64"):
+        opt.step(np.int64(1))
+    for half in (np.float16(0.5), ml_dtypes.bfloat16(0.5)):
+        opt.step(half)
+    assert param == 0
+    for bad in (True, "1", 1j, None.__class__):
+        with pytest.raises(TypeError, match="grads"):
+            opt.step(bad)
+    with pytest.raises(ValueError, match=r"grads\[0\] must fit in float32, got 1000"):
+        opt.step(10**400)
+
+
+def test_number_is_no_gradient_of_an_array():
+    opt = fs.SGD({"w": ones(), "s": ones(shape=())})
+    with pytest.raises(TypeError, match=r"grads\[w\] must be a NumPy array or .*, got float"):
+        opt.step([1.0, 1.0])
+    with pytest.raises(ValueError, match=r"grads\[w\] must have shape \(4,\), got \(\)"):
+        opt.step([np.float32(1), 1.0])
+    opt.step([None, 1.0])
+
+
+def test_number_is_no_parameter():
+    says = r"params\[\w\] must be an array, got a NumPy scalar, which is immutable"
+    for params in (np.float32(1), [np.float32(1)], {"w": np.float64(1)}):
+        with pytest.raises(TypeError, match=says):
+            fs.SGD(params)
+
+
+def test_number_is_taken_by_curvature():
+    scalar = np.array(2.0)
+    for grad_fn in (lambda p: 3 * float(p), lambda p: 3 * p[()], lambda p: [3 * float(p)]):
+        found = convergence.curvature(grad_fn, scalar)
+        assert found.largest == pytest.approx(3, rel=1e-6)
+
+
 # -- buffers --------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,8 @@ def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
         return [grads[key] for key in params]
     if isinstance(grads, list | tuple):
         return grads
-    if grads is None or is_array(grads):
+    number = type(grads) in (float, int) and len(params) == 1
+    if grads is None or number or is_array(grads):
         return [grads]
     if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
         return list(grads)
@@ -487,8 +488,9 @@ class Optimizer:
             grads: gradients in the form of the parameters: an array, a sequence or dict of arrays,
                 or a FlatBuffer of the parameters' shapes, which is the fastest. Each has its
                 parameter's shape, and its dtype or, for a float32 parameter, float32, bfloat16 or
-                float16. None in an array's place leaves that parameter, its states and its count
-                of updates alone. Gradients are read, never written.
+                float16; a parameter without dimensions takes Python's and NumPy's numbers. None in
+                an array's place leaves that parameter, its states and its count of updates alone.
+                Gradients are read, never written.
             max_norm: clips the gradients, all of them together, to this norm:
                 `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
                 `grad_norm` is then the norm before. A number >= 0, or inf to measure only

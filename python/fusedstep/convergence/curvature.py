@@ -313,7 +313,8 @@ class _Hessian:
         for key, shape, grad, part in zip(
             self._named, self._shapes, ordered, self._parts(flat), strict=True
         ):
-            array = as_array(grad, f"grads[{key}]")
+            number = type(grad) in (float, int) and not shape
+            array = np.asarray(float(grad)) if number else as_array(grad, f"grads[{key}]")
             if array.shape != shape:
                 raise ValueError(f"grads[{key}] must have shape {shape}, got {array.shape}")
             if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
