@@ -502,3 +502,32 @@ def test_buffer_takes_what_a_step_takes():
         fs.FlatBuffer.pack([torch._neg_view(torch.ones(3))])
 
 
+def test_buffer_is_not_one_array(tmp_path):
+    buffer = fs.FlatBuffer.pack({"w": ones(), "b": ones()})
+    says = r"array must be one array, got a FlatBuffer.*buffer\.flat.*\*\*buffer"
+    for use in (
+        np.asarray,
+        np.array,
+        lambda b: np.asarray(b, "f4"),
+        lambda b: np.save(tmp_path / "p.npy", b),
+        lambda b: np.savez(tmp_path / "p.npz", params=b),
+        lambda b: np.savetxt(tmp_path / "p.txt", b),
+        lambda b: np.copyto(ones(), b),
+        np.mean,
+    ):
+        with pytest.raises(TypeError, match=says):
+            use(buffer)
+    np.savez(tmp_path / "p.npz", **buffer)
+    np.save(tmp_path / "p.npy", buffer.flat)
+    with np.load(tmp_path / "p.npz") as saved:
+        assert saved["w"].tolist() == [1] * 4
+    assert np.load(tmp_path / "p.npy").size == buffer.flat.size
+
+
+def test_classes_that_are_not_called_say_what_is():
+    for args in ((), ({"w": ones()},), ([ones()],)):
+        with pytest.raises(TypeError, match=r"FlatBuffer must be made by pack.*FlatBuffer\.pack\("):
+            fs.FlatBuffer(*args)
+    for args in ((ones(),), (ones(), [])):
+        with pytest.raises(TypeError, match=r"must be one of SGD, Lion.*AdamW.*the base class"):
+            fs.Optimizer(*args)

@@ -101,7 +101,8 @@ class FlatBuffer(Mapping[Key, Array]):
     4 MiB and more ask for transparent huge pages unless `set_huge_pages(False)`.
 
     Made by `pack` (from arrays), `zeros` (from shapes) or `over` (on memory of your own).
-    `buffer[name]` is a view; `buffer[name] = x` copies `x` into it.
+    `buffer[name]` is a view; `buffer[name] = x` copies `x` into it. `np.savez(file, **buffer)`
+    saves the arrays by name, `np.save(file, buffer.flat)` the memory.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -116,14 +117,27 @@ class FlatBuffer(Mapping[Key, Array]):
 
     __slots__ = ("_flat", "_layout", "_views")
 
-    def __init__(self, layout: _Layout, flat: Array) -> None:
-        # Not public: pack, zeros and over make the layout and the memory that fit each other.
+    _layout: _Layout
+    _flat: Array
+    _views: dict[Key, Array]
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        raise TypeError(
+            "FlatBuffer must be made by pack (from arrays), zeros (from shapes) or over (on memory"
+            " of your own), as FlatBuffer.pack({...}), got a call of the class"
+        )
+
+    @classmethod
+    def _of(cls, layout: _Layout, flat: Array) -> FlatBuffer:
+        """A buffer of a layout and the memory that fits it."""
+        self = cls.__new__(cls)
         self._layout = layout
         self._flat = flat
-        self._views: dict[Key, Array] = {
+        self._views = {
             key: flat[at : at + prod(shape)].reshape(shape)
             for (key, shape), at in zip(layout.shapes.items(), layout.offsets, strict=True)
         }
+        return self
 
     @classmethod
     def pack(
@@ -190,7 +204,7 @@ class FlatBuffer(Mapping[Key, Array]):
             memory = _core.allocate(min(nbytes, sys.maxsize), huge)
         except MemoryError:
             raise MemoryError(f"shapes take {nbytes} bytes, more than the system grants") from None
-        return cls(layout, memory.view(dtype))
+        return cls._of(layout, memory.view(dtype))
 
     @classmethod
     def over(cls, memory: Array, shapes: Any) -> FlatBuffer:
@@ -232,7 +246,7 @@ class FlatBuffer(Mapping[Key, Array]):
                 f"memory must have at least {layout.n + skip} elements ({skip} to the first 64-byte"
                 f" boundary), got {memory.size}"
             )
-        return cls(layout, memory[skip : skip + layout.n])
+        return cls._of(layout, memory[skip : skip + layout.n])
 
     @staticmethod
     def n_for(shapes: Any) -> int:
@@ -290,6 +304,13 @@ class FlatBuffer(Mapping[Key, Array]):
         if array.ndim and array.shape != view.shape:
             raise ValueError(f"value for [{key}] must have shape {view.shape}, got {array.shape}")
         view[...] = array
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        # NumPy would make an array of the names.
+        raise TypeError(
+            "array must be one array, got a FlatBuffer, which is several: use buffer.flat, all of"
+            " them with the gaps between, or each by name, as in np.savez(file, **buffer)"
+        )
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._views)

@@ -322,7 +322,13 @@ class Optimizer:
 
     # -- parameters and groups --------------------------------------------------------------------
 
-    def __init__(self, params: Params, groups: Iterable[Group], **hypers: Any) -> None:
+    def __init__(self, params: Params, groups: Iterable[Group] = (), **hypers: Any) -> None:
+        if not hasattr(self, "_rule"):
+            own = (cls for cls in Optimizer.__subclasses__() if cls.__module__ == __name__)
+            raise TypeError(
+                f"optimizer must be one of {', '.join(cls.__name__ for cls in own)}, got"
+                f" {type(self).__name__}: Optimizer is the base class, which has no rule"
+            )
         self._params = name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
