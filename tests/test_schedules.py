@@ -159,6 +159,8 @@ def test_cyclic_agrees_with_torch_with_its_momentum(mode, gamma, down):
 )  # fmt: skip
 def test_reduce_on_plateau_agrees_with_torch_on_any_metrics(metrics, **arguments):
     opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    if arguments["threshold_mode"] == "rel":  # below 0 torch's bar lies on the worse side
+        metrics = [abs(metric) for metric in metrics]
     theirs = T.ReduceLROnPlateau(opt, factor=0.5, **arguments)
     ours = S.ReduceOnPlateau(0.3, factor=0.5, **arguments)
     given = hash(ours)
@@ -167,6 +169,54 @@ def test_reduce_on_plateau_agrees_with_torch_on_any_metrics(metrics, **arguments
         assert ours.step(metric) == ours(0) == ours(LAST) == opt.param_groups[0]["lr"]
         assert hash(ours) == given
         ours = S.from_dict(json.loads(json.dumps(ours.to_dict())))  # a checkpoint at every step
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+@pytest.mark.parametrize(
+    ("mode", "metrics"),
+    [
+        ("min", [-10, -10, -9.9995, -9.999, -9.9985, -9.998]),  # worse, by less than a threshold
+        ("min", [-10, -10.0005, -10.0005, -10.0009, -10, -10.0008]),  # better, by less than one
+        ("max", [-10, -10, -10.0005, -10.001, -10.0015, -10.002]),
+        ("max", [-10, -9.9995, -9.9995, -9.9991, -10, -9.9992]),
+        ("min", [10, 10, 10.0005, 10.001, 9.9995, 9.9991]),
+        ("max", [10, 10, 9.9995, 9.999, 10.0005, 10.0009]),
+        ("min", [0.0, 0.0, 1e-9, 0.0, 1.0, 0.0]),
+        ("max", [-0.0, 0.0, -1e-9, 0.0, -1.0, 0.0]),
+    ],
+)
+def test_reduce_on_plateau_takes_no_worse_metric_for_a_better_one(mode, metrics, scale):
+    plateau = S.ReduceOnPlateau(0.5, mode, factor=0.5, patience=4)
+    assert [plateau.step(scale * one) for one in metrics] == [0.5] * 5 + [0.25]
+    assert plateau.progress[1] == scale * metrics[0]
+
+
+@settings(deadline=None)
+@given(
+    metrics=st.lists(st.floats(-100, 100), min_size=1, max_size=30),
+    mode=st.sampled_from(["min", "max"]),
+    threshold=st.sampled_from([0.0, 1e-4, 0.3, 2.0]),
+)
+def test_reduce_on_plateau_keeps_the_best_metric_seen_but_for_its_threshold(
+    metrics, mode, threshold
+):
+    plateau = S.ReduceOnPlateau(0.5, mode, threshold=threshold)
+    better = min if mode == "min" else max
+    for i, metric in enumerate(metrics):
+        plateau.step(metric)
+        seen, best = better(metrics[: i + 1]), plateau.progress[1]
+        assert abs(best - seen) <= threshold * abs(best) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_better_metric_is_one_by_a_share_of_the_best_one_s_size(mode, scale):
+    for best in (-10.0, 10.0):
+        step = scale * abs(best) * (-1 if mode == "min" else 1)
+        for reach, rate in ((0.999, 0.25), (1.001, 0.5)):
+            plateau = S.ReduceOnPlateau(0.5, mode, factor=0.5, patience=0, threshold=scale)
+            plateau.step(best)
+            assert plateau.step(best + reach * step) == rate
 
 
 @pytest.mark.parametrize(("eps", "rates"), [(0.25, [0.5, 0.5, 0.5]), (0.2, [0.5, 0.25, 0.25])])

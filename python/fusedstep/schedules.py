@@ -1091,7 +1091,7 @@ class ReduceOnPlateau(Schedule):
         factor: in [0, 1).
         patience: how many steps in a row may be no better; an integer >= 0.
         threshold: a metric is better by at least this; finite and >= 0.
-        threshold_mode: "rel": threshold is a share of the best metric; "abs": a difference.
+        threshold_mode: "rel": threshold is a share of the best metric's size; "abs": a difference.
         cooldown: steps after a fall in which none is counted; an integer >= 0.
         min_lr: lower bound; finite and >= 0.
         eps: falls smaller than this are not made; finite and >= 0.
@@ -1106,8 +1106,10 @@ class ReduceOnPlateau(Schedule):
         0.25
 
     Differs from:
-        `torch.optim.lr_scheduler.ReduceLROnPlateau` in the way it is attached, and refuses a metric
-        that is infinitely good.
+        `torch.optim.lr_scheduler.ReduceLROnPlateau` in the way it is attached; refuses a metric
+        that is infinitely good; and takes a "rel" threshold as a share of the best metric's size.
+        torch multiplies the metric itself, so that below 0 its bar lies on the worse side: metrics
+        that get worse by less than the threshold count as better, and the rate never falls.
     """
 
     lr: Rate
@@ -1150,8 +1152,10 @@ class ReduceOnPlateau(Schedule):
         sign = 1 if self.mode == "min" else -1
         if best is None:
             return sign * value < math.inf
-        share = self.threshold_mode == "rel"
-        bar = best * (1 - sign * self.threshold) if share else best - sign * self.threshold
+        if self.threshold_mode == "abs":
+            bar = best - sign * self.threshold
+        else:  # a share of the best one's size: below 0, too, the bar lies on the better side
+            bar = best * (1 - math.copysign(self.threshold, sign * best))
         return sign * value < sign * bar
 
 
