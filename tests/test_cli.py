@@ -192,9 +192,10 @@ def plotted(monkeypatch, *arguments):
     return found[0].axes[0]
 
 
-def test_plot_draws_the_schedule_asked_for(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("total", "warmup"), [("1000", "50"), ("1e3", "50.00000000000001")])
+def test_plot_draws_the_schedule_asked_for(tmp_path, monkeypatch, capsys, total, warmup):
     picture = tmp_path / "lr.png"
-    arguments = ["cosine", "--lr", "0.1", "--total", "1000", "--warmup", "50", "-o", str(picture)]
+    arguments = ["cosine", "--lr", "0.1", "--total", total, "--warmup", warmup, "-o", str(picture)]
     ax = plotted(monkeypatch, *arguments)
     assert capsys.readouterr().out.strip() == str(picture)
     assert picture.read_bytes().startswith(PNG)

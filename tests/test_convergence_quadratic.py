@@ -147,6 +147,23 @@ def test_predicted_error_is_the_simulated_one(seed, diagonal, share, momentum):
     )
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.array])
+def test_whole_floats_are_numbers_of_steps(kind):
+    q = Quadratic([1.0, 3.0])
+    start = [1.0, 2.0]
+    assert q.simulate(start, 0.1, kind(4.0)).shape == (5, 2)
+    np.testing.assert_array_equal(
+        q.predicted_error(start, 0.1, kind(4.0)), q.predicted_error(start, 0.1, 4)
+    )
+    np.testing.assert_array_equal(
+        q.predicted_error(start, 0.1, np.linspace(0, 100, 11)),
+        q.predicted_error(start, 0.1, range(0, 101, 10)),
+    )
+    for t in (4.5, [1.0, 4.5], True, "4"):
+        with pytest.raises(TypeError, match=r"^t must be an int or an array of ints, got"):
+            q.predicted_error(start, 0.1, t)
+
+
 def test_predicted_error_where_the_two_roots_are_one():
     # At the optimum of a quadratic both extreme directions have a double root: no eigenvectors.
     q = Quadratic([1.0, 4.0, 9.0])
@@ -281,7 +298,7 @@ def test_quadratic_refuses_other_arguments_by_name():
         q.predicted_error([1.0, 1.0], 0.1, -1)
     with pytest.raises(ValueError, match=r"^t must be from 0 to 2\^53"):
         q.predicted_error([1.0, 1.0], 0.1, 2**60)
-    for t in ([[1], [2, 3]], [1.0], 10**20):
+    for t in ([[1], [2, 3]], [1.5], 10**20):
         with pytest.raises((TypeError, ValueError), match=r"^t must"):
             q.predicted_error([1.0, 1.0], 0.1, t)
     for x in ("ab", [1j, 2], [None, 2], [[1], [2, 3]]):

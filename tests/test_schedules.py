@@ -1,9 +1,11 @@
 """Schedules: torch's where both have one, values by hand, and what holds for every one of them."""
 
+import dataclasses
 import itertools
 import json
 import math
 import pickle
+import re
 import warnings
 from fractions import Fraction
 
@@ -19,6 +21,7 @@ from fusedstep import _core, schedules
 
 S = schedules
 LAST = 2**53
+NAN, INF = math.nan, math.inf
 
 # A schedule of each class and shape, none with a value at a round step alone.
 EXAMPLES = [
@@ -393,14 +396,15 @@ def test_steps_out_of_range_are_refused(schedule, t):
 
 
 @pytest.mark.parametrize(
-    "t", [1.0, "1", None, True, [1.5], ["a"], np.array(True), [[1, 2], [3]]], ids=repr
+    "t",
+    [1.5, "1", None, True, [1.5], [1.0, NAN], [INF], ["a"], np.array(True), [[1, 2], [3]], NAN, 1j],
+    ids=repr,
 )
 def test_steps_that_are_no_integers_are_refused(t):
     with pytest.raises(TypeError, match=r"^t must be an int or an array of ints"):
         S.Constant(0.1)(t)
 
 
-NAN, INF = math.nan, math.inf
 rate = st.floats(0, 10)
 count = st.integers(1, 10_000)
 
@@ -509,6 +513,121 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
     assert np.isnan(_core.cospi([math.inf, -math.inf, math.nan])).all()
 
 
+# -- whole floats ----------------------------------------------------------------------------------
+
+FLOATS = [float, np.float32, np.float64, np.array, np.float16, torch.tensor, Fraction]
+
+
+def counts(schedule):
+    """The names of a schedule's arguments that are counts of steps, with their values."""
+    kinds = {S.Count, S.Whole, S.CountOrNone}
+    hints = S._hints(type(schedule))
+    found = {name: getattr(schedule, name) for name in hints if hints[name] in kinds}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("kind", FLOATS, ids=lambda kind: kind.__name__)
+@each
+def test_whole_floats_are_counts_of_steps(schedule, kind):
+    for name, value in counts(schedule).items():
+        again = dataclasses.replace(schedule, **{name: kind(float(value))})
+        assert again == schedule
+        assert type(getattr(again, name)) is int
+    stones = S.MultiStep(0.3, [kind(3.0), 4, kind(20.0)]).milestones
+    assert stones == (3, 4, 20)
+    assert set(map(type, stones)) == {int}
+    assert schedule(kind(7.0)) == schedule(7)
+    assert type(schedule.warmup(kind(3.0)).steps) is int
+    assert type(schedule.then(S.Constant(0.1), at=kind(3.0)).at) is int
+
+
+@each
+def test_numbers_between_integers_are_no_counts_of_steps(schedule):
+    for name, value in counts(schedule).items():
+        for other in (value + 0.5, np.float32(value + 0.25), value * (1 + 1e-9) + 1e-9, NAN, INF):
+            with pytest.raises(TypeError, match=rf"^{name} must be an integer >= \d, got "):
+                dataclasses.replace(schedule, **{name: other})
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be an integer from \d to 2\^53, got -3.0"
+        ):
+            dataclasses.replace(schedule, **{name: -3.0})
+
+
+PRODUCTS = [
+    (0.03 * 1000, 30), (0.07 * 100, 7), (0.1 * 3 * 1000, 300), ((1 - 0.97) * 1000, 30),
+    ((1 - 0.9) * 10**9, 10**8), (0.57 * 100, 57), (1.1 * 10**6, 1_100_000),
+    (np.float32(0.07) * np.float32(100), 7), (np.float32(0.29) * np.float32(1e5), 29_000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("product", "whole"), PRODUCTS, ids=repr)
+def test_a_product_that_is_whole_but_for_its_rounding_is_whole(product, whole):
+    assert S.Constant(0.1).warmup(product).steps == whole
+    assert S.Cosine(0.1, total=product) == S.Cosine(0.1, total=whole)
+    assert (
+        S.Linear(0.1, 10**9)([product, 1.0]).tolist() == S.Linear(0.1, 10**9)([whole, 1]).tolist()
+    )
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 10**9), percent=st.integers(1, 100))
+def test_every_share_in_percent_that_is_whole_is_taken(total, percent):
+    share = percent / 100 * total
+    if total * percent % 100 == 0:
+        assert S.Cosine(0.1, share).total == total * percent // 100
+    else:
+        with pytest.raises(TypeError, match="total must be an integer"):
+            S.Cosine(0.1, share)
+
+
+# -- then, without at ------------------------------------------------------------------------------
+
+AFTER = S.Linear(0.1, total=5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [
+        (S.Linear(0.3, 9), 9),
+        (S.Cosine(0.3, 9), 9),
+        (S.Polynomial(0.3, 9), 9),
+        (S.WSD(0.3, 9, 4), 9),
+        (S.OneCycle(0.3, 9), 9),
+        (S.OneCycle(0.3, 9).momentum, 9),
+        (S.Cosine(0.3, 9).warmup(3), 12),
+        (S.Cosine(0.3, 9) * 0.5, 9),
+        ((0.5 * S.Cosine(0.3, 9).warmup(3)).warmup(2), 14),
+        (S.Constant(0.3).then(S.Cosine(0.3, 9), at=4), 13),
+        (S.Cosine(0.3, 9).then(S.Linear(0.3, 6).warmup(2)), 17),
+        ((S.Constant(0.3).then(S.Cosine(0.3, 9), at=4) * 2).warmup(1), 14),
+    ],
+    ids=repr,
+)
+def test_a_join_is_at_the_end_of_what_has_one(schedule, end):
+    joined = schedule.then(AFTER)
+    assert joined == schedule.then(AFTER, at=end)
+    assert eval(repr(joined), vars(schedules)) == S.from_dict(joined.to_dict()) == joined
+    assert joined.then(S.Constant(0.1)).at == end + 5
+    assert joined(range(end + 9)).tolist() == [*schedule(range(end)), *AFTER(range(9))]
+
+
+ENDLESS = [
+    S.Constant(0.3), S.Step(0.3, 7), S.MultiStep(0.3, [3, 4]), S.Exponential(0.3, 0.97),
+    S.CosineRestarts(0.3, 5), S.InverseSqrt(0.3, 5), S.Cyclic(0.1, 0.3),
+    S.Cyclic(0.1, 0.3).momentum, S.ReduceOnPlateau(0.3), S.Constant(0.3).warmup(5),
+    S.Cosine(0.3, 9).then(S.Constant(0.3)), S.Constant(0.3) * 0.5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ENDLESS, ids=repr)
+def test_what_has_no_end_needs_a_step_to_join_at(schedule):
+    said = re.escape(f"at must be given after a schedule that has no end, got {schedule!r}")
+    for arguments in ({}, {"at": None}):
+        with pytest.raises(TypeError, match=f"^{said}$"):
+            schedule.then(AFTER, **arguments)
+    assert schedule.then(AFTER, at=4)(4) == AFTER(0)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -529,7 +648,7 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
         (lambda: S.MultiStep(0.1, []), ValueError, "milestones must be sorted"),
         (lambda: S.MultiStep(0.1, [5, 3]), ValueError, "milestones must be sorted"),
         (lambda: S.MultiStep(0.1, [-1]), ValueError, r"milestones\[0\] must be an integer from 0"),
-        (lambda: S.MultiStep(0.1, [1, 2.0]), TypeError, r"milestones\[1\] must be an integer"),
+        (lambda: S.MultiStep(0.1, [1, 2.5]), TypeError, r"milestones\[1\] must be an integer"),
         (lambda: S.MultiStep(0.1, 5), TypeError, "milestones must be a sequence"),
         (lambda: S.MultiStep(0.1, "12"), TypeError, "milestones must be a sequence"),
         (lambda: S.MultiStep(0.1, {3: 1}), TypeError, "milestones must be a sequence"),

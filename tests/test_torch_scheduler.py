@@ -159,8 +159,9 @@ def test_a_metric_is_not_taken_for_a_step():
             scheduler.step(metric)
     assert (scheduler.last_epoch, plateau.progress) == (0, None)
     plain = LRScheduler(torch.optim.SGD(model(), lr=1.0), COSINE)
-    with pytest.raises(TypeError, match=r"epoch must be an integer >= 0, got 2\.5"):
-        plain.step(2.5)
+    for metric in (2.5, 2.0, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match=r"epoch must be an integer >= 0, got .*2\."):
+            plain.step(metric)
     plain.optimizer.step()
     with pytest.warns(UserWarning, match="epoch"):  # torch's own, of its deprecation
         plain.step(5)
@@ -268,6 +269,15 @@ def test_a_group_without_a_schedule_of_its_own_is_an_error_that_changes_nothing(
 def test_a_scheduled_momentum_must_be_a_beta_where_it_is_one():
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1"):
         LRScheduler(torch.optim.Adam(model()), COSINE, momentum=lambda t: 1.0)
+
+
+@pytest.mark.parametrize("last", [7.0, np.float32(7), np.array(7.0), torch.tensor(7.0)])
+def test_a_whole_last_epoch_is_an_int(last):
+    scheduler = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE, last_epoch=last)
+    other = LRScheduler(torch.optim.SGD(model(), lr=0.1), COSINE)
+    other.load_state_dict({**scheduler.state_dict(), "last_epoch": last})
+    assert (scheduler.last_epoch, other.last_epoch) == (8, 7)
+    assert {type(scheduler.last_epoch), type(other.last_epoch)} == {int}
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, ft.SGD])

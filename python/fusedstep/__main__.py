@@ -14,6 +14,7 @@ from typing import Any
 
 import fusedstep as fs
 from fusedstep import schedules
+from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
 from fusedstep.bench import OPTIMIZERS
 
@@ -205,9 +206,8 @@ def _plot(args: argparse.Namespace) -> None:
         drawn = {name: _schedule(name, given, used) for name in args.schedules}
         if args.warmup is not None:
             start = 0.0 if args.start is None else args.start
-            if not isinstance(args.warmup, int) or args.warmup < 0:
-                raise _Usage(f"--warmup must be an integer >= 0, got {args.warmup}")
-            drawn = {name: one.warmup(args.warmup, start) for name, one in drawn.items()}
+            warmup = as_integer("--warmup", args.warmup, 0)
+            drawn = {name: one.warmup(warmup, start) for name, one in drawn.items()}
         steps = max(one._shown for one in drawn.values()) if args.steps is None else args.steps
         if unused := sorted(given.keys() - used):
             raise _Usage(f"--{unused[0].replace('_', '-')} must be given to a schedule that has it,"

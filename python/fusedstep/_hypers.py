@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 _FLAG = "True or False"
 
@@ -124,14 +125,53 @@ def as_index(value: Any) -> int | None:
         return None
 
 
+def _rounding(number: Any, dtype: Any) -> Any:
+    """How far a float may lie from an integer that it is meant to be.
+
+    0.07 * 100 is 7.000000000000001, and (1 - 0.97) * 1000 is 30.000000000000027.
+    """
+    kind = np.float32 if str(dtype).endswith("float32") else np.float64  # narrower ones: exact
+    return np.minimum(16 * float(np.finfo(kind).eps) * abs(number), 0.1)
+
+
+def as_whole(value: Any) -> int | None:
+    """An integer of any kind, or a float that is one but for its rounding, as an int; or None."""
+    index = as_index(value)
+    number = as_float(value) if index is None else None
+    if number is None or not math.isfinite(number):
+        return index
+    whole = round(number)
+    is_whole = abs(number - whole) <= _rounding(number, getattr(value, "dtype", float))
+    return whole if is_whole else None
+
+
 def as_integer(name: str, value: Any, low: int) -> int:
-    """`value` as an int from `low` to 2^53, or TypeError or ValueError."""
-    number = as_index(value)
+    """`value`, whole floats included, as an int from `low` to 2^53; or TypeError or ValueError."""
+    number = as_whole(value)
     if number is None:
         raise TypeError(f"{name} must be an integer >= {low}, got {value!r}")
     if not low <= number <= LAST:
         raise ValueError(f"{name} must be an integer from {low} to 2^53, got {value!r}")
     return number
+
+
+def as_steps(name: str, value: Any) -> NDArray[np.int64]:
+    """`value`, whole floats included, as an array from 0 to 2^53; or TypeError or ValueError."""
+    try:
+        given = np.asarray(value)
+    except ValueError:  # a ragged list
+        given = np.asarray(None)
+    are_steps = given.dtype.kind in "iu" or not given.size or as_index(value) is not None
+    if given.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):  # inf - inf
+            near = np.abs(given - np.rint(given)) <= _rounding(given, given.dtype)
+        are_steps = bool((near & np.isfinite(given)).all())
+        given = np.rint(given)
+    if not are_steps:
+        raise TypeError(f"{name} must be an int or an array of ints, got {value!r}")
+    if given.size and not 0 <= given.min() <= given.max() <= LAST:
+        raise ValueError(f"{name} must be from 0 to 2^53, got {given.min()} to {given.max()}")
+    return given.astype(np.int64)
 
 
 def _half(name: str, value: Any, hyper: Hyper, schedules: bool) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import fusedstep as fs
+from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
 from fusedstep.buffers import Array
 
@@ -119,7 +120,7 @@ def train(
     batch = len(data.train_y) if "full batch" in name else BATCH
     losses = [loss_and_gradient(params, data.train_x, data.train_y, grads)]
     in_step = 0.0
-    for _ in range(epochs):
+    for _ in range(as_integer("epochs", epochs, 0)):
         for chosen in batches(rng, len(data.train_y), batch):
             loss_and_gradient(params, data.train_x[chosen], data.train_y[chosen], grads)
             begin = time.perf_counter()

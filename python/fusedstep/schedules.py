@@ -42,9 +42,10 @@ from fusedstep._hypers import (
     LAST,
     POSITIVE,
     Hyper,
-    as_index,
     as_integer,
     as_number,
+    as_steps,
+    as_whole,
 )
 from fusedstep._plot import new_axes
 
@@ -210,8 +211,9 @@ class Schedule(ABC):
     """A number for each step: call it with the step, from 0.
 
     `schedule(t)` takes an int and returns a float, or takes an array of ints (a list, a range) and
-    returns a float64 array; t is from 0 to 2^53. Arguments that are out of range raise ValueError,
-    those of another kind TypeError, each by name.
+    returns a float64 array; t is from 0 to 2^53. Where an integer is asked for, a float that is
+    whole, but for the rounding of a product such as 0.07 * 100, is one. Arguments that are out of
+    range raise ValueError, those of another kind TypeError, each by name.
 
     `schedule.warmup(steps)`, `schedule.then(other, at)` and `schedule * number` make new ones.
     Subclasses are frozen dataclasses with a method `_at(t)`.
@@ -252,9 +254,14 @@ class Schedule(ABC):
         """The value at an int, or the values at an int64 array."""
 
     @property
+    def _end(self) -> int | None:
+        """The step from which on the last value holds, where the arguments name one."""
+        return getattr(self, "total", None)
+
+    @property
     def span(self) -> int:
         """How many steps show what the schedule does; what `plot` draws."""
-        return 100
+        return 100 if self._end is None else self._end
 
     @overload
     def __call__(self, t: SupportsIndex) -> float: ...
@@ -263,7 +270,7 @@ class Schedule(ABC):
     def __call__(self, t: Any) -> Any:
         """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps."""
         if type(t) is not int:  # which optimizers pass
-            number = None if isinstance(t, np.ndarray) else as_index(t)
+            number = None if isinstance(t, np.ndarray) else as_whole(t)
             if number is None:
                 return self._at_each(t)
             t = number
@@ -272,20 +279,13 @@ class Schedule(ABC):
         return float(self._at(t))
 
     def _at_each(self, t: Any) -> NDArray[np.float64]:
-        try:
-            given = np.asarray(t)
-        except ValueError:  # a ragged list
-            given = np.array(None)
-        if given.dtype.kind not in "iu" and given.size:
-            raise TypeError(f"t must be an int or an array of ints, got {t!r}")
-        if given.size and (given.min() < 0 or given.max() > LAST):
-            raise ValueError(f"t must be from 0 to 2^53, got {given.min()} to {given.max()}")
+        given = as_steps("t", t)
         result = np.empty(given.shape)
         with np.errstate(over="ignore"):  # as for one step
-            result[...] = self._at(given.astype(np.int64))
+            result[...] = self._at(given)
         return result
 
-    def warmup(self, steps: int, start: float = 0.0) -> Schedule:
+    def warmup(self, steps: float, start: float = 0.0) -> Schedule:
         """Rises (or falls) linearly from `start` to this schedule's first value, then follows it.
 
         Args:
@@ -306,27 +306,34 @@ class Schedule(ABC):
         Reference:
             Goyal et al. 2017, https://arxiv.org/abs/1706.02677
         """
-        return Warmup(self, steps, start)
+        return Warmup(self, steps, start)  # type: ignore[arg-type]  # checked there
 
-    def then(self, other: Schedule, at: int) -> Schedule:
+    def then(self, other: Schedule, at: float | None = None) -> Schedule:
         """This schedule for t < at, from there on `other`, which begins with its own t = 0.
 
         Args:
             other: a schedule.
-            at: the step of the join; an integer >= 0.
+            at: the step of the join; an integer >= 0. By default this schedule's end: its `total`,
+                after a warm-up that many steps later, after a join the end of what follows it.
 
         Returns:
             A new schedule.
 
         Raises:
-            TypeError, ValueError: an argument of another kind or out of range.
+            TypeError, ValueError: an argument of another kind or out of range, or no `at` after a
+                schedule that has no end.
 
         Example:
             >>> from fusedstep.schedules import Constant, Linear
             >>> Constant(1.0).then(Linear(1.0, total=4), at=2)(range(7))
             array([1.  , 1.  , 1.  , 0.75, 0.5 , 0.25, 0.  ])
+            >>> Linear(1.0, total=2, end=0.5).then(Constant(0.1))
+            Linear(lr=1.0, total=2, end=0.5).then(Constant(lr=0.1), at=2)
         """
-        return Then(self, other, at)
+        at = self._end if at is None else at
+        if at is None:
+            raise TypeError(f"at must be given after a schedule that has no end, got {self!r}")
+        return Then(self, other, at)  # type: ignore[arg-type]  # checked there
 
     def __mul__(self, factor: float) -> Schedule:
         if isinstance(factor, Schedule | str | bytes) or np.ndim(factor):
@@ -446,6 +453,10 @@ class Warmup(Schedule):
         return _between(self.start, self.schedule._at(0), t / self.steps)
 
     @property
+    def _end(self) -> int | None:
+        return None if self.schedule._end is None else self.steps + self.schedule._end
+
+    @property
     def span(self) -> int:
         """The warm-up and the schedule's own."""
         return self.steps + self.schedule.span
@@ -466,6 +477,10 @@ class Then(Schedule):
         return _split(t, self.at, self.first._at, self.other._at)
 
     @property
+    def _end(self) -> int | None:
+        return None if self.other._end is None else self.at + self.other._end
+
+    @property
     def span(self) -> int:
         """Up to the join, and the other's own."""
         return self.at + self.other.span
@@ -483,6 +498,10 @@ class Scaled(Schedule):
 
     def _at(self, t: _T) -> _Value:
         return self.schedule._at(t) * self.factor
+
+    @property
+    def _end(self) -> int | None:
+        return self.schedule._end
 
     @property
     def span(self) -> int:
@@ -519,6 +538,10 @@ class MomentumOf(Schedule):
     def _at(self, t: _T) -> _Value:
         assert isinstance(self.schedule, _Cycle)
         return self.schedule._momentum_at(t)
+
+    @property
+    def _end(self) -> int | None:
+        return self.schedule._end
 
     @property
     def span(self) -> int:
@@ -688,11 +711,6 @@ class Linear(Schedule):
     def _at(self, t: _T) -> _Value:
         return _between(self.end, self.lr, _remaining(t, self.total))
 
-    @property
-    def span(self) -> int:
-        """All steps."""
-        return self.total
-
 
 def _remaining(t: _T, total: int) -> _Value:
     """The share of `total` steps that is yet to come."""
@@ -729,11 +747,6 @@ class Cosine(Schedule):
     def _at(self, t: _T) -> _Value:
         return _between(self.end, self.lr, _half_wave(_least(t, self.total) / self.total))
 
-    @property
-    def span(self) -> int:
-        """All steps."""
-        return self.total
-
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
@@ -763,11 +776,6 @@ class Polynomial(Schedule):
 
     def _at(self, t: _T) -> _Value:
         return _between(self.end, self.lr, _core.power(_remaining(t, self.total), self.power))
-
-    @property
-    def span(self) -> int:
-        """All steps."""
-        return self.total
 
 
 @dataclass(frozen=True)
@@ -914,11 +922,6 @@ class WSD(Schedule):
             weight = _half_wave(x) if self.shape == "cosine" else 1 - _sqrt(x)
         return _between(self.end, self.lr, weight)
 
-    @property
-    def span(self) -> int:
-        """All steps."""
-        return self.total
-
 
 @dataclass(frozen=True)
 class OneCycle(_Cycle):
@@ -1001,11 +1004,6 @@ class OneCycle(_Cycle):
         rise = self.pct_start * self.total - 1
         back = (2 * self.pct_start * self.total - 2,) if self.three_phase else ()
         return 0.0, rise, *back, self.total - 1.0
-
-    @property
-    def span(self) -> int:
-        """The cycle."""
-        return self.total
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fusedstep as fs
-from fusedstep._hypers import FINITE, FRACTION, LAST, POSITIVE, check
+from fusedstep._hypers import FINITE, FRACTION, POSITIVE, as_steps, check
 from fusedstep.convergence.arrays import Array, as_finite, as_points
 from fusedstep.convergence.trajectories import trajectory
 
@@ -260,14 +260,7 @@ class Quadratic:
         """
         rate, mu = self._checked(lr, momentum)
         start = self._start(x0)
-        try:
-            steps = np.asarray(t)
-        except ValueError:  # a ragged list
-            steps = np.asarray(None)
-        if steps.dtype.kind not in "iu" and not isinstance(t, int):
-            raise TypeError(f"t must be an int or an array of ints, got {t!r}")
-        if steps.size and not 0 <= steps.min() <= steps.max() <= LAST:
-            raise ValueError(f"t must be from 0 to 2^53, got {steps.min()} to {steps.max()}")
+        steps = as_steps("t", t)
         error = (start - self.minimiser) @ self.eigenvectors
         # (e, v) <- [[1 - lr*lambda, -lr*mu], [lambda, mu]] (e, v); powers of the matrix are right
         # also where its two roots are one, and an eigendecomposition has no two vectors.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fusedstep._hypers import HYPERS, as_integer, at_step
+from fusedstep._hypers import HYPERS, as_index, as_integer, at_step
 from fusedstep.schedules import Resumed, plateaus, resumed, stored
 
 _Function = Callable[[int], Any]
@@ -108,6 +108,8 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
                     f"epoch must be None with a ReduceOnPlateau, got {epoch!r}: a metric goes to"
                     " its schedule, plateau.step(metric), before scheduler.step()"
                 )
+            if as_index(epoch) is None:  # a whole float may be a metric, too
+                raise TypeError(f"epoch must be an integer >= 0, got {epoch!r}")
             epoch = as_integer("epoch", epoch, 0)
         before = self._step_count, self.last_epoch
         try:
