@@ -94,7 +94,7 @@ def as_float(value: Any) -> float | None:
         return None
     try:
         return None if np.ndim(value) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor without memory
         return None
     except OverflowError:
         return math.inf
@@ -187,7 +187,7 @@ def check(name: str, value: Any, hyper: Hyper, schedules: bool = False) -> Any:
     if name in PAIRS:
         try:
             first, second = value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # torch's, of a sparse tensor
             raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
         pair = tuple(
             _half(f"{name}[{i}]", half, hyper, schedules) for i, half in enumerate((first, second))

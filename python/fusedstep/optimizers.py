@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from fusedstep import _core, _gpu
+from fusedstep import _checkpoint, _core, _gpu
 from fusedstep._hypers import (
     AT_LEAST_0,
     FINITE,
@@ -48,13 +48,6 @@ _RULES = _core.rules()
 # How the core reads a group: these, then the rule's own hyperparameters, of which lr is the first.
 _COMMON = ("maximize", "decoupled_weight_decay", "weight_decay")
 _LR = len(_COMMON)
-
-# Keys that torch keeps in param_groups beside the hyperparameters. They say how torch computes, not
-# what, or belong to a scheduler, so a checkpoint may carry them.
-_TORCH_ONLY = {
-    *("foreach", "fused", "capturable", "differentiable", "param_names", "fusedstep"),
-    *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-}
 
 
 class StepReport(NamedTuple):
@@ -103,12 +96,14 @@ class ParamGroup(MutableMapping[str, Any]):
     Values that are wrong only together, such as `nesterov` without `momentum`, are found by that
     step, which then raises.
 
-    `group["params"]` lists the group's parameters by number and is read-only.
+    `group["params"]` lists the group's parameters by number and is read-only. Keys that are no
+    hyperparameters come from a checkpoint, and go into the next one.
     """
 
     def __init__(self, hypers: dict[str, Any], owner: type[Optimizer], params: list[int]) -> None:
         self._owner = owner
         self._params = params
+        self._own: dict[str, Any] = {}  # what a checkpoint's group has beside hyperparameters
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
         self._edited()
 
@@ -121,9 +116,14 @@ class ParamGroup(MutableMapping[str, Any]):
         self._follows = any(is_scheduled(v) for n, v in self._hypers.items() if n != "lr")
 
     def __getitem__(self, name: str) -> Any:
-        return list(self._params) if name == "params" else self._hypers[name]
+        if name == "params":
+            return list(self._params)
+        return self._own[name] if name in self._own else self._hypers[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        if name in self._own:
+            self._own[name] = value
+            return
         if name not in self._hypers:
             known = ", ".join(self._hypers)
             raise ValueError(f"hyperparameter must be one of {known}, got {name!r}")
@@ -134,10 +134,10 @@ class ParamGroup(MutableMapping[str, Any]):
         raise TypeError(f"{name} must stay: a group keeps all its hyperparameters")
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self._hypers, "params"))
+        return iter((*self._hypers, *self._own, "params"))
 
     def __len__(self) -> int:
-        return len(self._hypers) + 1
+        return len(self._hypers) + len(self._own) + 1
 
     def _stored(self) -> dict[str, Any]:
         """The schedules among the hyperparameters, as a checkpoint has them."""
@@ -332,6 +332,8 @@ class Optimizer:
         self._params = name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
+        # What was given as a sequence has numbers only, and checkpoints then go by position.
+        self._named = list(self._params) != list(range(len(self._params)))
         if isinstance(groups, Group) or not isinstance(groups, Iterable):
             raise TypeError(f"groups must be a sequence of Group objects, got {groups!r}")
         self._groups, self._group_of = self._make_groups(hypers, list(groups))
@@ -417,14 +419,18 @@ class Optimizer:
 
     def _native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:
         """`_native` in the step after `t` others, but for the rate."""
-        now = {
+        now = self._at(hypers, t)
+        self._check_together(now)
+        return self._native(now)
+
+    def _at(self, hypers: Mapping[str, Any], t: int) -> dict[str, Any]:
+        """A group's values in the step after `t` others, but for the rate."""
+        return {
             name: at_step(name, value, t, self._hyper_table[name])
             if name != "lr" and is_scheduled(value)
             else value
             for name, value in hypers.items()
         }
-        self._check_together(now)
-        return self._native(now)
 
     def _no_states(self) -> States:
         return {state: [None] * len(self._names) for state in _RULES[self._rule][1]}
@@ -625,39 +631,58 @@ class Optimizer:
         is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
         stored as its value in the last step, or before the first step as the one it begins with.
         One of `fusedstep.schedules` is also in `schedules`, a dict for each group that has
-        parameters, as its `to_dict`, which has the progress of a `ReduceOnPlateau`.
+        parameters, as its `to_dict`, which has the progress of a `ReduceOnPlateau`. Where the
+        parameters have names, each group has them as `param_names`, which is torch's key too.
 
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
         """
+        natives = self._last_natives()
+        groups = []
+        for group, native in zip(self._groups, natives, strict=True):
+            stored = {**group, **self._fixed, **self._followed(group._hypers, native)}
+            if self._named:
+                stored["param_names"] = [self._names[i] for i in group._params]
+            groups.append(stored)
+        begun = {i: c for i, c in enumerate(self._table.clocks()) if self._started(c)}
+        # A hyperparameter that was edited may call for states which only the next step would make.
+        uses = [
+            self._uses(self._native({name: stored[name] for name in group._hypers}))
+            for group, stored in zip(self._groups, groups, strict=True)
+        ]
+        wanted = [
+            (name, i)
+            for i in begun
+            for name in uses[self._group_of[i]]
+            if self._states[name][i] is None
+        ]
+        states = self._extended(self._states, wanted, self._groups)
         state: dict[int, dict[str, Any]] = {}
-        for i, clock in enumerate(self._table.clocks()):
-            if not self._started(clock):
-                continue
+        for i, clock in begun.items():
             entry: dict[str, Any] = {"step": clock[0]} if self._counts_steps else {}
             entry.update(zip(self._carried, clock[1:], strict=False))
-            entry.update((name, a[i]) for name, a in self._states.items() if a[i] is not None)
-            if i in self._tensors:
-                torch = sys.modules["torch"]
-                for name, value in entry.items():
-                    if isinstance(value, np.ndarray):
-                        entry[name] = torch.from_numpy(value)
-                    elif isinstance(value, _gpu.Array):
-                        entry[name] = torch.as_tensor(value, device=value.device)
-                    else:  # torch's float32 where that is exact
-                        exact = name == "step" and value <= 2**24
-                        dtype = torch.float32 if exact else torch.float64
-                        entry[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
-            state[i] = entry
-        natives = self._last_natives()
-        groups = [
-            {**group, **self._fixed, **self._followed(group, native)}
-            for group, native in zip(self._groups, natives, strict=True)
-            if group._params
-        ]
+            entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
+            state[i] = self._as_torch(entry) if i in self._tensors else entry
+        groups = [stored for stored in groups if stored["params"]]
         whole = {"state": state, "param_groups": groups, "step": self._steps}
         schedules = [group._stored() for group in self._groups if group._params]
         return {**whole, "schedules": schedules} if any(schedules) else whole
+
+    @staticmethod
+    def _as_torch(entry: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state in tensors."""
+        torch = sys.modules["torch"]
+        result = {}
+        for name, value in entry.items():
+            if isinstance(value, np.ndarray):
+                result[name] = torch.from_numpy(value)
+            elif isinstance(value, _gpu.Array):
+                result[name] = torch.as_tensor(value, device=value.device)
+            else:  # torch's float32 where that is exact
+                exact = name == "step" and value <= 2**24
+                dtype = torch.float32 if exact else torch.float64
+                result[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
+        return result
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
@@ -740,9 +765,13 @@ class Optimizer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
 
-        Checkpoints of `torch.optim` are taken too. A hyperparameter that is a schedule stays the
-        one that was given, and goes on at the loaded step, a `ReduceOnPlateau` with the loaded
-        progress. Hyperparameters that the dict lacks stay as they are.
+        Checkpoints of `torch.optim` are taken too. Where checkpoint and optimizer have names of
+        parameters, loading goes by them, and groups are told by the names in them; otherwise by
+        position. A state that the last step had must be there; one that begins later begins as in
+        the run. Keys of a group that are no hyperparameters stay in the group. A hyperparameter
+        that is a schedule stays the one that was given, and goes on at the loaded step, a
+        `ReduceOnPlateau` with the loaded progress. Hyperparameters that the dict lacks stay as
+        they are.
 
         Warns:
             UserWarning: a schedule is not the checkpoint's; the message has both.
@@ -753,23 +782,26 @@ class Optimizer:
         """
         if self._ahead:
             raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"state_dict must have the key {key!r}, got {list(state_dict)}")
-        hypers, index_of = self._staged_groups(state_dict["param_groups"])
-        for saved in state_dict["state"]:
-            if saved not in index_of:
-                raise ValueError(f"state_dict['state'] must have known parameters, got {saved!r}")
+        entries, saved = _checkpoint.parts(state_dict)
+        own = [[self._names[i] for i in group._params] for group in self._groups if group._params]
+        order, saved = _checkpoint.arranged(
+            [group for group in saved if group["params"]], own, strict=self._named
+        )
+        _checkpoint.check_sizes(saved, list(map(len, own)))
+        index_of = _checkpoint.places(saved, [g._params for g in self._groups if g._params])
+        for one, entry in entries.items():
+            if one not in index_of:
+                raise ValueError(f"state_dict['state'] must have known parameters, got {one!r}")
+            _checkpoint.check_mapping(f"state_dict['state'][{one!r}]", entry)
         steps = self._staged_steps(state_dict)
-        schedules = self._staged_schedules(state_dict, hypers)
+        hypers, others, uses_then = self._staged_groups(saved, order, steps)
+        schedules = self._staged_schedules(state_dict, hypers, order)
         natives = [self._native_at(values, steps) for values in hypers]
         uses = [self._uses(native) for native in natives]
         staged = {
-            i: self._staged_state(i, state_dict["state"][saved], uses[self._group_of[i]])
-            for saved, i in index_of.items()
-            if saved in state_dict["state"]
+            i: self._staged_state(i, entries[one], uses_then[self._group_of[i]])
+            for one, i in index_of.items()
+            if entries.get(one)  # empty: torch's of a parameter that has not begun
         }
         clocks = [staged[i][0] if i in staged else (0, 0.0, 0.0) for i in range(len(self._names))]
         wanted = {(name, i) for i, place in enumerate(self._group_of) for name in uses[place]}
@@ -785,15 +817,18 @@ class Optimizer:
         # Nothing raises from here on.
         self._states = states
         self._steps, self._used = steps, []
-        for group, values, native in zip(self._groups, hypers, natives, strict=True):
-            group._hypers = values
+        for group, values, other, native in zip(self._groups, hypers, others, natives, strict=True):
+            group._hypers, group._own = values, other
             group._edited()
             group._native = native
         for plateau, reached in schedules.progress:
             plateau._go_on(reached)
 
     def _staged_schedules(
-        self, state_dict: Mapping[str, Any], hypers: Sequence[Mapping[str, Any]]
+        self,
+        state_dict: Mapping[str, Any],
+        hypers: Sequence[Mapping[str, Any]],
+        order: Sequence[int],
     ) -> Resumed:
         """What the dict's schedules, where it has any, mean for the present ones."""
         own = [values for group, values in zip(self._groups, hypers, strict=True) if group._params]
@@ -803,6 +838,7 @@ class Optimizer:
                 f"state_dict['schedules'] must have a dict for each of {len(own)} groups, got"
                 f" {saved!r}"
             )
+        saved = [saved[i] for i in order]
         places = []
         for i, (values, entries) in enumerate(zip(own, saved, strict=True)):
             if not isinstance(entries, Mapping):
@@ -825,47 +861,46 @@ class Optimizer:
     def _staged_steps(self, state_dict: Mapping[str, Any]) -> int:
         """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""
         if "step" in state_dict:
-            return _count("state_dict['step']", state_dict["step"])
-        entries = state_dict["state"].items()
-        counts = [_count(f"state_dict['state'][{i}]['step']", e["step"]) for i, e in entries
-                  if self._counts_steps and "step" in e]  # fmt: skip
+            return _checkpoint.count("state_dict['step']", state_dict["step"])
+        counts = []
+        for i, entry in state_dict["state"].items():
+            if self._counts_steps and "step" in entry:
+                label = f"state_dict['state'][{i!r}]['step']"
+                counts.append(_checkpoint.count(label, entry["step"]))
         return max(counts, default=0)
 
-    def _staged_groups(self, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, int]]:
-        """Each group's hyperparameters after loading, and the place of each saved parameter."""
-        sizes = [len(group._params) for group in self._groups if group._params]
-        for group in saved:
-            if "params" not in group:
-                raise ValueError(f"state_dict groups must have the key 'params', got {list(group)}")
-        saved = [group for group in saved if group["params"]]
-        if [len(group["params"]) for group in saved] != sizes:
-            raise ValueError(
-                f"state_dict['param_groups'] must hold {sizes} parameters,"
-                f" got {[len(group['params']) for group in saved]}"
-            )
-        hypers = []
-        index_of: dict[Any, int] = {}
-        pending = iter(saved)
+    def _staged_groups(
+        self, saved: Sequence[Mapping[str, Any]], order: Sequence[int], steps: int
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[list[str]]]:
+        """After loading: each group's hyperparameters, other keys, and the last step's states."""
+        hypers, others, uses = [], [], []
+        pending = iter(zip(order, saved, strict=True))
         for group in self._groups:
-            values = dict(group._hypers)
-            hypers.append(values)
-            if not group._params:
-                continue
-            loaded = next(pending)
-            index_of.update(zip(loaded["params"], group._params, strict=True))
+            k, loaded = next(pending) if group._params else (0, {})
+            values, then, other = dict(group._hypers), dict(group._hypers), {}
             for name, value in loaded.items():
-                if name == "params":
-                    continue
-                if name in values:
-                    merged = kept_schedules(values[name], value)
-                    values[name] = self._check(name, merged, schedules=True)
-                elif name in self._fixed:
-                    if value != self._fixed[name]:
-                        raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
-                elif name not in _TORCH_ONLY:
-                    known = ", ".join(values)
-                    raise ValueError(f"state_dict group keys must be {known}, got {name!r}")
-        return hypers, index_of
+                where = f"{_checkpoint.GROUPS}[{k}]"
+                try:
+                    if name in ("params", "param_names"):
+                        continue
+                    if name in values:
+                        then[name] = self._check(name, value)
+                        kept = kept_schedules(values[name], value)
+                        values[name] = self._check(name, kept, schedules=True)
+                    elif name in self._fixed:
+                        if self._check(name, value) != self._fixed[name]:
+                            raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
+                    elif name in self._hyper_table:
+                        known = ", ".join(values)
+                        raise ValueError(f"hyperparameters must be {known}, got {name!r}")
+                    else:
+                        other[name] = _checkpoint.copied(name, value)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{where}: {error}") from None
+            hypers.append(values)
+            others.append(other)
+            uses.append(self._uses(self._native(self._at(then, max(steps - 1, 0)))))
+        return hypers, others, uses
 
     def _staged_state(
         self, i: int, entry: Mapping[str, Any], uses: list[str]
@@ -889,7 +924,7 @@ class Optimizer:
                     raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
                 arrays[name] = array
             elif name == "step":
-                scalars[name] = _count(label, value)
+                scalars[name] = _checkpoint.count(label, value)
             elif name in self._carried:
                 scalars[name] = check(label, value, FINITE)
             else:
@@ -943,13 +978,6 @@ class Optimizer:
             head = f"group {k} ({len(group._params)}): " if len(self._groups) > 1 else ""
             lines.append(head + ", ".join(_assignments(group._hypers)))
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
-
-
-def _count(name: str, value: Any) -> int:
-    number = check(name, value, FINITE)
-    if not 0 <= number < 2**63 or number != int(number):
-        raise ValueError(f"{name} must be an integer from 0 to 2^63 - 1, got {value!r}")
-    return int(value)
 
 
 def _check_lookahead(groups: Iterable[Mapping[str, float]]) -> None:
