@@ -368,10 +368,9 @@ def test_flatten_refuses_tensors_without_memory_and_changes_nothing(of, nbytes):
     label = r"module_or_params\[0.weight\]"
     if of != "parameter":
         weight.grad = resized(torch.ones(3, 2), nbytes)
+        label = "the gradient of " + label
     if of != "gradient":
         resized(weight, nbytes)
-    else:
-        label = "the gradient of " + label
     places = [param.data_ptr() for param in model.parameters()]
     grads = [param.grad for param in model.parameters()]
     message = rf"^{label} must have memory, 24 bytes of it, got a storage of {nbytes} bytes$"

@@ -271,7 +271,6 @@ def _check(params: dict[str, Any]) -> None:
             raise ValueError(f"{label} must be on {home} as the others, got {param.device}")
         if param.device.type == "cpu" and param.is_shared():
             raise ValueError(f"{label} must not be in shared memory, which it would leave")
-        check_memory(label, param)
         if param.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise TypeError(f"{label} must be {known}, got {param.dtype}")
