@@ -4,10 +4,13 @@ import collections.abc
 import copy
 import fractions
 import functools
+import importlib.abc
 import inspect
 import io
 import math
 import pickle
+import sys
+import typing
 
 import numpy as np
 import pytest
@@ -146,6 +149,24 @@ def test_signature_is_torch_s_and_keyword_only_extras(name):
     extras = {n: p for n, p in mine.items() if n not in theirs}
     assert {p.kind for p in extras.values()} <= {inspect.Parameter.KEYWORD_ONLY}
     assert set(extras) == (set(defaults(name)) | FLAGS) - set(theirs)
+
+
+@each_class
+def test_arguments_have_types_torch_s_where_torch_has_them(name):
+    cls, peer = getattr(ft, name), getattr(torch.optim, name, None)
+    hints = typing.get_type_hints(cls.__init__)
+    parameters = inspect.signature(cls).parameters
+    assert {n: p.annotation for n, p in parameters.items()} | {"return": type(None)} == hints
+    theirs = {} if peer is None else typing.get_type_hints(peer.__init__)
+    assert {n: hints[n] for n in theirs} == theirs
+    for key, value in defaults(name).items():
+        if key not in theirs:
+            kinds = {bool: bool, tuple: tuple[float, float]}
+            assert hints[key] == (
+                float | torch.Tensor if key == "lr" else kinds.get(type(value), float)
+            )
+    # The neutral classes' hints name types of ours, which resolve too.
+    assert set(defaults(name)) < set(typing.get_type_hints(getattr(fs, name).__init__))
 
 
 def test_signature_of_lion_is_its_paper_s():
@@ -1838,6 +1859,29 @@ def test_shallow_copy_shares_the_state():
     train(opt, params, range(1))
     assert other.state is opt.state
     assert other.state[params[0]]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [
+        ("torch", r"fusedstep\.torch needs torch: pip install 'fusedstep\[torch\]'"),
+        ("torch.optim", "no torch.optim"),
+    ],
+)
+def test_import_without_torch_says_how_to_get_it(missing, says, monkeypatch):
+    class Missing(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == missing:
+                raise ModuleNotFoundError(f"no {missing}", name=missing)
+
+    for name in [n for n in sys.modules if n.startswith("fusedstep.torch") or n == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    if missing == "torch.optim":
+        monkeypatch.delattr(torch, "optim")
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=says) as raised:
+        importlib.import_module("fusedstep.torch")
+    assert raised.value.name == missing
 
 
 def test_constructor_errors_name_the_class():

@@ -8,6 +8,15 @@ There is a class for each of `fusedstep`'s optimizers. Needs torch >= 2.4.
 import inspect as _inspect
 from typing import Any as _Any
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    if _error.name != "torch":  # one that is there, and broken
+        raise
+    raise ModuleNotFoundError(
+        "fusedstep.torch needs torch: pip install 'fusedstep[torch]'", name="torch"
+    ) from None
+
 from fusedstep import optimizers as _neutral
 from fusedstep.torch.backward import step_in_backward
 from fusedstep.torch.flat import Flat, flatten_

@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
-from fusedstep._hypers import AT_LEAST_0, HYPERS, as_float, as_number, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, HYPERS, PAIRS, as_float, as_number, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     announce,
@@ -881,19 +881,33 @@ def _copied(value: Any) -> Any:
     return object()  # unlike all others: read again
 
 
+def _type_of(name: str) -> Any:
+    """The annotation of an argument that torch's class has not, of the kind that torch gives."""
+    if name == "params":
+        return torch_optimizer.ParamsT
+    if name in _FLAGS:
+        return bool if name in _HOW else bool | None
+    if name == "lr":
+        return float | torch.Tensor
+    if name in PAIRS:
+        return tuple[float, float]
+    return bool if HYPERS[name].is_flag else float
+
+
 def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
     name = spec.__name__
     own = dict(inspect.signature(spec).parameters)
     del own["groups"]
     peer = getattr(torch.optim, name, None)
-    parameters = dict(own if peer is None else inspect.signature(peer).parameters)
+    theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
+    parameters = dict(theirs or own)
     keyword = inspect.Parameter.KEYWORD_ONLY
     flags = {n: inspect.Parameter(n, keyword, default=value) for n, value in _FLAGS.items()}
     extra = {n: p for n, p in {**own, **flags}.items() if n not in parameters}
     parameters |= {n: p.replace(kind=keyword) for n, p in extra.items()}
-    signature = inspect.Signature(
-        [p.replace(annotation=inspect.Parameter.empty) for p in parameters.values()]
+    signature = inspect.Signature(  # with types, by which configurations are parsed
+        [p if n in theirs else p.replace(annotation=_type_of(n)) for n, p in parameters.items()]
     )
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -909,6 +923,8 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
             *signature.parameters.values(),
         ]
     )
+    __init__.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
+    __init__.__annotations__["return"] = None
     hypers = [n for n in signature.parameters if n in spec._hyper_table]
     return type(
         name,
