@@ -1,8 +1,10 @@
-"""`step_in_backward` beside what test_torch_flat.py says of it: groups that change."""
+"""`step_in_backward` beside what test_torch_flat.py says of it: edited groups, clipping."""
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm as old_name
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 import fusedstep.torch as ft
 
@@ -144,3 +146,102 @@ def test_a_step_in_backward_inside_a_look_ahead_is_refused():
         with opt.lookahead(), pytest.raises(RuntimeError, match="must come after a lookahead"):
             model[0].sum().backward()
     assert torch.equal(model[0], before)
+
+
+# -- clipping, through names that were there before any guard --------------------------------------
+
+
+def in_two_parts(params, limit, **how):
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    norm = get_total_norm([p.grad for p in params if p.grad is not None], **how)
+    clip_grads_with_norm_(params, limit, norm, **how)
+    return norm
+
+
+def by_module(name):
+    return lambda *args, **how: getattr(nn.utils, name)(*args, **how)
+
+
+def deprecated(*args, **how):
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return old_name(*args, **how)
+
+
+DOORS = {
+    "norm": clip_grad_norm_,
+    "norm, by module": by_module("clip_grad_norm_"),
+    "norm, deprecated": deprecated,
+    "two parts": in_two_parts,
+    "two parts, private": lambda params, limit, **how: nn.utils.clip_grad._clip_grads_with_norm_(
+        params, limit, torch.tensor(9.0), **how
+    ),
+    "value": clip_grad_value_,
+    "value, by module": by_module("clip_grad_value_"),
+}
+
+
+def linear():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, ft.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_clipping_is_refused_through_every_door(door, foreach):
+    (model, opt), (other, _) = linear(), linear()
+    with ft.step_in_backward(model, opt):
+        model(torch.ones(3)).sum().backward()
+        other(torch.ones(3)).sum().backward()
+        for given in (model.parameters(), model.weight, [*other.parameters(), model.bias]):
+            with pytest.raises(
+                RuntimeError,
+                match=r"^clip_grad_(norm|value)_ needs all gradients at once, but step",
+            ):
+                door(given, 0.5, foreach=foreach)
+        assert torch.equal(other.weight.grad, torch.ones(2, 3))
+        door(other.parameters(), 0.25, foreach=foreach)  # of which none was stepped
+        assert other.weight.grad.max() <= 0.25
+    model(torch.ones(3)).sum().backward()
+    door(model.parameters(), 0.25, foreach=foreach)
+    assert model.weight.grad.max() <= 0.25
+
+
+@pytest.mark.parametrize("limit", [float("inf"), torch.tensor(float("inf"))])
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_a_limit_that_clips_nothing_passes(door, limit):
+    """Trainers ask for it, to log the norm."""
+    (model, opt), (other, _) = linear(), linear()
+    with ft.step_in_backward(model, opt):
+        model(torch.ones(3)).sum().backward()
+        other(torch.ones(3)).sum().backward()
+        norm = door(model.parameters(), limit)
+        assert norm is None or norm == 0
+        norm = door([model.bias, *other.parameters()], limit)
+        assert norm is None or norm == pytest.approx(8**0.5)
+        assert torch.equal(other.weight.grad, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -float("inf"), 1e30])
+def test_only_an_infinite_limit_passes(limit):
+    model, opt = linear()
+    with ft.step_in_backward(model, opt):
+        model(torch.ones(3)).sum().backward()
+        with pytest.raises(RuntimeError, match="needs all gradients at once"):
+            clip_grad_norm_(model.parameters(), limit)
+        with pytest.raises(RuntimeError, match="needs all gradients at once"):
+            clip_grad_value_(model.parameters(), clip_value=limit)
+
+
+@pytest.mark.parametrize("name", ["DistributedDataParallel", "FullyShardedDataParallel"])
+@pytest.mark.parametrize("deep", [False, True])
+def test_models_whose_gradients_are_reduced_later_are_refused(name, deep):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    kind = getattr(nn.parallel, name, None) or getattr(fsdp, name)
+    # A wrapper that was never set up: what is asked is only which class it is of.
+    wrapped = kind.__new__(kind)
+    nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = inner = nn.Linear(2, 2)
+    model = nn.Sequential(wrapped) if deep else wrapped
+    with pytest.raises(ValueError, match=f"^model must not be wrapped in {name}: it reduces"):
+        ft.step_in_backward(model, ft.SGD(inner.parameters(), lr=0.1))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import math
+import sys
 import weakref
 from typing import Any
 
@@ -16,29 +19,43 @@ from fusedstep.torch.tensors import check_apart, is_dtensor
 
 
 def _guard_clipping() -> None:
-    """Makes `clip_grad_norm_`, which would find no gradients and clip nothing, say so instead.
+    """Makes torch's clipping, which would find no gradients and clip nothing, say so instead.
 
-    By replacing, once, what it calls: callers may have imported `clip_grad_norm_` itself by name.
+    Callers hold these functions under many names, and may have imported them long ago. What they
+    hold is a wrapper that enters `no_grad` and then calls the function itself, which it has in its
+    closure. There a guard takes the function's place, once, so that all names lead to it.
     """
-    name = "_clip_grads_with_norm_"
-    if not hasattr(clip_grad, name):  # torch before 2.6
-        name = "clip_grad_norm_"
-    clip = getattr(clip_grad, name)
-    if hasattr(clip, "_guarded_by_fusedstep"):
-        return
+    # The first is where clip_grad_norm_ and clip_grads_with_norm_ meet, from torch 2.6 on.
+    by_norm = ("_clip_grads_with_norm_", "clip_grad_norm_")
+    for name in (next(name for name in by_norm if hasattr(clip_grad, name)), "clip_grad_value_"):
+        wrapper = getattr(clip_grad, name)
+        clip = wrapper.__wrapped__
+        if not hasattr(clip, "_guarded_by_fusedstep"):
+            cell = next(cell for cell in wrapper.__closure__ if cell.cell_contents is clip)
+            said = "clip_grad_norm_" if name in by_norm else name
+            cell.cell_contents = wrapper.__wrapped__ = _guarded(clip, said)
+
+
+def _guarded(clip: Any, said: str) -> Any:
+    """`clip(parameters, limit, ...)`, or an error of function `said` where gradients are gone."""
+    signature = inspect.signature(clip)
 
     @functools.wraps(clip)
     def guarded(parameters: Any, *args: Any, **kwargs: Any) -> Any:
         given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         if any(param in stepped_in_backward for param in given):
-            raise RuntimeError(
-                "clip_grad_norm_ needs all gradients at once, but step_in_backward has already"
-                " stepped and freed them"
-            )
+            limit = list(signature.bind(given, *args, **kwargs).arguments.values())[1]
+            if float(limit) != math.inf:  # by which trainers measure the norm, and clip nothing
+                raise RuntimeError(
+                    f"{said} needs all gradients at once, but step_in_backward has already stepped"
+                    " and freed them"
+                )
+            if all(param.grad is None for param in given) and said == "clip_grad_value_":
+                return None  # torch's takes no empty list
         return clip(given, *args, **kwargs)
 
     guarded._guarded_by_fusedstep = True  # type: ignore[attr-defined]
-    setattr(clip_grad, name, guarded)
+    return guarded
 
 
 class StepInBackward:
@@ -114,6 +131,12 @@ _running: weakref.WeakKeyDictionary[torch.nn.Module, list[StepInBackward]] = (
 )
 
 
+def _reducing() -> tuple[Any, ...]:
+    """The wrappers that reduce gradients after backward; torch.distributed need not be there."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    return (torch.nn.parallel.DistributedDataParallel, *([fsdp] if fsdp else []))
+
+
 def step_in_backward(
     model: torch.nn.Module, optimizer: Optimizer, *, max_norm: float | None = None
 ) -> StepInBackward:
@@ -124,10 +147,11 @@ def step_in_backward(
     optimizer's own `step` then finds no gradients and does nothing; call it for its hooks and for
     learning-rate schedulers as ever.
 
-    What needs all gradients before the first update cannot be had: clipping by their global norm
-    (`torch.nn.utils.clip_grad_norm_` raises for these parameters), `torch.amp.GradScaler`, and
-    reductions after backward: a model that DistributedDataParallel wraps, now or later, would step
-    each process's own gradients.
+    What needs all gradients before the first update cannot be had: clipping (by norm or by value,
+    torch's functions raise for these parameters, unless the limit is inf: trainers log the norm in
+    this way, and read 0), `torch.amp.GradScaler`, and reductions after backward: a model that
+    DistributedDataParallel or FullyShardedDataParallel wraps, now or later, would step each
+    process's own gradients.
 
     Args:
         model: its parameters that `optimizer` holds are stepped; others keep their gradients.
@@ -139,8 +163,8 @@ def step_in_backward(
 
     Raises:
         TypeError: not a module, or not an optimizer of `fusedstep.torch`.
-        ValueError: `max_norm` is given; the model is wrapped for data-parallel training, is
-            flattened, is stepped in backward already, or shares no parameter with the optimizer.
+        ValueError: `max_norm` is given; the model is or has one wrapped for data-parallel training,
+            is flattened, is stepped in backward already, or shares no parameter with the optimizer.
 
     Example:
         >>> import torch
@@ -165,11 +189,12 @@ def step_in_backward(
             f"max_norm must be None, got {max_norm!r}: the global norm is known only after"
             " backward, when the parameters have already been stepped"
         )
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model must not be wrapped in DistributedDataParallel: it reduces gradients after they"
-            " would have been stepped"
-        )
+    for module in model.modules():
+        if isinstance(module, _reducing()):
+            raise ValueError(
+                f"model must not be wrapped in {type(module).__name__}: it reduces gradients after"
+                " they would have been stepped"
+            )
     held = {param for group in optimizer.param_groups for param in group["params"]}
     params = [param for param in model.parameters() if param.requires_grad and param in held]
     if not params:
