@@ -242,12 +242,17 @@ def test_curvature_refuses_by_name():
     for function, error, message in (
         (None, TypeError, "grad_fn must be callable"),
         (lambda x: [x, x], ValueError, "grad_fn must return 1 gradients, got 2"),
-        (lambda x: x[:2], ValueError, r"grads\[0\] must have shape \(3,\), got \(2,\)"),
-        (lambda x: 1.0, TypeError, "grads must be"),
-        (lambda x: x * np.nan, ValueError, "grads must be finite"),
-        (lambda x: None, TypeError, r"grads\[0\] must be"),
-        (lambda x: x * 1j, TypeError, r"grads\[0\] must"),
-        (lambda x: x.astype(int), TypeError, r"grads\[0\] must be floating-point numbers, got int"),
+        (
+            lambda x: x[:2],
+            ValueError,
+            r"^grad_fn\(params\)\[0\] must have shape \(3,\), got \(2,\)",
+        ),
+        (lambda x: x * np.nan, ValueError, r"^grad_fn\(params\) must be finite"),
+        (lambda x: None, TypeError, r"^grad_fn\(params\)\[0\] must be"),
+        (lambda x: "x", TypeError, r"^grad_fn\(params\) must be an array, .* got str"),
+        (lambda x: {"w": x}, ValueError, r"^grad_fn\(params\) must have the names of params"),
+        (lambda x: x * 1j, TypeError, r"^grad_fn\(params\)\[0\] must"),
+        (lambda x: x.astype(int), TypeError, r"^grad_fn\(params\)\[0\] must be floating-point"),
     ):
         with pytest.raises(error, match=message):
             curvature(function, x)
@@ -268,6 +273,26 @@ def test_curvature_refuses_by_name():
     for bad, kind in ((torch.ones(3), "Tensor with requires_grad=False"), (np.ones(3), "ndarray")):
         with pytest.raises(TypeError, match=rf"params\[1\] must be a tensor that .*, got {kind}"):
             curvature(lambda q: q[0].square().sum(), [p, bad])
+
+
+@pytest.mark.parametrize("call", [curvature, safe_lr])
+@pytest.mark.parametrize(
+    "loss", [float, int, np.float32, np.array, torch.tensor], ids=lambda kind: kind.__name__
+)
+def test_a_loss_in_place_of_gradients_is_told_so(call, loss):
+    x = np.ones(3)
+    for params in (x, [x], {"w": x}, {"w": x, "b": np.ones(2)}, fs.FlatBuffer.pack({"w": x})):
+        said = r"^grad_fn must return gradients like params, got the number 6: a loss will do where"
+        with pytest.raises(TypeError, match=said):
+            call(lambda params: loss(6), params)
+    assert x.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [float, np.float64, np.array])
+def test_the_gradient_of_one_number_may_be_a_number(kind):
+    x = np.array(2.0)
+    assert safe_lr(lambda x: kind(4.0 * x), x) == pytest.approx(0.5)
+    assert safe_lr(lambda p: {"x": kind(4.0 * p["x"])}, {"x": x}) == pytest.approx(0.5)
 
 
 def test_safe_rate_refuses_an_optimizer_that_does_not_fit():

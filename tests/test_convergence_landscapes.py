@@ -153,6 +153,11 @@ def test_trajectory_refuses_by_name():
     ):
         with pytest.raises(error, match=message):
             trajectory(*arguments)
+    slope = type("Slope", (), {"gradient": staticmethod(lambda x: x.sum())})
+    with pytest.raises(
+        ValueError, match=r"^landscape.gradient\(start\) must have start's shape \(2,"
+    ):
+        trajectory(make, slope, (1, 1), 5)
     x = np.ones(3)
     with pytest.raises(ValueError, match="opt must have one parameter of shape"):
         trajectory(fs.SGD(x), land, (2, 2), 1)

@@ -201,14 +201,14 @@ def _check_lasting(params: Params, named: Mapping[Key, Any], again: Iterable[Any
             )
 
 
-def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
+def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Sequence[Any]:
     """Gradients in any form that `step` takes, as a sequence in the parameters' order."""
     if isinstance(grads, Mapping):
         if grads.keys() != params.keys():
             missing = [key for key in params if key not in grads][:8]
             extra = [key for key in grads if key not in params][:8]
             raise ValueError(
-                f"grads must have the names of params, got missing {missing}, unknown {extra}"
+                f"{name} must have the names of params, got missing {missing}, unknown {extra}"
             )
         return [grads[key] for key in params]
     if isinstance(grads, list | tuple):
@@ -219,7 +219,7 @@ def in_order(params: Mapping[Key, Any], grads: Grads) -> Sequence[Any]:
     if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
         return list(grads)
     raise TypeError(
-        "grads must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+        f"{name} must be an array, a FlatBuffer, or a sequence or dict of arrays,"
         f" got {type(grads).__name__}"
     )
 

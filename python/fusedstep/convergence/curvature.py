@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedstep._hypers import POSITIVE, as_integer, check
+from fusedstep._hypers import POSITIVE, as_float, as_integer, check
 from fusedstep.buffers import as_array
 from fusedstep.convergence.arrays import Array
 from fusedstep.optimizers import in_order, name_params
@@ -304,7 +304,14 @@ class _Hessian:
 
     def _flat(self, grads: Any) -> Array:
         """Gradients as one vector of their own."""
-        ordered = in_order(self._named, grads)
+        number = as_float(grads)
+        if number is not None and self._shapes != [()]:
+            raise TypeError(
+                f"grad_fn must return gradients like params, got the number {number:g}: a loss will"
+                " do where it is a torch tensor that depends on params"
+            )
+        name = "grad_fn(params)"
+        ordered = in_order(self._named, grads, name)
         if len(ordered) != len(self._shapes):
             raise ValueError(
                 f"grad_fn must return {len(self._shapes)} gradients, got {len(ordered)}"
@@ -313,15 +320,15 @@ class _Hessian:
         for key, shape, grad, part in zip(
             self._named, self._shapes, ordered, self._parts(flat), strict=True
         ):
-            number = type(grad) in (float, int) and not shape
-            array = np.asarray(float(grad)) if number else as_array(grad, f"grads[{key}]")
+            one = np.asarray(grad) if isinstance(grad, float | np.number) else grad
+            array = as_array(one, f"{name}[{key}]")
             if array.shape != shape:
-                raise ValueError(f"grads[{key}] must have shape {shape}, got {array.shape}")
+                raise ValueError(f"{name}[{key}] must have shape {shape}, got {array.shape}")
             if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-                raise TypeError(f"grads[{key}] must be floating-point numbers, got {array.dtype}")
+                raise TypeError(f"{name}[{key}] must be floating-point numbers, got {array.dtype}")
             part[...] = array.ravel()
         if not np.isfinite(flat).all():
-            raise ValueError("grads must be finite around params, got NaN or infinity")
+            raise ValueError(f"{name} must be finite around params, got NaN or infinity")
         return flat
 
     def _denominator(self, optimizer: Any) -> Array:

@@ -137,7 +137,7 @@ def lr_range_test(
     average = 0.0
     try:
         for i, lr in enumerate(lrs.tolist()):
-            loss = check("loss", step_fn(lr), ANY)
+            loss = check("step_fn(lr)", step_fn(lr), ANY)
             losses.append(loss)
             # The bias-corrected running average, in a form that a constant loss does not move.
             average += (1 - smoothing) / (1 - smoothing ** (i + 1)) * (loss - average)

@@ -61,13 +61,12 @@ def trajectory(
         raise ValueError(f"start must be a point of the landscape: {error}") from None
     if gradient.shape != point.shape:
         raise ValueError(
-            f"start must have the shape of the landscape's points, got {point.shape} with a"
-            f" gradient {gradient.shape}"
+            f"landscape.gradient(start) must have start's shape {point.shape}, got {gradient.shape}"
         )
     if lookahead and isinstance(opt, fs.Optimizer):
         _check_lookahead(opt)
     if isinstance(opt, fs.Optimizer):
-        params = [as_array(param, "params") for param in opt.params.values()]
+        params = [as_array(param, "opt.params") for param in opt.params.values()]
         if len(params) != 1 or params[0].shape != point.shape:
             shapes = [param.shape for param in params]
             raise ValueError(f"opt must have one parameter of shape {point.shape}, got {shapes}")
@@ -77,7 +76,7 @@ def trajectory(
         opt = opt(point)
         if not isinstance(opt, fs.Optimizer):
             raise TypeError(f"opt must make a fusedstep optimizer, got {opt!r}")
-        made = [as_array(param, "params") for param in opt.params.values()]
+        made = [as_array(param, "opt.params") for param in opt.params.values()]
         if len(made) != 1 or not np.shares_memory(made[0], point):
             raise ValueError(f"opt must make an optimizer of the array it is given, got {opt!r}")
         if lookahead:
