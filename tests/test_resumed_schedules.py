@@ -106,6 +106,20 @@ def test_the_same_schedule_and_callables_are_no_difference(layer, schedule):
         layer(now).load(after(layer, schedule.__call__, 4))
 
 
+@each_layer
+def test_a_callable_is_left_alone(layer):
+    class Function:
+        def __call__(self, t):
+            return 0.25
+
+        def __deepcopy__(self, memo):
+            raise TypeError("not to be copied")
+
+    run = layer(Function())
+    run.load(after(layer, S.Cosine(0.1, total=10), 3))
+    assert run.step() == 0.25
+
+
 PLATEAU = S.ReduceOnPlateau(0.5, factor=0.5, patience=0)
 
 

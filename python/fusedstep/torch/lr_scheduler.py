@@ -51,7 +51,9 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
 
     Differs from:
         torch's schedulers, which multiply the rate that each group begins with: groups of different
-        rates take a list, such as `[schedule, schedule * 0.1]`.
+        rates take a list, such as `[schedule, schedule * 0.1]`. `load_state_dict` keeps the
+        schedule that was given, where torch's takes the checkpoint's. Groups that share one tensor
+        as their rate get one value or an error, with torch's the last group's.
     """
 
     last_epoch: int
