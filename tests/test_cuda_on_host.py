@@ -502,6 +502,21 @@ def test_torch_on_gpu_has_the_cpu_bits(gpu, name, asked):
             assert there[0].grad_norm is None
 
 
+def test_torch_looks_ahead_on_gpu_with_the_cpu_bits(gpu):
+    def run():
+        opt, params = torch_run("SGD", hypers={"lr": 0.1, "momentum": 0.9})
+        before = [p.detach().clone() for p in params]
+        with opt.lookahead():
+            ahead = [p.detach().clone() for p in params]
+            assert not torch.equal(ahead[0], before[0])
+        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+        return bits(p.numpy() for p in ahead)
+
+    here = run()
+    with gpu():
+        assert run() == here
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_torch_under_a_grad_scaler(gpu, name):
     """As GradScaler does it: scale and found_inf are tensors, the second step is to be skipped."""

@@ -988,6 +988,26 @@ def _check_lookahead(groups: Iterable[Mapping[str, float]]) -> None:
         raise ValueError(f"lookahead needs momentum > 0 and nesterov = False, got {given}")
 
 
+def step_along(moving: Iterable[tuple[Any, Any, float]]) -> None:
+    """Takes each (array, direction, rate) to array - rate * direction, by a step of plain SGD."""
+    together: dict[float, tuple[list[Any], list[Any]]] = {}
+    for array, direction, rate in moving:
+        arrays, directions = together.setdefault(rate, ([], []))
+        arrays.append(array)
+        directions.append(direction)
+    for rate, (arrays, directions) in together.items():
+        SGD(arrays, lr=rate).step(directions)
+
+
+def _look_ahead(moving: Sequence[tuple[Array, Array, float]]) -> None:
+    """Takes each array to its look-ahead point, in the type that steps compute in."""
+    wide = [(np.asarray(array, along.dtype), along, reach) for array, along, reach in moving]
+    step_along(wide)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN as in a step
+        for (array, *_), (moved, *_) in zip(moving, wide, strict=True):
+            np.copyto(array, moved, casting="same_kind")
+
+
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
     return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
@@ -1058,12 +1078,13 @@ class SGD(Optimizer):
         """Nesterov's method in its original form: `with opt.lookahead(): g = grad(params)`.
 
         Inside, the parameters stand at the look-ahead point p - lr * momentum * b, where momentum
-        alone would take them; afterwards they are what they were, to the bit. The step that follows
-        takes the gradient found there, and weight_decay at p. Keeps a copy of the parameters
-        meanwhile.
+        alone would take them, to the bit where a plain step along b would; afterwards they are what
+        they were, to the bit. The step that follows takes the gradient found there, and
+        weight_decay at p. Keeps a copy of the parameters meanwhile.
 
         Raises:
-            ValueError: there is no momentum, or `nesterov` is on, which is the other form.
+            ValueError: there is no momentum, or `nesterov` is on, which is the other form; or the
+                parameters are on a GPU, where `fusedstep.torch.SGD` looks ahead.
             RuntimeError: a step, or another look-ahead, inside.
 
         Example:
@@ -1087,11 +1108,9 @@ class SGD(Optimizer):
         moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
         announced = [i for i, _ in moving if i in self._tensors]
+        reaches = [group["lr"] * group["momentum"] for group in numbers]
         try:
-            for i, buffer in moving:
-                group = numbers[self._group_of[i]]
-                reach = group["lr"] * group["momentum"]
-                np.subtract(arrays[i], reach * buffer, out=arrays[i], casting="same_kind")
+            _look_ahead([(arrays[i], b, reaches[self._group_of[i]]) for i, b in moving])
             self._announce(announced)
             self._ahead = True
             yield

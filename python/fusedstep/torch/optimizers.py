@@ -30,6 +30,7 @@ from fusedstep.torch.tensors import (
     local,
     new_state,
     recording,
+    state_dtype,
     stream_of,
 )
 
@@ -611,9 +612,12 @@ class LookAhead(Optimizer):
 
         Raises:
             ValueError: there is no momentum, or `nesterov` is on, which is the other form.
-            RuntimeError: a step, or another look-ahead, inside.
+            RuntimeError: a step, or another look-ahead, inside; a CUDA graph is being recorded,
+                whose replays would keep to this moment's lr and momentum.
         """
         rows = self._current()
+        if self._device.type == "cuda" and recording(self._device):
+            raise RuntimeError("lookahead must not be recorded in a CUDA graph")
         names = self._spec._native_names()
         numbers = [dict(zip(names, native, strict=True)) for _, native, _, _ in rows]
         for group, (*_, lr) in zip(numbers, rows, strict=True):
@@ -628,9 +632,7 @@ class LookAhead(Optimizer):
                     moving.append((param, buffer, group["lr"] * group["momentum"]))
         saved = [param.detach().clone() for param, _, _ in moving]
         try:
-            with torch.no_grad():
-                for param, buffer, reach in moving:
-                    param.sub_(buffer, alpha=reach)
+            _look_ahead(moving)
             self._ahead = True
             yield
         finally:
@@ -654,6 +656,24 @@ class LookAhead(Optimizer):
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
         super()._settle(param)
+
+
+@torch.no_grad()
+def _look_ahead(moving: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    """Takes each (param, buffer, reach) to its look-ahead point, in the type of its states."""
+    wide = []
+    for param, buffer, reach in moving:
+        plain = (local(t).detach().resolve_conj().resolve_neg() for t in (param, buffer))
+        moved, along = (t.to(state_dtype(param)).contiguous() for t in plain)
+        wide.append((moved, along, reach))
+    neutral.step_along((_as_reals(moved), _as_reals(along), reach) for moved, along, reach in wide)
+    for (param, *_), (moved, *_) in zip(moving, wide, strict=True):
+        local(param).copy_(moved)
+    announce([param for param, *_ in moving])  # a shard's own writes are not its DTensor's
+
+
+def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class _Helper:
