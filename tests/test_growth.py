@@ -1,11 +1,15 @@
 """What grows with the number of parameters or groups grows no faster: by counts, not by a clock."""
 
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import fusedstep as fs
 import fusedstep.torch as ft
+from fusedstep.optimizers import _Patterns
 
 
 def calls(run):
@@ -44,11 +48,43 @@ def cost(run):
     return calls(run) + Counted.read
 
 
+PATTERNS = {
+    "names": lambda i: [f"layer.{i}.w", f"layer.{i}.b"],
+    "ends": lambda i: f"layer.{i}.*",
+    "begins": lambda i: [f"*.{i}.w", f"*.{i}.b"],
+    "middles": lambda i: f"*er.{i}.[wb]",
+    "several": lambda i: f"layer*.{i}.?",
+}
+
+
 def check_linear(make):
-    """`make(n)` gives what is to be run for n: its cost for 4n is at most 4 times that for n."""
+    """`make(n)` gives what is to be run for n: its cost for 4n is 4 times that for n."""
     make(5)()  # what is made once
     small, large = cost(make(50)), cost(make(200))
     assert large <= 4.1 * small
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_a_constructor_is_linear_in_groups(pattern):
+    def make(n):
+        names = [f"layer.{i:04}.{kind}" for i in range(n) for kind in "wb"]
+        params = {name: np.zeros(2, np.float32) for name in names}
+        groups = [fs.Group(pattern(f"{i:04}"), lr=0.1) for i in range(n)]
+        return lambda: fs.Adam(params, groups=groups)
+
+    check_linear(make)
+
+
+def test_the_first_group_that_matches_is_found():
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("ab*?[]!-", k=draw.randrange(6))) for _ in range(300)]
+    names = ["".join(draw.choices("ab*[]", k=draw.randrange(5))) for _ in range(300)]
+    for _ in range(40):
+        groups = [fs.Group(draw.sample(texts, draw.randint(1, 2))) for _ in range(8)]
+        patterns = _Patterns(groups)
+        for name in names:
+            expected = next((k for k, group in enumerate(groups) if group.matches(name)), None)
+            assert patterns.first(name) == expected, (name, groups)
 
 
 def test_a_constructor_of_torch_is_linear_in_groups():

@@ -8,8 +8,10 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import math
+import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -88,6 +90,46 @@ class Group:
     def __repr__(self) -> str:
         pattern = self.patterns[0] if len(self.patterns) == 1 else self.patterns
         return f"Group({', '.join([repr(pattern), *_assignments(self.hypers)])})"
+
+
+# Wildcards as `fnmatch` has them; to take more for one would do no harm here.
+_WILD = re.compile(r"[*?]|\[!?\]?[^\]]*\]")
+
+
+class _Patterns:
+    """Several groups' patterns, found by a part of the names that match them.
+
+    So that a name is held against the few that it may match: one of thousands of groups has, say,
+    `layer.17.*`. Of the parts between a pattern's wildcards it is the one that it shares with the
+    fewest others.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
+        given = [(k, pattern) for k, group in enumerate(groups) for pattern in group.patterns]
+        parts = [_WILD.split(pattern) for _, pattern in given]
+        sharing = Counter(part for found in parts for part in set(found))
+        self._whole: dict[str, int] = {}  # patterns without wildcards
+        self._by_part: dict[int, dict[str, list[tuple[int, str]]]] = {}  # by its length first
+        for (k, pattern), found in zip(given, parts, strict=True):
+            if found == [pattern]:
+                self._whole.setdefault(pattern, k)
+                continue
+            rarest = min(found, key=lambda part: (sharing[part], -len(part)))
+            alike = self._by_part.setdefault(len(rarest), {})
+            alike.setdefault(rarest, []).append((k, pattern))
+
+    def first(self, name: str) -> int | None:
+        """The number of the first group that has the name."""
+        found = self._whole.get(name)
+        for n, alike in self._by_part.items():
+            for part in {name[at : at + n] for at in range(len(name) - n + 1)}:
+                for k, pattern in alike.get(part, ()):
+                    if found is not None and k >= found:
+                        break
+                    if fnmatch.fnmatchcase(name, pattern):
+                        found = k
+                        break
+        return found
 
 
 class ParamGroup(MutableMapping[str, Any]):
@@ -378,8 +420,10 @@ class Optimizer:
                     )
         members: list[list[int]] = [[] for _ in range(len(groups) + 1)]
         group_of = []
+        patterns = _Patterns(groups)
         for i, name in enumerate(self._names):
-            place = next((k for k, g in enumerate(groups, 1) if g.matches(name)), 0)
+            first = patterns.first(name)
+            place = 0 if first is None else 1 + first
             members[place].append(i)
             group_of.append(place)
         for group, found in zip(groups, members[1:], strict=True):
