@@ -3,6 +3,9 @@
 
 #include <algorithm>
 
+#include "commit.h"
+#include "unlocked.h"
+
 namespace py = pybind11;
 
 namespace fusedstep {
@@ -40,48 +43,69 @@ ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
     params_.push_back({params[i], {view.shape, view.shape + view.ndim}, view});
     params_.back().view.shape = params_.back().shape.data();  // which moves with its vector
   }
-  py::list none;
-  for (size_t i = 0; i < names_.size(); ++i) none.append(py::none());
-  set_states(std::vector<py::list>(rules()[rule_].states.size(), none),
-             std::vector<ClockTuple>(names_.size()));
+  py::dict none;
+  for (const std::string& state : rules()[rule_].states) {
+    py::list empty;
+    for (size_t i = 0; i < names_.size(); ++i) empty.append(py::none());
+    none[py::str(state)] = empty;
+  }
+  load(none, std::vector<ClockTuple>(names_.size()), 0, {}, py::list());
 }
 
-void ArrayTable::set_states(const std::vector<py::list>& states,
-                            const std::vector<ClockTuple>& clocks) {
-  if (states.size() != rules()[rule_].states.size() || clocks.size() != params_.size()) {
+ArrayTable::States ArrayTable::staged(const py::dict& states,
+                                      const std::vector<Clock>& clocks) const {
+  const std::vector<std::string>& rule_states = rules()[rule_].states;
+  if (states.size() != rule_states.size() || clocks.size() != params_.size()) {
     throw py::value_error("states and clocks must agree with the rule and the parameters");
   }
-  std::vector<Tensor> tensors;
-  std::vector<View> views;
+  States found;
   for (size_t i = 0; i < params_.size(); ++i) {
     const View& param = params_[i].view;
-    const auto [t, first, second] = clocks[i];
-    tensors.push_back(
-        {param.data, param.dtype, param.n, {}, groups_[i], Clock{t, {first, second}}});
-    tensors.back().slot = static_cast<int64_t>(i);
-    for (size_t s = 0; s < states.size(); ++s) {
-      const py::object array = states[s][i];
+    found.tensors.push_back({param.data, param.dtype, param.n, {}, groups_[i], clocks[i]});
+    found.tensors.back().slot = static_cast<int64_t>(i);
+  }
+  for (size_t s = 0; s < rule_states.size(); ++s) {
+    const py::sequence arrays = states[py::str(rule_states[s])];
+    if (arrays.size() != params_.size()) {
+      throw py::value_error("states must have an entry for each parameter");
+    }
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const py::object array = arrays[i];
       if (array.is_none()) continue;
+      const View& param = params_[i].view;
       const Label label{"state", &names_[i]};
-      const View state = view_of(array, label, place_);
+      View state = view_of(array, label, place_);
       check_writable(state, label);
       check_shape(state, param, label);
       if (state.dtype != state_dtype(param.dtype)) {
         throw py::type_error(label.text() + " must be " + dtype_name(state_dtype(param.dtype)) +
                              ", got " + dtype_name(state.dtype));
       }
-      tensors.back().state[s] = state.data;
-      views.push_back(state);
+      found.tensors[i].state[s] = state.data;
+      found.views.push_back(std::move(state));
     }
   }
-  table_.set_tensors(tensors);
-  states_ = std::move(views);
+  return found;
+}
+
+void ArrayTable::load(const py::dict& states, const std::vector<ClockTuple>& clocks, int64_t steps,
+                      std::vector<std::vector<double>> used, const py::list& changes) {
+  std::vector<Clock> converted;
+  for (const auto& [t, first, second] : clocks) converted.push_back({t, {first, second}});
+  States found = staged(states, converted);
+  Changes all(changes);
+  table_.set_tensors(found.tensors);
+  views_ = std::move(found.views);
+  states_ = states;
+  steps_ = steps;
+  used_ = std::move(used);
+  all.make();
 }
 
 std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() {
   std::vector<Clock> clocks;
   {
-    const py::gil_scoped_release release;  // a device may be waited for
+    const Unlocked unlocked;  // a device may be waited for
     clocks = table_.clocks();
   }
   std::vector<ClockTuple> all;
@@ -89,22 +113,71 @@ std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() {
   return all;
 }
 
+void ArrayTable::check_param(size_t i, const Place& place) const {
+  const Label label{"params", &names_[i]};
+  const View now = view_of(params_[i].array, label, place);
+  const View& then = params_[i].view;
+  if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
+    throw py::value_error(label.text() +
+                          " must stay where it was when the optimizer was made, got another"
+                          " address, shape or dtype: make a new optimizer");
+  }
+  check_writable(now, label);
+}
+
+// Whether reading the array ran no Python code, which may do anything: free memory that was read
+// before, for one.
+bool ArrayTable::quiet(py::handle array, const View& view) {
+  static const py::handle ndarray = py::type::of(py::array()).release();
+  if (py::type::handle_of(array).is(ndarray)) return true;
+  return view.dtype != DType::bf16 && is_plain_tensor(array);  // others go through torch's Python
+}
+
+// Those that run Python code first, and once more if there are several, as each may move another.
 void ArrayTable::check_params(const Place& place) const {
+  std::vector<size_t> loud;
   for (size_t i = 0; i < params_.size(); ++i) {
-    const Label label{"params", &names_[i]};
-    const View now = view_of(params_[i].array, label, place);
-    const View& then = params_[i].view;
-    if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
-      throw py::value_error(label.text() +
-                            " must stay where it was when the optimizer was made, got another"
-                            " address, shape or dtype: make a new optimizer");
+    if (!quiet(params_[i].array, params_[i].view)) loud.push_back(i);
+  }
+  for (const size_t i : loud) check_param(i, place);
+  if (loud.size() > 1) {
+    for (const size_t i : loud) check_param(i, place);
+  }
+  size_t next = 0;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (next < loud.size() && loud[next] == i) {
+      ++next;
+    } else {
+      check_param(i, place);
     }
-    check_writable(now, label);
   }
 }
 
-int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vector<double>>& groups,
-                         const Asked& asked) {
+// The gradients' memory, once no Python code runs any more; a View without owner for None.
+std::vector<View> ArrayTable::read(const py::tuple& grads, const Place& place) const {
+  std::vector<View> views(grads.size());
+  bool all_quiet = true;
+  const auto look = [&](size_t i) {
+    const py::handle item = PyTuple_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
+    if (item.is_none() || (views[i].owner && !quiet(item, views[i]))) return;
+    const Label label{"grads", &names_[i]};
+    View view = grad_of(item, label, place, params_[i].view);
+    check_shape(view, params_[i].view, label);
+    all_quiet = all_quiet && quiet(item, view);
+    views[i] = std::move(view);
+  };
+  check_params(place);
+  for (size_t i = 0; i < views.size(); ++i) look(i);
+  if (all_quiet) return views;
+  check_params(place);
+  for (size_t i = 0; i < views.size(); ++i) look(i);  // those that run none once more
+  return views;
+}
+
+ArrayTable::Taken ArrayTable::step(const py::sequence& grads,
+                                   const std::vector<std::vector<double>>& groups,
+                                   const Asked& asked, const py::object& states,
+                                   const py::object& announce) {
   const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
   const size_t given = fixed.size();
   if (given != params_.size()) {
@@ -113,23 +186,28 @@ int64_t ArrayTable::step(const py::sequence& grads, const std::vector<std::vecto
   }
   const Place place = place_for(asked);
   const AtPlace at(place);
-  check_params(place);
-  std::vector<py::object> owners;  // DLPack capsules live until the sweep is done
-  std::vector<Grad> converted(given, Grad{nullptr, DType::f32});
-  for (size_t i = 0; i < given; ++i) {
-    const py::handle item = PyTuple_GET_ITEM(fixed.ptr(), static_cast<py::ssize_t>(i));
-    if (item.is_none()) continue;
-    const Label label{"grads", &names_[i]};
-    View view = grad_of(item, label, place, params_[i].view);
-    check_shape(view, params_[i].view, label);
-    converted[i] = {view.data, view.dtype};
-    owners.push_back(std::move(view.owner));
+  const std::vector<View> views =
+      read(fixed, place);  // DLPack capsules live until the sweep is done
+  const py::tuple after(grads);
+  if (after.size() != given || !std::equal(fixed.begin(), fixed.end(), after.begin(),
+                                           [](py::handle a, py::handle b) { return a.is(b); })) {
+    throw py::value_error("grads must stay as given while it is read, got a list that changed");
   }
-  return run(converted, groups, asked);
+  std::vector<Grad> converted(given);
+  py::list written;
+  for (size_t i = 0; i < given; ++i) {
+    if (!views[i].owner) continue;
+    converted[i] = {views[i].data, views[i].dtype, true};
+    if (!announce.is_none() && is_torch_tensor(params_[i].array)) written.append(params_[i].array);
+  }
+  const Taken taken = run(converted, groups, asked, states);
+  if (taken.second) announce_to(announce, written);
+  return taken;
 }
 
-int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
-                              const std::vector<std::vector<double>>& groups, const Asked& asked) {
+ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
+                                        const std::vector<std::vector<double>>& groups,
+                                        const Asked& asked, const py::object& states) {
   const Place place = place_for(asked);
   const AtPlace at(place);
   check_params(place);
@@ -147,9 +225,9 @@ int64_t ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offs
                             std::to_string(view.n));
     }
     char* data = static_cast<char*>(view.data) + offsets[i] * dtype_bytes(view.dtype);
-    converted.push_back({data, view.dtype});
+    converted.push_back({data, view.dtype, true});
   }
-  return run(converted, groups, asked);
+  return run(converted, groups, asked, states);
 }
 
 // With the stream of this call, which a device's exporters are asked to let wait for theirs.
@@ -159,10 +237,11 @@ Place ArrayTable::place_for(const Asked& asked) const {
   return place;
 }
 
-int64_t ArrayTable::run(const std::vector<Grad>& grads,
-                        const std::vector<std::vector<double>>& groups, const Asked& asked) {
+ArrayTable::Taken ArrayTable::run(const std::vector<Grad>& grads,
+                                  const std::vector<std::vector<double>>& groups,
+                                  const Asked& asked, const py::object& states) {
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i].data) continue;
+    if (!grads[i].given) continue;
     check_grad_dtype(Label{"grads", &names_[i]}, params_[i].view.dtype, grads[i].dtype);
   }
   std::vector<DeviceGroup> converted;
@@ -184,14 +263,51 @@ int64_t ArrayTable::run(const std::vector<Grad>& grads,
     control.skip_nonfinite = skip_nonfinite;
     control.live = place_.device && skip_nonfinite;  // whether it counts, only the device knows
   }
-  const py::gil_scoped_release release;
-  outcome_ = table_.step(grads, converted, control);
-  return outcome_.elements;
+  std::vector<std::vector<double>> used = groups;
+
+  // States that begin with this step are the table's from here on, unless it is not taken.
+  std::vector<Tensor> before;
+  std::vector<View> views;
+  if (!states.is_none()) {
+    before = table_.tensors();
+    std::vector<Clock> clocks;
+    for (const Tensor& tensor : before) clocks.push_back(tensor.clock);
+    States found = staged(states, clocks);
+    for (size_t i = 0; i < before.size(); ++i) found.tensors[i].entered = before[i].entered;
+    table_.set_tensors(found.tensors);
+    views = std::move(found.views);
+  }
+  const auto put_back = [&] {
+    if (!states.is_none()) table_.set_tensors(before);
+  };
+  Outcome outcome;
+  try {
+    const Unlocked unlocked;
+    outcome = table_.step(grads, converted, control);
+  } catch (...) {
+    put_back();
+    throw;
+  }
+
+  // The commit: all of it, and nothing on the way that Python could interrupt.
+  measured_ = control.measure;
+  norm_ = outcome.norm;
+  if (outcome.skipped) {
+    put_back();
+    return {steps_, 0};
+  }
+  if (!states.is_none()) {
+    states_ = py::reinterpret_borrow<py::dict>(states);
+    views_ = std::move(views);
+  }
+  used_ = std::move(used);
+  return {++steps_, outcome.elements};
 }
 
-double ArrayTable::norm() const {
-  if (!place_.device) return outcome_.norm;
-  const py::gil_scoped_release release;
+std::optional<double> ArrayTable::norm() const {
+  if (!measured_) return std::nullopt;
+  if (!place_.device) return norm_;
+  const Unlocked unlocked;
   return table_.device_norm();
 }
 

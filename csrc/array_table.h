@@ -24,27 +24,38 @@ class ArrayTable {
   // (updates done, carry[0], carry[1])
   using ClockTuple = std::tuple<int64_t, double, double>;
 
-  // Replaces all states and clocks, or throws and keeps what it had: `states[s][i]` is state s of
-  // tensor i, or None where the rule's variant has none.
-  void set_states(const std::vector<pybind11::list>& states, const std::vector<ClockTuple>& clocks);
+  // What is known beside memory: the states' arrays by name, one or None for each tensor; the steps
+  // taken; and the groups as the last of them read them, or none. All of it changes in step() and
+  // load() alone, at once, with no Python code on the way that could be interrupted.
+  const pybind11::dict& states() const { return states_; }
+  int64_t steps() const { return steps_; }
+  const std::vector<std::vector<double>>& used() const { return used_; }
   std::vector<ClockTuple> clocks();
+
+  // Replaces all of that, and updates dicts of Python objects that go with it: `changes` has pairs
+  // of a dict and what it takes over. Or throws and keeps what it had.
+  void load(const pybind11::dict& states, const std::vector<ClockTuple>& clocks, int64_t steps,
+            std::vector<std::vector<double>> used, const pybind11::list& changes);
 
   // (gradients' factor, maximal norm or None, skip non-finite ones, device's stream) or None.
   using Asked = std::optional<std::tuple<double, std::optional<double>, bool, uintptr_t>>;
 
+  // (steps taken, elements updated)
+  using Taken = std::pair<int64_t, int64_t>;
+
   // One entry per tensor, an array or None. Each group is (maximize, decoupled, weight_decay,
-  // hyperparameters in the rule's order). Returns the number of elements updated.
-  int64_t step(const pybind11::sequence& grads, const std::vector<std::vector<double>>& groups,
-               const Asked& asked);
+  // hyperparameters in the rule's order). `states` is None, or replaces the states, some of which
+  // begin with this step. `announce` is None or called with the parameters that were written to.
+  Taken step(const pybind11::sequence& grads, const std::vector<std::vector<double>>& groups,
+             const Asked& asked, const pybind11::object& states, const pybind11::object& announce);
 
   // The same with all gradients in one flat array, tensor i's at element offsets[i] of it.
-  int64_t step_flat(pybind11::handle grads, const std::vector<int64_t>& offsets,
-                    const std::vector<std::vector<double>>& groups, const Asked& asked);
+  Taken step_flat(pybind11::handle grads, const std::vector<int64_t>& offsets,
+                  const std::vector<std::vector<double>>& groups, const Asked& asked,
+                  const pybind11::object& states);
 
-  // Of the last step, if it was asked for a norm: the norm, and whether it was skipped, which a
-  // device does not tell.
-  double norm() const;
-  bool skipped() const { return outcome_.skipped; }
+  // Of the gradients of the last step, if it was asked for; waits for a device.
+  std::optional<double> norm() const;
 
   // Shapes and dtype names of the parameters.
   std::vector<pybind11::tuple> shapes() const;
@@ -57,19 +68,34 @@ class ArrayTable {
     View view;  // with the shape above
   };
 
+  // States as the step table takes them, checked.
+  struct States {
+    std::vector<Tensor> tensors;
+    std::vector<View> views;  // for their owners
+  };
+
+  static bool quiet(pybind11::handle array, const View& view);
+  void check_param(size_t i, const Place& place) const;
   void check_params(const Place& place) const;
-  int64_t run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups,
-              const Asked& asked);
+  std::vector<View> read(const pybind11::tuple& grads, const Place& place) const;
+  States staged(const pybind11::dict& states, const std::vector<Clock>& clocks) const;
+  Taken run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups,
+            const Asked& asked, const pybind11::object& states);
   Place place_for(const Asked& asked) const;
 
   int rule_;
   Place place_;
   std::vector<std::string> names_;
   std::vector<Param> params_;
-  std::vector<View> states_;  // for their owners
   std::vector<int> groups_;
   StepTable table_;
-  Outcome outcome_ = {};
+
+  pybind11::dict states_;
+  std::vector<View> views_;
+  int64_t steps_ = 0;
+  std::vector<std::vector<double>> used_;
+  bool measured_ = false;
+  double norm_ = 0;  // of a step that measured it here; a device keeps it
 };
 
 }  // namespace fusedstep

@@ -17,6 +17,8 @@
 #include "rules.h"
 #include "rules/power.h"
 #include "tensor_table.h"
+#include "turn.h"
+#include "unlocked.h"
 
 namespace py = pybind11;
 using namespace fusedstep;
@@ -90,7 +92,7 @@ std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
     runs.push_back({view.data, view.n, view.dtype});
     owners.push_back(std::move(view.owner));
   }
-  const py::gil_scoped_release release;
+  const Unlocked unlocked;
   const FloatMode mode;
   const Squared squared = sum_of_squares(runs);
   return {squared.sum, squared.finite};
@@ -147,19 +149,35 @@ PYBIND11_MODULE(_core, m) {
   m.def("address_of", address_of, py::arg("array"));
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
 
+  py::class_<Turn>(m, "Turn")
+      .def(py::init<>())
+      .def("run",
+           [](Turn& turn, const py::function& call, const py::args& given) {
+             const Turn::Holder holder(turn, Turn::kAlone, "step and load_state_dict");
+             return call(*given);
+           })
+      .def("read", [](Turn& turn, const py::function& call, const py::args& given) {
+        const Turn::Holder holder(turn, Turn::kReading, "");
+        return call(*given);
+      });
+
   py::class_<ArrayTable>(m, "StepTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,
                     const py::object&, int>(),
            py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"),
            py::arg("device") = py::none(), py::arg("index") = 0)
-      .def("set_states", &ArrayTable::set_states, py::arg("states"), py::arg("clocks"))
+      .def_property_readonly("states", &ArrayTable::states)
+      .def_property_readonly("steps", &ArrayTable::steps)
+      .def_property_readonly("used", &ArrayTable::used)
       .def("clocks", &ArrayTable::clocks)
+      .def("load", &ArrayTable::load, py::arg("states"), py::arg("clocks"), py::arg("steps"),
+           py::arg("used"), py::arg("changes"))
       .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"),
-           py::arg("asked") = py::none())
+           py::arg("asked") = py::none(), py::arg("states") = py::none(),
+           py::arg("announce") = py::none())
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
-           py::arg("groups"), py::arg("asked") = py::none())
+           py::arg("groups"), py::arg("asked") = py::none(), py::arg("states") = py::none())
       .def("norm", &ArrayTable::norm)
-      .def("skipped", &ArrayTable::skipped)
       .def("shapes", &ArrayTable::shapes)
       .def("dtypes", &ArrayTable::dtypes);
 
@@ -169,8 +187,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("rule"), py::arg("scalars"), py::arg("exchange"), py::arg("device"),
            py::arg("index"))
       .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("asked"),
-           py::arg("first"), py::arg("owner"))
+           py::arg("first"), py::arg("free"), py::arg("owner"))
       .def("not_begun", &TensorTable::not_begun, py::arg("params"))
-      .def("norm", &TensorTable::norm)
-      .def("skipped", &TensorTable::skipped);
+      .def_property_readonly("norm", &TensorTable::norm)
+      .def_property("live", &TensorTable::live, &TensorTable::set_live);
 }

@@ -75,26 +75,24 @@ class Imported {
  public:
   Imported(const char* module, const char* name) : module_(module), name_(name) {}
 
-  bool has(py::handle object) {
-    if (!type_) {
-      const py::object modules = py::module_::import("sys").attr("modules");
-      const py::object module = modules.attr("get")(module_);
-      if (module.is_none()) return false;
-      type_ = attribute(module, name_).release();
-      if (!type_) return false;  // it is in the middle of its own import
-    }
-    return py::isinstance(object, type_);
-  }
+  bool has(py::handle object) { return known() && py::isinstance(object, type_); }
+
+  // Not of a subclass.
+  bool is_class_of(py::handle object) { return known() && py::type::handle_of(object).is(type_); }
 
  private:
+  bool known() {
+    if (type_) return true;
+    const py::object modules = py::module_::import("sys").attr("modules");
+    const py::object module = modules.attr("get")(module_);
+    if (module.is_none()) return false;
+    type_ = attribute(module, name_).release();
+    return static_cast<bool>(type_);  // not in the middle of its own import
+  }
+
   const char *module_, *name_;
   py::handle type_;
 };
-
-bool is_torch_tensor(py::handle object) {
-  static Imported tensor("torch", "Tensor");
-  return tensor.has(object);
-}
 
 void check_unmasked(py::handle array, const Label& label) {
   static Imported masked("numpy.ma", "MaskedArray");
@@ -573,6 +571,16 @@ uintptr_t address_of(py::handle object) {
     return shown["data"].cast<std::pair<uintptr_t, bool>>().first;
   }
   return reinterpret_cast<uintptr_t>(data);
+}
+
+bool is_torch_tensor(py::handle object) {
+  static Imported tensor("torch", "Tensor");
+  return tensor.has(object);
+}
+
+bool is_plain_tensor(py::handle object) {
+  static Imported tensor("torch", "Tensor"), parameter("torch.nn", "Parameter");
+  return tensor.is_class_of(object) || parameter.is_class_of(object);
 }
 
 void check_grad_dtype(const Label& label, DType param, DType grad) {

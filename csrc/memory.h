@@ -45,6 +45,10 @@ std::pair<pybind11::array, bool> array_of(pybind11::handle object, const std::st
 
 // Where an array, on whatever device, begins.
 uintptr_t address_of(pybind11::handle object);
+// Whether it is a torch.Tensor; or one, or a Parameter, and no subclass, which runs nobody's Python
+// code when it is read.
+bool is_torch_tensor(pybind11::handle object);
+bool is_plain_tensor(pybind11::handle object);
 
 // The device in a capsule of another extension module of this build; null for None.
 const Device* device_of(const pybind11::object& capsule);

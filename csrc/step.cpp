@@ -94,13 +94,6 @@ Group as_group(const std::vector<double>& values, int rule) {
   return group;
 }
 
-Turn::Turn(std::atomic<int>& stepping) : stepping_(stepping) {
-  int before = stepping_.load();
-  if (before == generation() || !stepping_.compare_exchange_strong(before, generation())) {
-    throw std::runtime_error("this optimizer is already stepping in another thread");
-  }
-}
-
 StepTable::StepTable(int rule, std::function<std::string(size_t)> name_of, const Device* device,
                      int index)
     : rule_(rule), name_of_(std::move(name_of)), device_(device) {
@@ -125,7 +118,6 @@ bool StepTable::in_place(const std::vector<Tensor>& tensors) const {
 }
 
 void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
-  const Turn turn(stepping_);
   if (in_place(tensors)) {
     tensors_ = tensors;
     return;
@@ -156,7 +148,7 @@ void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   }
   tensors_ = tensors;
   written_ = std::move(written);
-  clear_.assign(tensors.size(), Grad{nullptr, DType::f32});
+  clear_.assign(tensors.size(), Grad{});
 }
 
 // Brings home the clocks that the device alone has advanced.
@@ -169,7 +161,7 @@ void StepTable::fetch_clocks() {
     slots.push_back(tensors_[i].slot);
   }
   if (slots.empty()) return;
-  const std::vector<Clock> clocks = read_clocks(slots);
+  const std::vector<Clock> clocks = device_clocks(slots);
   for (size_t k = 0; k < entered.size(); ++k) {
     tensors_[entered[k]].clock = clocks[k];
     tensors_[entered[k]].entered = false;
@@ -177,7 +169,6 @@ void StepTable::fetch_clocks() {
 }
 
 std::vector<Clock> StepTable::clocks() {
-  const Turn turn(stepping_);
   fetch_clocks();
   std::vector<Clock> all;
   for (const Tensor& t : tensors_) all.push_back(t.clock);
@@ -185,18 +176,12 @@ std::vector<Clock> StepTable::clocks() {
 }
 
 std::vector<Clock> StepTable::device_clocks(const std::vector<int64_t>& slots) const {
-  const Turn turn(stepping_);
-  return read_clocks(slots);
-}
-
-std::vector<Clock> StepTable::read_clocks(const std::vector<int64_t>& slots) const {
   std::vector<Clock> clocks(slots.size());
   check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
   return clocks;
 }
 
 double StepTable::device_norm() const {
-  const Turn turn(stepping_);
   double norm;
   check(device_->read_norm(memory_, &norm));
   return norm;
@@ -206,7 +191,10 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& t = tensors_[i];
     const Grad& grad = grads[i];
-    if (!grad.data || t.n == 0) continue;
+    if (!grad.given || t.n == 0) continue;
+    if (!grad.data) {
+      throw std::invalid_argument("grads[" + name_of_(i) + "] must have memory, got none");
+    }
     if (grad.data == clear_[i].data && grad.dtype == clear_[i].dtype) continue;
     const auto begin = reinterpret_cast<uintptr_t>(grad.data);
     const uintptr_t end = begin + t.n * dtype_bytes(grad.dtype);
@@ -221,15 +209,17 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) {
   }
 }
 
-// What becomes of the gradients, from their norm.
+// What becomes of the gradients, from their norm where that is wanted.
 Verdict StepTable::measure(const std::vector<Grad>& grads, const Control& control) const {
+  const auto* found_inf = static_cast<const float*>(control.found_inf.at);  // on the CPU
+  const bool found = found_inf && *found_inf != 0;
+  if (!control.measure) return {0, control.factor, found};
   std::vector<Run> runs;
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (grads[i].data) runs.push_back({grads[i].data, tensors_[i].n, grads[i].dtype});
+    if (grads[i].given) runs.push_back({grads[i].data, tensors_[i].n, grads[i].dtype});
   }
   const Squared squared = sum_of_squares(runs);
-  const auto* found_inf = static_cast<const float*>(control.found_inf.at);  // on the CPU
-  return judge(squared.sum, !squared.finite, found_inf && *found_inf != 0, control);
+  return judge(squared.sum, !squared.finite, found, control);
 }
 
 // The row of a tensor: one for each group and clock, in whatever order the tensors come.
@@ -263,7 +253,7 @@ void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGro
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const Tensor& t = tensors_[i];
     advanced_[i] = t.clock;
-    if (!grads[i].data) continue;
+    if (!grads[i].given) continue;
     const Group& group = groups[t.group].group;
     Part part = {i, t.group, used_states(rule, group.hypers)};
     if (!live) {
@@ -322,7 +312,6 @@ void StepTable::sweep_there(const std::vector<Grad>& grads, const std::vector<De
 
 Outcome StepTable::step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
                         const Control& control) {
-  const Turn turn(stepping_);
   // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
   // pthread_create).
   const FloatMode mode;
@@ -332,7 +321,7 @@ Outcome StepTable::step(const std::vector<Grad>& grads, const std::vector<Device
   if (device_) {
     if (!control.live) fetch_clocks();
     if (control.live || control.measure) factor = 1;  // the device multiplies
-  } else if (control.measure) {
+  } else {
     const Verdict verdict = measure(grads, control);
     outcome.norm = verdict.norm;
     outcome.skipped = verdict.skip != 0;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -27,8 +26,9 @@ int type_pair(DType param, DType grad);
 Group as_group(const std::vector<double>& values, int rule);
 
 struct Grad {
-  const void* data;  // null: this tensor sits the step out
-  DType dtype;
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  bool given = false;  // if not, its tensor sits the step out
 };
 
 struct Tensor {
@@ -52,23 +52,7 @@ struct Outcome {
   double norm;       // of the gradients, where it was to be measured
 };
 
-// One step at a time: the second thread is told, not let in. A process forked in the middle of a
-// step is not in one.
-class Turn {
- public:
-  static constexpr int kNobody = -1;  // else the generation() whose thread is in a step
-
-  // Throws std::runtime_error while another thread of this process has its turn.
-  explicit Turn(std::atomic<int>& stepping);
-  ~Turn() { stepping_ = kNobody; }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
-
- private:
-  std::atomic<int>& stepping_;
-};
-
-// Every public call throws std::runtime_error, and does nothing, while another thread's step runs.
+// One call at a time: the caller holds the optimizer's Turn (turn.h).
 class StepTable {
  public:
   // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.
@@ -86,7 +70,9 @@ class StepTable {
   // Waits for the device where it alone counts.
   std::vector<Clock> clocks();
 
-  // Of one tensor; not while a step runs. After a step with live counts it is of no use.
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+
+  // Of one tensor. After a step with live counts it is of no use.
   const Clock& clock(size_t tensor) const { return tensors_[tensor].clock; }
 
   // Updates every tensor that has a gradient. There is one gradient per tensor, of a type that goes
@@ -118,14 +104,12 @@ class StepTable {
   void sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
                    const Control& control);
   void fetch_clocks();
-  std::vector<Clock> read_clocks(const std::vector<int64_t>& slots) const;
 
   int rule_;
   std::function<std::string(size_t)> name_of_;
   std::vector<Tensor> tensors_;
   std::vector<Range> written_;  // by address
   std::vector<Grad> clear_;     // gradients known to lie outside written_
-  mutable std::atomic<int> stepping_{Turn::kNobody};
 
   const Device* device_;
   void* memory_ = nullptr;  // the device's

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "memory.h"
+#include "step.h"
 
 namespace py = pybind11;
 
@@ -33,14 +34,6 @@ bool real_dtype(const DLTensor& t, TensorView& view) {
   view.reals = 2;
   view.dtype = t.dtype.bits == 64 ? DType::f32 : DType::f64;
   return t.dtype.bits == 64 || t.dtype.bits == 128;
-}
-
-// False for a tensor whose storage was taken away.
-bool finish(TensorView& view) {
-  view.n = view.reals;
-  for (int i = 0; i < view.ndim; ++i) view.n *= view.shape[i];
-  if (view.n == 0) view.data = &nothing;
-  return view.data;
 }
 
 }  // namespace
@@ -121,7 +114,7 @@ bool TensorReader::read(py::handle tensor, TensorView& view, const Place& place)
   view.ndim = t.ndim;
   view.shape = t.shape;
   view.strides = t.strides;
-  return finish(view);
+  return finish(tensor, view);
 }
 
 bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Place& place) const {
@@ -143,7 +136,35 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Pl
   view.ndim = static_cast<int>(shape.size());
   view.shape = view.held.data();
   view.strides = view.held.data() + view.ndim;
-  return finish(view);
+  return finish(tensor, view);
+}
+
+// False for a tensor whose storage was taken away. Its address is then null, or the tensor's offset
+// in the storage: as few addresses are as low as an offset, few tensors are asked for theirs.
+bool TensorReader::finish(py::handle tensor, TensorView& view) const {
+  static const py::handle storage_offset = py::str("storage_offset").release();
+  constexpr uintptr_t kLow = uintptr_t{1} << 32;
+  view.n = view.reals;
+  for (int i = 0; i < view.ndim; ++i) view.n *= view.shape[i];
+  if (view.n == 0) view.data = &nothing;
+  const auto at = reinterpret_cast<uintptr_t>(view.data);
+  if (view.n == 0 || at >= kLow) return true;
+  const auto offset = py::getattr(tensor, storage_offset)().cast<int64_t>();
+  return at != static_cast<uintptr_t>(offset * view.reals * dtype_bytes(view.dtype));
+}
+
+const void* TensorReader::address(py::handle tensor) const {
+  static const py::handle data_ptr = py::str("data_ptr").release();
+  DLTensor t;
+  if (api_) {
+    if (api_->view(tensor.ptr(), &t) == 0) return static_cast<char*>(t.data) + t.byte_offset;
+  } else if (ordinary(tensor)) {
+    const auto at =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr.ptr()));
+    if (at) return reinterpret_cast<void*>(at.cast<uintptr_t>());
+  }
+  PyErr_Clear();
+  return nullptr;
 }
 
 bool TensorReader::lazy(py::handle tensor, const TensorView& view) const {
@@ -164,6 +185,13 @@ py::object TensorReader::grad(py::handle tensor) const {
                                                     : PyObject_GetAttr(tensor.ptr(), name.ptr()));
   if (!grad) throw py::error_already_set();
   return grad;
+}
+
+void TensorReader::drop_grad(py::handle tensor) const {
+  const int failed = grad_ && grad_->set && ordinary(tensor)
+                         ? grad_->set(tensor.ptr(), Py_None, grad_->closure)
+                         : PyObject_SetAttrString(tensor.ptr(), "grad", Py_None);
+  if (failed) throw py::error_already_set();
 }
 
 }  // namespace fusedstep

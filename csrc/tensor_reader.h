@@ -36,23 +36,30 @@ class TensorReader {
 
   bool is_tensor(pybind11::handle object) const;
 
-  // Reads a torch.Tensor or Parameter. False for what has no memory to sweep over as it is: another
-  // class (DTensor, FakeTensor, ...), place, layout or dtype.
-  bool read(pybind11::handle tensor, TensorView& view, const Place& place) const;
-
-  // Whether the values are not those in memory: a negation or conjugation is pending.
-  bool lazy(pybind11::handle tensor, const TensorView& view) const;
-
-  // `tensor.grad`.
-  pybind11::object grad(pybind11::handle tensor) const;
-
- private:
-  bool read_attributes(pybind11::handle tensor, TensorView& view, const Place& place) const;
-
+  // Whether it is a torch.Tensor or Parameter and no subclass, of which no Python code runs.
   bool ordinary(pybind11::handle tensor) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
     return type == parameter_.ptr() || type == tensor_.ptr();
   }
+
+  // Reads an ordinary tensor. False for what has no memory to sweep over as it is: another class
+  // (DTensor, FakeTensor, ...), place, layout or dtype, or a storage that was resized to nothing.
+  bool read(pybind11::handle tensor, TensorView& view, const Place& place) const;
+
+  // Where any tensor's elements are, whatever its class; null for one that cannot tell. Runs no
+  // Python code.
+  const void* address(pybind11::handle tensor) const;
+
+  // Whether the values are not those in memory: a negation or conjugation is pending.
+  bool lazy(pybind11::handle tensor, const TensorView& view) const;
+
+  // `tensor.grad`, and `tensor.grad = None`.
+  pybind11::object grad(pybind11::handle tensor) const;
+  void drop_grad(pybind11::handle tensor) const;
+
+ private:
+  bool read_attributes(pybind11::handle tensor, TensorView& view, const Place& place) const;
+  bool finish(pybind11::handle tensor, TensorView& view) const;
 
   const DLPackExchangeAPI* api_ = nullptr;
   pybind11::object tensor_, parameter_;  // the classes

@@ -1,4 +1,4 @@
-// Reads opt.param_groups and opt.state, checks all of it, and only then lets the step table write.
+// Reads opt.param_groups and opt.state, checks all of it, lets the step table write, and then commits.
 #include "tensor_table.h"
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "memory.h"
+#include "unlocked.h"
 
 namespace py = pybind11;
 
@@ -27,11 +28,13 @@ class Ordered {
     Py_ssize_t next = at_;
     PyObject *found, *value;
     if (!PyDict_Next(dict_.ptr(), &next, &found, &value) || found != key.ptr()) {
+      hashed = true;
       return lookup(dict_, key);
     }
     at_ = next;
     return value;
   }
+  bool hashed = false;  // a tensor's hash is Python code
 
  private:
   py::handle dict_;
@@ -87,35 +90,42 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
 }
 
 // Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies. A
-// real state that is the object it was, where it was, is not asked again whether it is lazy.
-void TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
+// real state that is the object it was, where it was, is not asked again whether it is lazy. Whether
+// it is to take the place of what the state has.
+bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
                        Known* known, bool on_host) {
   const Place place = on_host ? Place{} : place_;
   if (reader_.read(tensor, view, place)) {
     trail_.pass_tensor(tensor, view);
+    if (view.n) sources_.push_back({tensor, view.data});
     const bool own =
         view.held.empty();  // the shape lies in torch's object, and tells it from others
     const bool same = known && own && known->object == view.shape && known->data == view.data;
-    if (same && view.reals == 1) return;
+    if (same && view.reals == 1) return false;
     if (!reader_.lazy(tensor, view)) {
       if (known) *known = {view.shape, view.data};
-      return;
+      return false;
     }
   }
-  replace(a, kind, tensor, view, place);
+  return replace(a, kind, tensor, view, place);
 }
 
-// Puts in a tensor's place what torch makes of it.
-void TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
+// Puts in a tensor's place what torch makes of it, and says whether the state is to have that too.
+bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
                           const Place& place) {
-  py::object made = owner_.attr("_plain")(a.i, kind, tensor);
-  if (!reader_.read(made, view, place)) {
+  ran_ = true;
+  sources_.push_back({tensor, reader_.address(tensor)});
+  const py::tuple made = owner_.attr("_plain")(a.i, kind, tensor);
+  py::object plain = made[0];
+  if (!reader_.read(plain, view, place)) {
     throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
                           " must have memory of its own, got " +
                           py::str(py::type::of(tensor).attr("__name__")).cast<std::string>());
   }
+  if (!py::object(made[1]).is_none()) back_.emplace_back(made[1], plain);
   a.stand_ins.push_back(tensor);
-  tensor = std::move(made);
+  tensor = std::move(plain);
+  return made[2].cast<bool>();
 }
 
 void TensorTable::check_grad(const Active& a, const TensorView& param,
@@ -134,16 +144,17 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
   check_grad_dtype(label, param.dtype, grad.dtype);
 }
 
-TensorTable::Entry TensorTable::find(const Active& a, py::handle entry, unsigned uses) const {
+TensorTable::Entry TensorTable::find(const Active& a, unsigned uses) const {
   Entry found;
-  if (entry && !PyDict_Check(entry.ptr())) {
+  if (a.entry && !PyDict_Check(a.entry.ptr())) {
     throw py::type_error("state[" + name_of(a.i) + "] must be a dict, got " +
-                         py::repr(entry).cast<std::string>());
+                         py::repr(a.entry).cast<std::string>());
   }
-  Ordered values(entry);
+  Ordered values(a.entry);
   const auto take = [&](const py::str& name, py::object& tensor) {
-    const py::handle value = entry ? values.at(name) : py::handle();
-    if (reader_.is_tensor(value)) {
+    py::handle value = a.fresh ? lookup(a.fresh, name) : py::handle();
+    if (!value && a.entry) value = values.at(name);
+    if (value && reader_.is_tensor(value)) {
       tensor = py::reinterpret_borrow<py::object>(value);
     } else {
       found.complete = false;
@@ -185,13 +196,20 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     TensorView view;
     a.scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
-    look(a, scalars_[s], scalar, view, &counted_[a.i].known[s], !live_);
-    if (shows_less(s, view)) replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
+    bool moved = look(a, scalars_[s], scalar, view, &counted_[a.i].known[s], !live_);
+    if (shows_less(s, view)) {
+      moved = replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
+    }
     if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
     }
-    a.scalars[s] = scalar;  // what the state has from now on, if it was moved
+    a.scalars[s] = scalar;
+    if (moved) {
+      py::dict change;
+      change[scalars_[s]] = scalar;
+      changes_.add(py::reinterpret_borrow<py::dict>(begins ? a.fresh : a.entry), change);
+    }
     a.numbers[s] = {view.data, view.dtype};
   }
 
@@ -215,7 +233,13 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     for (const py::object& state : a.states) {
       if (state) all.append(state);
     }
-    const py::list matched = owner_.attr("_match")(a.i, all);
+    ran_ = true;
+    const py::tuple made = owner_.attr("_match")(a.i, all);
+    const py::list matched = made[0];
+    for (const py::handle pair : py::list(made[1])) {
+      const auto both = py::reinterpret_borrow<py::tuple>(pair);
+      back_of_copies_.emplace_back(both[0], both[1]);
+    }
     size_t next = 0;
     const auto take = [&](TensorView& view) {
       if (!reader_.read(matched[next++], view, place_))
@@ -241,7 +265,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   for (size_t s = 0; s < states_.size(); ++s) {
     if (a.states[s]) tensor.state[s] = views[s].data;
   }
-  gradients_[place] = {g.data, g.dtype};
+  gradients_[place] = {g.data, g.dtype, true};
 }
 
 // Whether a scalar is float32 where a step uses more: a checkpoint shall have what the next step
@@ -272,7 +296,6 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
 }
 
 std::vector<size_t> TensorTable::not_begun(const py::list& params) {
-  const Turn turn(stepping_);
   std::vector<int64_t> slots;
   for (size_t i = 0; i < std::min(counted_.size(), params.size()); ++i) {
     const bool own = counted_[i].param == py::object(params[i]).ptr();
@@ -282,7 +305,7 @@ std::vector<size_t> TensorTable::not_begun(const py::list& params) {
   if (slots.empty()) return found;
   std::vector<Clock> clocks;
   {
-    const py::gil_scoped_release release;
+    const Unlocked unlocked;
     clocks = table_.device_clocks(slots);
   }
   for (size_t k = 0; k < slots.size(); ++k) {
@@ -321,13 +344,104 @@ Live TensorTable::number(const py::handle& tensor, const char* name) const {
   return {view.data, view.dtype};
 }
 
-py::list TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& asked,
-                           size_t first, const py::object& owner) {
-  const Turn turn(stepping_);
+// Reads all that the step goes by. Python code may run on the way, and move what was read before.
+void TensorTable::collect(const py::list& groups, const py::dict& state, size_t first) {
+  active_.clear();
+  groups_.clear();
+  tensors_.clear();
+  gradients_.clear();
+  sources_.clear();
+  back_.clear();
+  back_of_copies_.clear();
+  changes_ = {};
+  written_ = py::list();
+  ran_ = false;
+  trail_.begin();
+  owner_.attr("_again")();
+
+  std::vector<unsigned> uses;
+  std::vector<size_t> begins;
+  py::list wanted;
+  Ordered entries(state);
+  size_t i = first;
+  for (const py::handle item : groups) {
+    const auto group = py::reinterpret_borrow<py::tuple>(item);
+    const py::tuple params(group[0]);  // the list may change while torch is asked
+    groups_.push_back(
+        {as_group(group[1].cast<std::vector<double>>(), rule_), number(group[3], "lr")});
+    uses.push_back(used_states(rules()[rule_], groups_.back().group.hypers));
+    if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
+    for (const py::handle param : params) {
+      const size_t here = i++, place = active_.size();
+      ran_ = ran_ || !reader_.ordinary(param);
+      py::object grad = reader_.grad(param);
+      if (grad.is_none()) continue;
+      if (counted_[here].param != param.ptr()) {
+        counted_[here] = {};
+        counted_[here].param = param.ptr();
+      }
+      Active& a = active_.emplace_back();
+      a.i = here;
+      a.group = static_cast<int>(groups_.size()) - 1;
+      a.param = py::reinterpret_borrow<py::object>(param);
+      a.given = grad;
+      a.grad = std::move(grad);
+      tensors_.emplace_back();
+      gradients_.emplace_back();
+      a.entry = py::reinterpret_borrow<py::object>(entries.at(param));
+      if (a.entry) trail_.pass(a.entry.ptr());
+      const Entry entry = find(a, uses.back());
+      read(place, entry, false);
+      written_.append(param);
+      if (entry.complete) continue;
+      begins.push_back(place);
+      wanted.append(py::make_tuple(param, group[2], names_missing(entry, uses.back())));
+    }
+  }
+  ran_ = ran_ || entries.hashed;
+  if (begins.empty()) return;
+  ran_ = true;
+  const py::list made = owner_.attr("_begin")(wanted);
+  py::dict added;
+  for (size_t k = 0; k < begins.size(); ++k) {
+    Active& a = active_[begins[k]];
+    a.fresh = made[k];
+    const Entry entry = find(a, uses[a.group]);
+    if (!entry.complete) throw std::logic_error("_begin must make all states");
+    read(begins[k], entry, true);
+    if (a.entry) {
+      changes_.add(py::reinterpret_borrow<py::dict>(a.entry),
+                   py::reinterpret_borrow<py::dict>(a.fresh));
+    } else {
+      added[a.param] = a.fresh;
+    }
+  }
+  changes_.add(state, added);
+}
+
+// Whether all that was read is still there; runs no Python code.
+bool TensorTable::stayed() const {
+  for (const Source& source : sources_) {
+    if (reader_.address(source.tensor) != source.at) return false;
+  }
+  for (const Active& a : active_) {
+    if (reader_.ordinary(a.param) && !reader_.grad(a.param).is(a.given)) return false;
+  }
+  return true;
+}
+
+void TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& asked,
+                       size_t first, bool free, const py::object& owner) {
   struct Release {  // of all that the step borrows, however it ends
-    std::vector<Active>& active;
-    ~Release() { active.clear(); }
-  } const release{active_};
+    TensorTable& table;
+    ~Release() {
+      table.active_.clear();
+      table.back_.clear();
+      table.back_of_copies_.clear();
+      table.changes_ = {};
+      table.written_ = py::list();
+    }
+  } const release{*this};
   active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
   Control control;
@@ -340,74 +454,59 @@ py::list TensorTable::step(const py::list& groups, const py::dict& state, const 
   control.scale = number(asked[5], "grad_scale");
   control.found_inf = number(asked[6], "found_inf");
   control.norm = number(asked[7], "norm");
+
   std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
-  trail_.begin();
-  tensors_.clear();
-  gradients_.clear();
-
-  std::vector<DeviceGroup> converted;
-  std::vector<unsigned> uses;
-  py::list updated, wanted;
-  std::vector<size_t> begins;
-  Ordered entries(state);
-  size_t i = first;
-  for (const py::handle item : groups) {
-    const auto group = py::reinterpret_borrow<py::tuple>(item);
-    const py::tuple params(group[0]);  // the list may change while torch is asked
-    converted.push_back(
-        {as_group(group[1].cast<std::vector<double>>(), rule_), number(group[3], "lr")});
-    uses.push_back(used_states(rules()[rule_], converted.back().group.hypers));
-    if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
-    for (const py::handle param : params) {
-      const size_t here = i++, place = active_.size();
-      py::object grad = reader_.grad(param);
-      if (grad.is_none()) continue;
-      if (counted_[here].param != param.ptr()) {
-        counted_[here] = {};
-        counted_[here].param = param.ptr();
-      }
-      Active& a = active_.emplace_back();
-      a.i = here;
-      a.group = static_cast<int>(converted.size()) - 1;
-      a.param = py::reinterpret_borrow<py::object>(param);
-      a.grad = std::move(grad);
-      tensors_.emplace_back();
-      gradients_.emplace_back();
-      const auto known = py::reinterpret_borrow<py::object>(entries.at(param));
-      if (known) trail_.pass(known.ptr());
-      const Entry entry = find(a, known, uses.back());
-      read(place, entry, false);
-      updated.append(param);
-      if (entry.complete) continue;
-      begins.push_back(place);
-      wanted.append(py::make_tuple(param, group[2], names_missing(entry, uses.back())));
+  constexpr int kTries = 3;
+  for (int tries = 0;; ++tries) {
+    collect(groups, state, first);
+    const bool moved = !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
+                                   gradients_before_.end(),
+                                   [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
+                       !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(),
+                                   tensors_before_.end(), [](const Tensor& x, const Tensor& y) {
+                                     return x.param == y.param;
+                                   });
+    if (moved) ran_ = owner_.attr("_moved")().cast<bool>() || ran_;
+    if (!ran_ || stayed()) break;
+    if (tries == kTries) {
+      throw py::value_error(
+          "params, grads and state must stay where they are while a step reads"
+          " them, got memory that moved each time");
     }
   }
-  if (!begins.empty()) {
-    owner_.attr("_begin")(wanted);
-    for (const size_t place : begins) {
-      const Active& a = active_[place];
-      const Entry entry = find(a, lookup(state, a.param), uses[a.group]);
-      if (!entry.complete) throw std::logic_error("_begin must make all states");
-      read(place, entry, true);
-    }
-  }
-  const bool moved =
-      !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
-                  gradients_before_.end(),
-                  [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
-      !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(), tensors_before_.end(),
-                  [](const Tensor& x, const Tensor& y) { return x.param == y.param; });
-  if (moved) owner_.attr("_moved")();
   table_.set_tensors(tensors_);
+  const py::dict attributes = owner_.attr("_attributes");
+  const py::object announce = owner_.attr("_announce");
+  Outcome outcome;
   {
-    const py::gil_scoped_release unlocked;
-    outcome_ = table_.step(gradients_, converted, control);
+    const Unlocked unlocked;
+    outcome = table_.step(gradients_, groups_, control);
   }
-  if (outcome_.skipped) return py::list();
+
+  // The commit. No Python code runs before states and counts are those of the new parameters.
+  for (const char* name : {"grad_scale", "found_inf"}) {
+    if (PyDict_GetItemString(attributes.ptr(), name)) {
+      PyDict_DelItemString(attributes.ptr(), name);
+    }
+  }
+  if (!place_.device && control.norm.at) *static_cast<double*>(control.norm.at) = outcome.norm;
+  norm_ = asked[7];
+  lives_ = live_;
+  if (outcome.skipped) return;
   write_clocks();
-  return updated;
+  changes_.make();
+  Insistence insistence;
+  for (const auto* pairs : {&back_of_copies_, &back_}) {
+    for (const auto& [to, from] : *pairs) {
+      insistence.run([&, target = to, source = from] { target.attr("copy_")(source); });
+    }
+  }
+  insistence.run([&] { announce(written_); });
+  for (const Active& a : active_) {
+    if (free) insistence.run([&] { reader_.drop_grad(a.param); });
+  }
+  insistence.raise();
 }
 
 }  // namespace fusedstep

@@ -5,11 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <atomic>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "commit.h"
 #include "step.h"
 #include "tensor_reader.h"
 
@@ -65,26 +65,34 @@ class TensorTable {
   //   asked   (the gradients' factor, maximal norm or None, skip non-finite ones, the device's
   //           stream, whether counts are live, and tensors or None: loss scale, found_inf, norm)
   //   first   the number of the first parameter; the others follow, over all groups
+  //   free    whether gradients are dropped once they are used
   //   owner   asked for what only torch can do:
-  //     _plain(i, kind, tensor) -> the same as a plain tensor in its place, or an error that says
-  //         what is wrong; kind is "params", "grads" or a state's name. Counts are on the device
-  //         where they are live, else on the CPU, and no narrower than a step uses them.
-  //     _begin([(parameter, torch's group, names)]) makes the states that are missing
-  //     _match(i, [parameter, gradient, *states]) -> the same, dense and of equal strides
+  //     _again() is told that all is read, or read anew
+  //     _plain(i, kind, tensor) -> (the same as a plain tensor, what to copy it to after the step or
+  //         None, whether it is to take the state's place), or an error that says what is wrong; kind
+  //         is "params", "grads" or a state's name. Counts are on the device where they are live,
+  //         else on the CPU, and no narrower than a step uses them.
+  //     _begin([(parameter, torch's group, names)]) -> for each a dict of the states that are missing
+  //     _match(i, [parameter, gradient, *states]) -> (the same, dense and of equal strides, and pairs
+  //         of what to copy to and from after the step)
   //     _moved() is told, before anything is written, that memory is elsewhere than in the last step
+  //     _announce(parameters) is told which were written
   //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
-  // Returns the parameters updated. An error leaves all memory as it was; states that were made stay.
-  pybind11::list step(const pybind11::list& groups, const pybind11::dict& state,
-                      const pybind11::tuple& asked, size_t first, const pybind11::object& owner);
+  //     _attributes, the optimizer's own: what torch.amp left in them for this step is dropped
+  // An error leaves everything as it was. What the step changes beside memory it changes at once.
+  void step(const pybind11::list& groups, const pybind11::dict& state, const pybind11::tuple& asked,
+            size_t first, bool free, const pybind11::object& owner);
 
   // Those of the parameters, by number, of which the device alone knows that every step of theirs was skipped,
   // for a rule that keeps no count. Waits for the device.
   std::vector<size_t> not_begun(const pybind11::list& params);
 
-  // Of the last step: the norm if it was asked for, and whether it was skipped; a device tells
-  // neither.
-  double norm() const { return outcome_.norm; }
-  bool skipped() const { return outcome_.skipped; }
+  // The tensor that the last step was given for the norm, or None.
+  const pybind11::object& norm() const { return norm_; }
+
+  // Whether the last step's counts were live.
+  bool live() const { return lives_; }
+  void set_live(bool live) { lives_ = live; }
 
  private:
   // Where a state was that had no negation or conjugation pending: torch's object, and the memory.
@@ -108,6 +116,8 @@ class TensorTable {
     size_t i;
     int group;
     pybind11::object param, grad;
+    pybind11::handle given;         // the gradient as the parameter has it
+    pybind11::object entry, fresh;  // its dict in the state, and what the step adds to it, or null
     std::array<pybind11::object, kCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
     std::array<Number, kCounts> numbers;      // the scalars' memory
@@ -121,12 +131,20 @@ class TensorTable {
     bool complete = true;
   };
 
-  Entry find(const Active& a, pybind11::handle entry, unsigned uses) const;
+  // A tensor, and where its elements were when it was read.
+  struct Source {
+    pybind11::handle tensor;
+    const void* at;
+  };
+
+  void collect(const pybind11::list& groups, const pybind11::dict& state, size_t first);
+  bool stayed() const;
+  Entry find(const Active& a, unsigned uses) const;
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
-  void look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
+  bool look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
             Known* known = nullptr, bool on_host = false);
-  void replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
+  bool replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
                const Place& place);
   bool shows_less(size_t s, const TensorView& view) const;
   Live number(const pybind11::handle& tensor, const char* name) const;
@@ -142,14 +160,21 @@ class TensorTable {
   std::vector<pybind11::str> states_, scalars_;  // names
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
-  std::atomic<int> stepping_{Turn::kNobody};
   StepTable table_;
-  Outcome outcome_ = {};
+  pybind11::object norm_ = pybind11::none();
+  bool lives_ = false;
 
   // Of the step being taken.
   pybind11::handle owner_;
   bool live_ = false;
   std::vector<Active> active_;
+  std::vector<DeviceGroup> groups_;
+  pybind11::list written_;
+  bool ran_ = false;             // Python code, which may have moved what was read before
+  std::vector<Source> sources_;  // all tensors that were read
+  Changes changes_;              // of the optimizer's state
+  // (to, from) of copies, those of copies first.
+  std::vector<std::pair<pybind11::object, pybind11::object>> back_of_copies_, back_;
 
   Trail trail_;
 

@@ -658,17 +658,17 @@ def put_entry_that_is_no_dict(opt, ps):
 
 def put_negative_step(opt, ps):
     opt.state[ps[1]]["step"].fill_(-1)
-    return r"state\[1\]\['step'\] must be an integer >= 0, got -1"
+    return r"state\[1\]\['step'\] must be an integer from 0 to 2\^53 - 1, got -1"
 
 
 def put_fractional_step(opt, ps):
     opt.state[ps[1]]["step"].fill_(2.5)
-    return r"state\[1\]\['step'\] must be an integer >= 0, got 2.5"
+    return r"state\[1\]\['step'\] must be an integer from 0 to 2\^53 - 1, got 2.5"
 
 
 def put_nan_step(opt, ps):
     opt.state[ps[1]]["step"].fill_(float("nan"))
-    return r"state\[1\]\['step'\] must be an integer >= 0, got -?nan"
+    return r"state\[1\]\['step'\] must be an integer from 0 to 2\^53 - 1, got -?nan"
 
 
 def put_step_of_two_numbers(opt, ps):
@@ -678,7 +678,7 @@ def put_step_of_two_numbers(opt, ps):
 
 def put_negative_python_step(opt, ps):
     opt.state[ps[1]]["step"] = -3
-    return r"state\[1\]\['step'\] must be an integer >= 0, got -3"
+    return r"state\[1\]\['step'\] must be an integer from 0 to 2\^53 - 1, got -3"
 
 
 def put_negative_lr(opt, ps):

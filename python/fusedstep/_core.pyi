@@ -1,10 +1,12 @@
 """The compiled core, as bindings.cpp exposes it."""
 
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+_T = TypeVar("_T")
 
 ALIGNMENT: int
 COMPILER: str
@@ -47,6 +49,11 @@ def sum_of_squares(grads: Sequence[Any]) -> tuple[float, bool]: ...
 # The gradients' factor, maximal norm or None, skip non-finite ones, the device's stream.
 _Asked = tuple[float, float | None, bool, int]
 
+class Turn:
+    def __init__(self) -> None: ...
+    def run(self, call: Callable[..., _T], /, *given: Any) -> _T: ...
+    def read(self, call: Callable[..., _T], /, *given: Any) -> _T: ...
+
 class StepTable:
     def __init__(
         self,
@@ -57,22 +64,38 @@ class StepTable:
         device: Any = None,
         index: int = 0,
     ) -> None: ...
-    def set_states(
-        self, states: Sequence[list[Any]], clocks: Sequence[tuple[int, float, float]]
-    ) -> None: ...
+    @property
+    def states(self) -> Mapping[str, Sequence[Any]]: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def used(self) -> list[list[float]]: ...
     def clocks(self) -> list[tuple[int, float, float]]: ...
+    def load(
+        self,
+        states: Mapping[str, Sequence[Any]],
+        clocks: Sequence[tuple[int, float, float]],
+        steps: int,
+        used: Sequence[Sequence[float]],
+        changes: list[tuple[dict[str, Any], dict[str, Any]]],
+    ) -> None: ...
     def step(
-        self, grads: Sequence[Any], groups: Sequence[Sequence[float]], asked: _Asked | None = None
-    ) -> int: ...
+        self,
+        grads: Sequence[Any],
+        groups: Sequence[Sequence[float]],
+        asked: _Asked | None = None,
+        states: Mapping[str, Sequence[Any]] | None = None,
+        announce: Callable[[list[Any]], None] | None = None,
+    ) -> tuple[int, int]: ...
     def step_flat(
         self,
         grads: Any,
         offsets: Sequence[int],
         groups: Sequence[Sequence[float]],
         asked: _Asked | None = None,
-    ) -> int: ...
-    def norm(self) -> float: ...
-    def skipped(self) -> bool: ...
+        states: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[int, int]: ...
+    def norm(self) -> float | None: ...
     def shapes(self) -> list[tuple[int, ...]]: ...
     def dtypes(self) -> list[str]: ...
 
@@ -86,8 +109,10 @@ class TensorTable:
         state: dict[Any, dict[str, Any]],
         asked: tuple[Any, ...],
         first: int,
+        free: bool,
         owner: Any,
-    ) -> list[Any]: ...
+    ) -> None: ...
     def not_begun(self, params: list[Any]) -> list[int]: ...
-    def norm(self) -> float: ...
-    def skipped(self) -> bool: ...
+    @property
+    def norm(self) -> Any: ...
+    live: bool

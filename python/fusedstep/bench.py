@@ -142,9 +142,11 @@ def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any
         grads["flat"][at : at + block.size] = block[: n - at]
     opt = getattr(optimizers, cls)(params, **kwargs)
     states = list(opt.state["flat"].values())
-    streams = [[states[i] if i < len(states) else None] for i in range(3)]
     table = _core.StepTable("ceiling", ["flat"], [params["flat"]], [0])
-    table.set_states(streams, [(0, 0.0, 0.0)])
+    streams = {
+        name: [states[i] if i < len(states) else None] for i, name in enumerate(table.states)
+    }
+    table.load(streams, [(0, 0.0, 0.0)], 0, [], [])
     group = [[0.0, 0.0, 0.0, float(len(states))]]
     offsets = [0]
     moved = 3 * params.dtype.itemsize + sum(2 * s.dtype.itemsize for s in states)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 import numpy as np
 
 from fusedstep import _checkpoint, _core, _gpu
+from fusedstep._autograd import announcer
 from fusedstep._hypers import (
     AT_LEAST_0,
     FINITE,
@@ -43,7 +44,11 @@ Betas = tuple[Rate, Rate]
 Pair = tuple[float, float]
 Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
 Grads = Any  # as Params, with None for a tensor that sits the step out
-States = dict[str, list[Any]]  # by name, one array per parameter, or None
+States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
+
+# The gradients' factor, maximal norm or None, whether to skip non-finite ones, the device's stream.
+_Asked = tuple[float, float | None, bool, int]
+_Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
 
 _RULES = _core.rules()
 
@@ -145,17 +150,23 @@ class ParamGroup(MutableMapping[str, Any]):
     def __init__(self, hypers: dict[str, Any], owner: type[Optimizer], params: list[int]) -> None:
         self._owner = owner
         self._params = params
+        # Both are replaced as a whole by every change, so that what was read from them tells by its
+        # identity whether it is stale, and a change is made at once.
         self._own: dict[str, Any] = {}  # what a checkpoint's group has beside hyperparameters
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
-        self._edited()
+        self._last_read: tuple[dict[str, Any], list[float]] | None = None
 
     def _check(self, name: str, value: Any) -> Any:
         return self._owner._check(name, value, schedules=True)
 
-    def _edited(self) -> None:
-        self._native: list[float] | None = None
-        # A rate of its own in each step is cheap; any other schedule may call for other states.
-        self._follows = any(is_scheduled(v) for n, v in self._hypers.items() if n != "lr")
+    def _known(self) -> list[float] | None:
+        """The group as the rule reads it, but for a scheduled rate, if that is known already.
+
+        A rate of its own in each step is cheap; any other schedule may call for other states, so
+        that nothing is known of a group that has one.
+        """
+        last = self._last_read
+        return last[1] if last is not None and last[0] is self._hypers else None
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":
@@ -164,13 +175,12 @@ class ParamGroup(MutableMapping[str, Any]):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name in self._own:
-            self._own[name] = value
+            self._own = {**self._own, name: value}
             return
         if name not in self._hypers:
             known = ", ".join(self._hypers)
             raise ValueError(f"hyperparameter must be one of {known}, got {name!r}")
-        self._hypers[name] = self._check(name, value)
-        self._edited()
+        self._hypers = {**self._hypers, name: self._check(name, value)}
 
     def __delitem__(self, name: str) -> None:
         raise TypeError(f"{name} must stay: a group keeps all its hyperparameters")
@@ -286,7 +296,9 @@ class Optimizer:
     In place of a number, `lr`, `weight_decay`, `momentum` and each of `betas` take a schedule: one
     of `fusedstep.schedules`, or any callable of the step, which counts from 0.
 
-    A call that raises has changed nothing.
+    A call that raises has changed nothing. One that is interrupted, by Ctrl-C or by what a signal's
+    handler raises, has changed all or nothing: parameters, states, counts, `steps` and with it the
+    schedules. So a handler may save `state_dict()`.
     """
 
     _rule: ClassVar[str]
@@ -379,14 +391,16 @@ class Optimizer:
         if isinstance(groups, Group) or not isinstance(groups, Iterable):
             raise TypeError(f"groups must be a sequence of Group objects, got {groups!r}")
         self._groups, self._group_of = self._make_groups(hypers, list(groups))
-        self._states = self._no_states()
-        self._steps = 0
-        self._used: list[list[float]] = []  # the groups as the last step read them
         self._open_table()
-        self._refresh()
+        _, states, read = self._prepared()
+        self._table.load(states or self._states, self._table.clocks(), 0, [], read)
 
     def _open_table(self) -> None:
-        """Hands the parameters to the compiled table, which checks them and keeps the counts."""
+        """Hands the parameters to the compiled table, which checks them.
+
+        States, counts and the number of steps are the table's: it alone changes them, all at once.
+        """
+        self._turn = _core.Turn()
         params = list(self._params.values())
         # The CUDA device whose memory all of it is in; None: the CPU's.
         self._index = device = None
@@ -399,12 +413,15 @@ class Optimizer:
         self._table = _core.StepTable(
             self._rule, self._names, params, self._group_of, device, self._index or 0
         )
-        self._measured = False
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
         torch = sys.modules.get("torch")
         kind = torch.Tensor if torch else ()
         self._tensors = {i: p for i, p in enumerate(params) if isinstance(p, kind)}
+
+    @property
+    def _states(self) -> States:
+        return self._table.states
 
     def _make_groups(
         self, hypers: dict[str, Any], groups: list[Group]
@@ -441,25 +458,36 @@ class Optimizer:
 
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
-    def _refresh(self) -> None:
-        """Reads the groups that change or were edited, and makes the states they call for."""
-        edited = [group for group in self._groups if group._native is None or group._follows]
-        if not edited:
-            return
-        natives = [self._native_at(group._hypers, self._steps) for group in edited]
-        wanted = [
-            (state, i)
-            for group, native in zip(edited, natives, strict=True)
-            for state in self._uses(native)
-            for i in group._params
-            if self._states[state][i] is None
-        ]
-        if wanted:
-            states = self._extended(self._states, wanted, self._groups)
-            self._table.set_states(list(states.values()), self._table.clocks())
-            self._states = states
-        for group, native in zip(edited, natives, strict=True):
-            group._native = native
+    def _prepared(self) -> tuple[list[list[float]], States | None, _Changes]:
+        """What the step about to be taken goes by, but for the rates.
+
+        The groups as the rule reads them, all states if some are to begin, and changes of the
+        groups' memory of what was read. Nothing is changed here.
+        """
+        t = self._table.steps
+        natives: list[list[float]] = []
+        wanted: list[tuple[str, int]] = []
+        read: _Changes = []
+        for group in self._groups:
+            native = group._known()
+            if native is None:
+                hypers = group._hypers
+                native = self._native_at(hypers, t)
+                states = self._states
+                wanted += [
+                    (state, i)
+                    for state in self._uses(native)
+                    for i in group._params
+                    if states[state][i] is None
+                ]
+                if not any(is_scheduled(v) for n, v in hypers.items() if n != "lr"):
+                    read.append((group.__dict__, {"_last_read": (hypers, native)}))
+            natives.append(native)
+        return natives, self._extended(self._states, wanted, self._groups) if wanted else None, read
+
+    def _current(self) -> list[list[float]]:
+        """All groups as the rule reads them in the step about to be taken."""
+        return self._with_rates(self._prepared()[0], self._table.steps)
 
     def _native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:
         """`_native` in the step after `t` others, but for the rate."""
@@ -508,25 +536,14 @@ class Optimizer:
     def _state_dtype(self, i: int) -> str:
         return "float64" if self._dtypes[i] == "float64" else "float32"
 
-    def _current(self) -> list[list[float]]:
-        """All groups as the rule reads them, with the rates of the step about to be taken."""
-        for group in self._groups:
-            if group._native is None or group._follows:
-                self._refresh()
-                break
-        natives = []
-        for group in self._groups:
-            assert group._native is not None
-            natives.append(self._with_rate(group._native, group, self._steps))
-        return natives
-
-    def _with_rate(self, native: list[float], group: ParamGroup, t: int) -> list[float]:
-        """`native`, and where the rate follows a schedule that of step t in its place."""
-        lr = group._hypers["lr"]
-        if not callable(lr):
-            return native
-        rate = at_step("lr", lr, t, self._hyper_table["lr"])
-        return [*native[:_LR], rate, *native[_LR + 1 :]]
+    def _with_rates(self, natives: list[list[float]], t: int) -> list[list[float]]:
+        """`natives`, and where a rate follows a schedule that of step t in its place."""
+        return [
+            [*native[:_LR], at_step("lr", lr, t, self._hyper_table["lr"]), *native[_LR + 1 :]]
+            if callable(lr := group._hypers["lr"])
+            else native
+            for native, group in zip(natives, self._groups, strict=True)
+        ]
 
     # -- public -----------------------------------------------------------------------------------
 
@@ -575,37 +592,33 @@ class Optimizer:
             >>> w, opt.grad_norm
             (array([-3., -4.], dtype=float32), 50.0)
         """
-        states = self._states
         asked = None
         measured = max_norm is not None or skip_nonfinite is not False
         plain = type(loss_scale) is float and loss_scale == 1.0
         if measured or not plain or self._index is not None:
             asked = self._asked(max_norm, loss_scale, skip_nonfinite)
-        try:
-            natives = self._current()
-            layout = None if self._buffer is None else self._buffer._layout
-            # An exact type and an identity first: a small step takes a few microseconds in all.
-            if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
-                elements = self._table.step_flat(grads._flat, grads._layout.offsets, natives, asked)
-            else:
-                ordered = in_order(self._params, grads)
-                elements = self._table.step(ordered, natives, asked)
-                if elements:
-                    self._announce(i for i in self._tensors if ordered[i] is not None)
-        except BaseException:
-            self._forget_new(states)
-            raise
-        self._measured = measured
-        if measured and self._table.skipped():
-            self._forget_new(states)
-            return StepReport(self._steps, natives[0][_LR], 0)
-        self._steps += 1
-        self._used = natives
-        return StepReport(self._steps, natives[0][_LR], elements)
+        return self._turn.run(self._step, grads, asked)
 
-    def _asked(
-        self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any
-    ) -> tuple[float, float | None, bool, int]:
+    def _step(self, grads: Grads, asked: _Asked | None) -> StepReport:
+        """A step, while nobody else has a turn."""
+        natives, states, read = self._prepared()
+        table = self._table
+        natives = self._with_rates(natives, table.steps)
+        layout = None if self._buffer is None else self._buffer._layout
+        # An exact type and an identity first: a small step takes a few microseconds in all.
+        if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
+            flat, offsets = grads._flat, grads._layout.offsets
+            steps, elements = table.step_flat(flat, offsets, natives, asked, states)
+        else:
+            ordered = in_order(self._params, grads)
+            announce = announcer() if self._tensors else None
+            steps, elements = table.step(ordered, natives, asked, states, announce)
+        # Of what the step did nothing is left to be noted but this, which saves the next one work.
+        for memory, known in read:
+            memory.update(known)
+        return StepReport(steps, natives[0][_LR], elements)
+
+    def _asked(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> _Asked:
         """What a step is asked beside gradients and groups, checked."""
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
@@ -617,26 +630,18 @@ class Optimizer:
         stream = 0 if self._index is None else _gpu.stream_of(first, self._index)
         return 1 / scale, norm, skip_nonfinite, stream
 
-    def _forget_new(self, states: States) -> None:
-        """Puts `states` back in place of new ones, made for a step that was not taken."""
-        if self._states is not states:
-            self._table.set_states(list(states.values()), self._table.clocks())
-            self._states = states
-            for group in self._groups:
-                group._edited()
-
     @property
     def grad_norm(self) -> float | None:
         """The norm of all gradients before the last step, if that had max_norm or skip_nonfinite.
 
         On a CUDA device, reading it waits for the step.
         """
-        return self._table.norm() if self._measured else None
+        return self._turn.read(self._table.norm)
 
     def _announce(self, written: Iterable[int]) -> None:
-        """Tells autograd of tensors changed behind its back, so that a stale backward raises."""
-        for i in written:
-            sys.modules["torch"].autograd.graph.increment_version(self._tensors[i])
+        """Tells autograd of tensors that were written to, by number."""
+        if tensors := [self._tensors[i] for i in written]:
+            announcer()(tensors)
 
     @property
     def params(self) -> dict[Key, Any]:
@@ -651,7 +656,7 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """The number of steps taken, the argument of the next call of a schedule."""
-        return self._steps
+        return self._table.steps
 
     @property
     def state(self) -> dict[Key, dict[str, Array]]:
@@ -681,6 +686,10 @@ class Optimizer:
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
         """
+        return self._turn.read(self._saved)
+
+    def _saved(self) -> dict[str, Any]:
+        """`state_dict`, while nobody else has a turn."""
         natives = self._last_natives()
         groups = []
         for group, native in zip(self._groups, natives, strict=True):
@@ -708,7 +717,7 @@ class Optimizer:
             entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
             state[i] = self._as_torch(entry) if i in self._tensors else entry
         groups = [stored for stored in groups if stored["params"]]
-        whole = {"state": state, "param_groups": groups, "step": self._steps}
+        whole = {"state": state, "param_groups": groups, "step": self.steps}
         schedules = [group._stored() for group in self._groups if group._params]
         return {**whole, "schedules": schedules} if any(schedules) else whole
 
@@ -739,10 +748,10 @@ class Optimizer:
 
     def _last_natives(self) -> list[list[float]]:
         """The groups as the last step read them, or as the first will."""
-        if self._used:
-            return self._used
-        t = max(self._steps - 1, 0)
-        return [self._with_rate(self._native_at(g._hypers, t), g, t) for g in self._groups]
+        if used := self._table.used:
+            return used
+        t = max(self.steps - 1, 0)
+        return self._with_rates([self._native_at(g._hypers, t) for g in self._groups], t)
 
     @classmethod
     def _check_divides(cls) -> None:
@@ -763,7 +772,7 @@ class Optimizer:
     def _divisors(self) -> list[tuple[Any, Array | None]]:
         """Each parameter with its `_divisor` under the present hyperparameters."""
         self._check_divides()
-        t = max(self._steps - 1, 0)
+        t = max(self.steps - 1, 0)
         natives = [self._native_at(group._hypers, t) for group in self._groups]
         found = []
         for i, (param, clock) in enumerate(
@@ -781,27 +790,25 @@ class Optimizer:
         Raises:
             RuntimeError: the optimizer is stepping in another thread.
         """
+        return self._turn.read(self._kept)
+
+    def _kept(self) -> Callable[[], None]:
+        """`_keep`, while nobody else has a turn."""
         clocks = self._table.clocks()
         states = {name: list(arrays) for name, arrays in self._states.items()}
         arrays = [a for found in states.values() for a in found if a is not None]
         saved = [array.copy() for array in arrays]
-        steps, used = self._steps, self._used
-        hypers = [dict(group._hypers) for group in self._groups]
+        steps, used = self._table.steps, self._table.used
+        hypers = [(group.__dict__, {"_hypers": group._hypers}) for group in self._groups]
         held = [one for group in self._groups for one in plateaus(group._hypers.values())]
-        progress = [(one, one.progress) for one in held]
+        progress = [one._changed_to(one.progress) for one in held]
 
         def put_back() -> None:
-            self._table.set_states(list(states.values()), clocks)
-            self._states, self._steps, self._used = states, steps, used
             for array, values in zip(arrays, saved, strict=True):
                 array[...] = values
-            for group, values in zip(self._groups, hypers, strict=True):
-                group._hypers = dict(values)
-                group._edited()
-            for plateau, reached in progress:
-                plateau._go_on(reached)
+            self._table.load(states, clocks, steps, used, hypers + progress)
 
-        return put_back
+        return lambda: self._turn.run(put_back)
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
         return clock[0] > 0
@@ -826,6 +833,10 @@ class Optimizer:
         """
         if self._ahead:
             raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
+        self._turn.run(self._load, state_dict)
+
+    def _load(self, state_dict: Any) -> None:
+        """`load_state_dict`, while nobody else has a turn."""
         entries, saved = _checkpoint.parts(state_dict)
         own = [[self._names[i] for i in group._params] for group in self._groups if group._params]
         order, saved = _checkpoint.arranged(
@@ -855,18 +866,13 @@ class Optimizer:
             for name, array in arrays.items():
                 states[name][i][...] = array
         if schedules.warning:  # which may be an error: nothing has changed yet
-            warnings.warn(schedules.warning, UserWarning, stacklevel=2)
-        self._table.set_states(list(states.values()), clocks)
-
-        # Nothing raises from here on.
-        self._states = states
-        self._steps, self._used = steps, []
-        for group, values, other, native in zip(self._groups, hypers, others, natives, strict=True):
-            group._hypers, group._own = values, other
-            group._edited()
-            group._native = native
-        for plateau, reached in schedules.progress:
-            plateau._go_on(reached)
+            warnings.warn(schedules.warning, UserWarning, stacklevel=3)
+        changes = [
+            (group.__dict__, {"_hypers": values, "_own": other})
+            for group, values, other in zip(self._groups, hypers, others, strict=True)
+        ]
+        changes += [plateau._changed_to(reached) for plateau, reached in schedules.progress]
+        self._table.load(states, clocks, steps, [], changes)
 
     def _staged_schedules(
         self,
@@ -993,8 +999,14 @@ class Optimizer:
     def __getstate__(self) -> dict[str, Any]:
         if self._ahead:
             raise RuntimeError("copies must be made after a lookahead, not inside it")
-        state = {**self.__dict__, "_table": self._table.clocks()}
-        for name in ("_tensors", "_index", "_measured"):
+        return self._turn.read(self._copied)
+
+    def _copied(self) -> dict[str, Any]:
+        """`__getstate__`, while nobody else has a turn."""
+        table = self._table
+        known = dict(table.states), table.clocks(), table.steps, table.used
+        state = {**self.__dict__, "_table": known}
+        for name in ("_tensors", "_index", "_turn"):
             del state[name]
         if self._buffer is not None:
             del state["_params"]  # views of the buffer
@@ -1005,14 +1017,14 @@ class Optimizer:
         if self._buffer is not None:
             self._params = dict(self._buffer.items())
         self._open_table()
-        old = self._states
+        old, clocks, steps, used = state["_table"]
         wanted = [
             (s, i) for s, arrays in old.items() for i, a in enumerate(arrays) if a is not None
         ]
-        self._states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
+        states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
         for name, i in wanted:
-            self._states[name][i][...] = old[name][i]
-        self._table.set_states(list(self._states.values()), state["_table"])
+            states[name][i][...] = old[name][i]
+        self._table.load(states, clocks, steps, used, [])
 
     def __repr__(self) -> str:
         n = sum(int(np.prod(shape)) for shape in self._shapes)
@@ -1164,10 +1176,10 @@ class SGD(Optimizer):
                 np.copyto(array, values)
             self._announce(announced)
 
-    def _current(self) -> list[list[float]]:
+    def _prepared(self) -> tuple[list[list[float]], States | None, _Changes]:
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
-        return super()._current()
+        return super()._prepared()
 
     # The clock carries whether the buffer has begun: its first update takes the whole gradient.
     def _started(self, clock: tuple[int, float, float]) -> bool:

@@ -1146,6 +1146,10 @@ class ReduceOnPlateau(Schedule):
     def _go_on(self, progress: tuple[float, float | None, int, int] | None) -> None:
         object.__setattr__(self, "progress", progress)
 
+    def _changed_to(self, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What makes `progress` its own, together with other changes: a dict, and its update."""
+        return self.__dict__, {"progress": progress}
+
     def _is_better(self, value: float, best: float | None) -> bool:
         sign = 1 if self.mode == "min" else -1
         if best is None:

@@ -81,8 +81,7 @@ class StepInBackward:
                 return
             place = this._place(param)
             if place is not None:  # else its group was removed: the gradient is the caller's
-                this._optimizer._step_one(param, place)
-                param.grad = None
+                this._optimizer._turn.run(this._optimizer._step_one, param, place)
 
         return param.register_post_accumulate_grad_hook(hook)
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fusedstep._autograd import announcer
 from fusedstep.buffers import _Layout
 from fusedstep.torch.tensors import (
     DTYPES,
     allocate,
-    announce,
     check_apart,
     check_memory,
     dense_strides,
@@ -101,7 +101,7 @@ class _Part:
             places.append(k)
         if len(places) == len(self.places):
             self.grads.flat.zero_()
-            announce(self.given)  # autograd counts the writes of each tensor apart
+            announcer()(self.given)  # autograd counts the writes of each tensor apart
         else:
             for k in places:
                 self.given[k].zero_()
@@ -325,17 +325,19 @@ def _levels_to_caller() -> int:
     return levels
 
 
-def warn_of_broken(params: Sequence[torch.Tensor]) -> None:
-    """Warns, once for each buffer, if a parameter or gradient of it has left its view."""
+def warn_of_broken(params: Sequence[torch.Tensor]) -> bool:
+    """Warns, once for each buffer, if a parameter or gradient of it has left; whether it did."""
+    warned = False
     for part in [part for part in _all if not part.warned]:
         if any(part.place(param) is not None for param in params) and (what := part.broken()):
-            part.warned = True
+            part.warned = warned = True
             warnings.warn(
                 f"{what} left the flat buffer that flatten_ put it in; steps stay correct, but no"
                 " longer sweep one buffer: call flatten_ again, and zero gradients by the"
                 " optimizer's zero_grad",
                 stacklevel=_levels_to_caller(),
             )
+    return warned
 
 
 def packed_states(

@@ -18,10 +18,10 @@ from torch.optim import optimizer as torch_optimizer
 
 from fusedstep import _core
 from fusedstep import optimizers as neutral
+from fusedstep._autograd import announcer
 from fusedstep._hypers import AT_LEAST_0, HYPERS, PAIRS, as_float, as_number, is_scheduled
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
-    announce,
     any_dtensor,
     as_dense,
     as_plain,
@@ -61,6 +61,9 @@ Place = tuple[int, int, int]
 # What a step is asked beside gradients and groups, see TensorTable::step. Mostly nothing.
 _NOTHING = (1.0, None, False, 0, False, None, None, None)
 
+# What torch.amp.GradScaler sets for one step.
+_AMP = ("grad_scale", "found_inf")
+
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
 
@@ -83,7 +86,9 @@ class Optimizer(torch.optim.Optimizer):
     edited between steps. Tensors that are not dense, or whose strides differ from their
     parameter's, go through a dense copy that lives for the step.
 
-    A call that raises has changed nothing.
+    A call that raises has changed nothing. One that is interrupted, by Ctrl-C or by what a signal's
+    handler raises, has changed all or nothing: parameters, states and counts. So a handler may save
+    `state_dict()`.
     """
 
     _spec: ClassVar[type[neutral.Optimizer]]
@@ -94,13 +99,15 @@ class Optimizer(torch.optim.Optimizer):
     param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
-
-    grad_norm: torch.Tensor | None
-    """The norm of all gradients before the last step, if that step had `max_norm` or
-    `skip_nonfinite`: float64, 0-d, on the parameters' device."""
+    _turn: _core.Turn
+    _table: _core.TensorTable
+    _gpu: Any  # what steps on the parameters' CUDA device, or None
+    _device: torch.device
+    # Groups as a step read them last.
+    _seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]]
 
     def __init__(self, params: Any, **hypers: Any) -> None:
-        self._reset()
+        self.__dict__.update(_turn=_core.Turn(), _stepping_in_backward=set(), **self._derived())
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
         heard = {_BEYOND: beyond} if beyond else {}
         self._found = set()
@@ -113,24 +120,32 @@ class Optimizer(torch.optim.Optimizer):
             helper = _Helper(self, self._counts_live(rows), rows)
             for params, native, group, _ in rows:
                 names = ["step", *self._spec._uses(native)]
-                helper._begin([(param, group, names) for param in params])
+                made = helper._begin([(param, group, names) for param in params])
+                self.state.update(zip(params, made, strict=True))
 
-    def _reset(self) -> None:
-        """Forgets what is derived from groups and states."""
-        self._open(torch.device("cpu"))
-        self._live = False  # whether the step counts are on the device
-        self.grad_norm = None
-        # For each group the values it was read with and, where they can be written to, copies.
-        self._seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]] = {}
-        self.__dict__.setdefault("_stepping_in_backward", set())
+    def _derived(self) -> dict[str, Any]:
+        """New attributes for all that is derived from groups and states."""
+        return {"_seen": {}, **self._opened(torch.device("cpu"))}
 
-    def _open(self, device: torch.device) -> None:
-        """Makes the compiled table for parameters on `device`."""
+    def _opened(self, device: torch.device, live: bool = False) -> dict[str, Any]:
+        """The compiled table for parameters on `device`, with counts there if `live`."""
         scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
         gpu = gpu_of(device)
         index = 0 if gpu is None else device.index or 0
-        self._table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, gpu, index)
-        self._gpu, self._device = gpu, device
+        table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, gpu, index)
+        table.live = live
+        return {"_table": table, "_gpu": gpu, "_device": device}
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of all gradients before the last step, if that had a `max_norm` or
+        `skip_nonfinite`: float64, 0-d, on the parameters' device."""
+        return self._table.norm
+
+    def __delattr__(self, name: str) -> None:
+        # torch.amp.GradScaler deletes after the step what it set before it; the step has by then.
+        if name not in _AMP or name in self.__dict__:
+            super().__delattr__(name)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -198,8 +213,7 @@ class Optimizer(torch.optim.Optimizer):
         params = self._params()
         for i in self._not_begun():
             self.state.pop(params[i], None)
-        self._open(param.device)
-        self._seen.clear()
+        self.__dict__.update(_seen={}, **self._opened(param.device, self._table.live))
 
     def _row(self, k: int, group: dict[str, Any]) -> _Row:
         """Group k as the table takes it."""
@@ -244,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
                 (name,) = _names_in(group, first + j, 1, j)
                 raise ValueError(f"params[{name}] must be {rule}, got {device}")
             if home != self._device:
-                self._open(home)
+                self.__dict__.update(self._opened(home))
             self._to_python(group)
             self._check_capturable(group)
         except BaseException:
@@ -306,9 +320,13 @@ class Optimizer(torch.optim.Optimizer):
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
         )
-        if observed:
-            return self._observed_step(*args, **kwargs)
-        return self._step(*args, **kwargs)
+        try:
+            if observed:
+                return self._observed_step(*args, **kwargs)
+            return self._step(*args, **kwargs)
+        finally:  # of a step that raised too: the next one is not scaled by it
+            for name in _AMP:
+                self.__dict__.pop(name, None)
 
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
@@ -354,8 +372,12 @@ class Optimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
+        self._turn.run(self._step_all, max_norm, skip_nonfinite)
         return loss
+
+    def _step_all(self, max_norm: float | None, skip_nonfinite: bool) -> None:
+        """A step, while nobody else has a turn."""
+        self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
 
     def _check_whole(self, max_norm: Any, skip_nonfinite: Any) -> float | None:
         """`max_norm`, checked; raises unless all gradients are here at once, as both need."""
@@ -381,10 +403,12 @@ class Optimizer(torch.optim.Optimizer):
         at: int = 0,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
+        free: bool = False,
     ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set.
 
-        `first` is the number of the first, and `at` its place in its group.
+        `first` is the number of the first, and `at` its place in its group. `free` drops each
+        gradient with the step that it was for.
         """
         found_inf = self.__dict__.get("found_inf")
         if found_inf is not None and self._stepping_in_backward:
@@ -392,50 +416,37 @@ class Optimizer(torch.optim.Optimizer):
                                " stepped before they were checked")  # fmt: skip
         scale = self.__dict__.get("grad_scale")
         asked: tuple[Any, ...] = _NOTHING
-        measured = max_norm is not None or skip_nonfinite
         if self._gpu is not None:
             live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
             asked = self._asked_of_gpu(live, scale, found_inf, max_norm, skip_nonfinite)
-        elif scale is not None or found_inf is not None or measured:
+        elif not (scale is found_inf is max_norm is None and skip_nonfinite is False):
             bad = 0.0 if found_inf is None else float(found_inf)
-            if bad and not measured:
-                self.grad_norm = None
-                return
             factor = 1.0 if scale is None else 1 / float(scale)
             found = torch.tensor(bad, dtype=torch.float32, device="cpu")
-            asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, None)
+            norm = self._new_norm(max_norm, skip_nonfinite)
+            asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, norm)
         helper = _Helper(self, asked[4], groups, first, at)
-        try:
-            updated = self._table.step(groups, self.state, asked, first, helper)
-        except BaseException:
-            helper.undo()
-            raise
-        self._live = asked[4]
-        self.grad_norm = asked[7]
-        if measured and self._gpu is None:
-            norm = self._table.norm()
-            self.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
-            if self._table.skipped():
-                helper.undo()
-                return
-        helper.copy_back()
-        announce(updated)
+        self._table.step(groups, self.state, asked, first, free, helper)
 
     def _counts_live(self, rows: list[_Row]) -> bool:
         """Whether the step counts are on the device: once there, they stay."""
         if self._gpu is None:
             return False
-        return self._live or any(
+        return self._table.live or any(
             lr is not None or bool(group.get("capturable")) for _, _, group, lr in rows
         )
+
+    def _new_norm(self, max_norm: Any, skip_nonfinite: bool) -> torch.Tensor | None:
+        """Where a step that measures the gradients' norm is to write it."""
+        if max_norm is None and not skip_nonfinite:
+            return None
+        return torch.empty((), dtype=torch.float64, device=self._device)
 
     def _asked_of_gpu(
         self, live: bool, scale: Any, found_inf: Any, max_norm: Any, skip_nonfinite: bool
     ) -> tuple[Any, ...]:
         """What the table is asked for a step on a GPU: numbers it has are not waited for."""
-        norm = None
-        if max_norm is not None or skip_nonfinite:
-            norm = torch.empty((), dtype=torch.float64, device=self._device)
+        norm = self._new_norm(max_norm, skip_nonfinite)
         factor = 1.0
         if scale is not None and not isinstance(scale, torch.Tensor):
             factor, scale = 1 / float(scale), None
@@ -462,11 +473,14 @@ class Optimizer(torch.optim.Optimizer):
         return places
 
     def _step_one(self, param: torch.Tensor, place: Place) -> None:
-        """Steps one parameter; looks at its own group alone."""
+        """Steps one parameter and drops its gradient, while nobody else has a turn.
+
+        Looks at its own group alone.
+        """
         self._settle(param)
         k, j, i = place
         _, native, group, lr = self._row(k, self.param_groups[k])
-        self._update([([param], native, group, lr)], i, j)
+        self._update([([param], native, group, lr)], i, j, free=True)
 
     def _is_array(self, name: str) -> bool:
         return name in neutral._RULES[self._spec._rule][1]
@@ -502,12 +516,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _not_begun(self) -> list[int]:
         """The parameters whose states no update has filled: of skipped steps the GPU alone knew."""
-        if not self._live or self._spec._counts_steps:
+        if not self._table.live or self._spec._counts_steps:
             return []
         return self._table.not_begun(self._params())
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped."""
+        return self._turn.read(self._saved)
+
+    def _saved(self) -> dict[str, Any]:
+        """`state_dict`, while nobody else has a turn."""
         result = super().state_dict()
         for i in self._not_begun():
             result["state"].pop(i, None)
@@ -516,6 +534,10 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
+        return self._turn.read(self._copied)
+
+    def _copied(self) -> dict[str, Any]:
+        """`__getstate__`, while nobody else has a turn."""
         result = super().__getstate__()
         if missing := self._not_begun():
             params = self._params()
@@ -543,7 +565,7 @@ class Optimizer(torch.optim.Optimizer):
         # After the caller's own hooks: hides tensors from torch's cast to the parameter's dtype.
         handle = self.register_load_state_dict_pre_hook(_hide)
         try:
-            super().load_state_dict(state_dict)
+            self._turn.run(super().load_state_dict, state_dict)
         finally:
             handle.remove()
 
@@ -570,8 +592,10 @@ class Optimizer(torch.optim.Optimizer):
                     entry = {name: self._taken(key, name, value) for name, value in entry.items()}
                 entries[key] = entry
             state = {**state, "state": entries}
-        super().__setstate__(state)
-        self._reset()
+        else:
+            state = {**state, "_turn": _core.Turn(), "_stepping_in_backward": set()}
+        # One update of the attributes, before which nothing has changed, and after which all has.
+        super().__setstate__({**state, **self._derived()})
 
     def _recordable(self) -> set[Any]:
         """The parameters of groups with `capturable`, whose counts are on the device."""
@@ -669,7 +693,7 @@ def _look_ahead(moving: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
     neutral.step_along((_as_reals(moved), _as_reals(along), reach) for moved, along, reach in wide)
     for (param, *_), (moved, *_) in zip(moving, wide, strict=True):
         local(param).copy_(moved)
-    announce([param for param, *_ in moving])  # a shard's own writes are not its DTensor's
+    announcer()([param for param, *_ in moving])  # a shard's own writes are not its DTensor's
 
 
 def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
@@ -685,32 +709,16 @@ class _Helper:
         self._optimizer = optimizer
         self._rows, self._first, self._at = rows, first, at  # see Optimizer._update
         self._counts = optimizer._device if live else torch.device("cpu")  # where they are
-        self._begun: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
-        self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._counted: list[tuple[dict[str, Any], str, torch.Tensor]] = []  # replaced counts
+        self._apart = False
+        self._attributes = optimizer.__dict__
+        self._announce = announcer()
+
+    def _again(self) -> None:
         self._apart = False
 
-    def copy_back(self) -> None:
-        """After the step: what was written to copies."""
-        if self._stand_ins:
-            with torch.no_grad():
-                for tensor, stand_in in self._stand_ins:
-                    tensor.copy_(stand_in)
-
-    def undo(self) -> None:
-        """After a step that was not taken: states and counts as they were before it."""
-        for state, kind, tensor in reversed(self._counted):
-            state[kind] = tensor
-        for param, before in reversed(self._begun):
-            if before is None:
-                del self._optimizer.state[param]
-            else:
-                entry = self._optimizer.state[param]
-                entry.clear()
-                entry.update(before)
-
-    def _moved(self) -> None:
-        flat.warn_of_broken(self._params)
+    def _moved(self) -> bool:
+        """Whether somebody's Python code may have run: a warning has its own."""
+        return flat.warn_of_broken(self._params)
 
     # Of the step alone, which may be one parameter's: no step looks at what it does not update.
 
@@ -728,7 +736,7 @@ class _Helper:
     def _name(self, i: int) -> str:
         return self._names[i - self._first]
 
-    def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> tuple[Any, Any, bool]:
         label, param = self._label(i, kind), self._params[i - self._first]
         device = self._optimizer._device
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
@@ -736,25 +744,20 @@ class _Helper:
                 count = _scalar(kind, tensor, 0.0, self._counts)
                 if (count.dtype, count.device) != (tensor.dtype, tensor.device):
                     self._check_not_recording()
-                    entry = self._optimizer.state[param]
-                    self._counted.append((entry, kind, tensor))
-                    entry[kind] = count
-                    return count
+                    return count, None, True
             device = self._counts
         plain, copied = as_plain(tensor, label, param, device)
-        if copied and kind != "grads":
-            self._stand_ins.append((tensor, plain))
-        return plain
+        written = local(tensor).detach() if copied and kind != "grads" else None
+        return plain, written, False
 
-    def _match(self, i: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _match(self, i: int, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
         if not self._apart:  # the table sees the copies, not the memory that they stand in for
             check_apart(self._written())
             self._apart = True
         result = as_dense(tensors)
         written = [0, *range(2, len(tensors))]  # all but the gradient
-        changed = [(tensors[k], result[k]) for k in written if result[k] is not tensors[k]]
-        self._stand_ins[:0] = changed  # copied back first: what they stand in for may do so itself
-        return result
+        back = [(tensors[k].detach(), result[k]) for k in written if result[k] is not tensors[k]]
+        return result, back
 
     def _written(self) -> dict[str, torch.Tensor]:
         """What the step may write to, by what errors call it."""
@@ -783,33 +786,34 @@ class _Helper:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _begin(self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]) -> None:
+    def _begin(
+        self, wanted: list[tuple[torch.Tensor, dict[str, Any], list[str]]]
+    ) -> list[dict[str, torch.Tensor]]:
         opt = self._optimizer
         self._check_not_recording()
         packed = flat.packed_states(wanted, opt._is_array)
+        made: list[dict[str, torch.Tensor]] = []
         for param, group, names in wanted:
-            entry = opt.state.get(param)
-            self._begun.append((param, None if entry is None else dict(entry)))
-            if entry is None:
-                entry = opt.state[param] = {}
+            entry = opt.state.get(param, {})
+            fresh: dict[str, torch.Tensor] = {}
+            made.append(fresh)
             hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
             for name in names:
                 given = entry.get(name)
-                if isinstance(given, torch.Tensor):  # a parameter that its group has twice
-                    continue
                 initial = 0.0 if name == "step" else opt._spec._initial(name, hypers)
                 if given is not None and (opt._is_array(name) or not _is_number(given)):
                     at = next(k for k, other in enumerate(self._params) if other is param)
                     label = self._label(self._first + at, name)
                     raise TypeError(f"{label} must be a tensor, got {given!r}")
                 if not opt._is_array(name):
-                    entry[name] = _scalar(name, given, initial, self._counts)
+                    fresh[name] = _scalar(name, given, initial, self._counts)
                     continue
                 state = packed.get((param, name))
-                entry[name] = new_state(param) if state is None else state
+                fresh[name] = new_state(param) if state is None else state
                 if initial:
                     both = complex(initial, initial)  # two reals
-                    entry[name].fill_(both if param.is_complex() else initial)
+                    fresh[name].fill_(both if param.is_complex() else initial)
+        return made
 
 
 def _names_in(group: Mapping[str, Any], first: int, n: int, at: int = 0) -> list[str]:
@@ -893,7 +897,7 @@ def _copied(value: Any) -> Any:
     """What a hyperparameter is now, to be compared with what it is later."""
     if _is_fixed(value):
         return value
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_copied(half) for half in value]
     plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type == "cpu"
     if plain or type(value) is np.ndarray:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fusedstep import _core, _gpu, _runtime
@@ -32,15 +31,6 @@ def recording(device: torch.device) -> bool:
     """Whether the current stream of a CUDA device is being recorded in a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def announce(tensors: list[torch.Tensor]) -> None:
-    """Tells autograd that tensors were written to, so that a backward through old values raises."""
-    try:
-        increment_version(tensors)
-    except TypeError:  # torch before 2.6 takes one at a time
-        for tensor in tensors:
-            increment_version(tensor)
 
 
 def state_dtype(param: torch.Tensor) -> torch.dtype:
