@@ -464,6 +464,10 @@ def test_number_is_no_gradient_of_an_array():
     with pytest.raises(ValueError, match=r"grads\[w\] must have shape \(4,\), got \(\)"):
         opt.step([np.float32(1), 1.0])
     opt.step([None, 1.0])
+    with pytest.raises(
+        TypeError, match=r"grads must be an array, a FlatBuffer, or a .*, got float"
+    ):
+        fs.SGD(ones()).step(1.0)
 
 
 def test_number_is_no_parameter():

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
         pytest.skip("torch finds no CUDA device", allow_module_level=True)
 if not fs.info()["cuda"]:
     pytest.skip(
-        "fusedstep was built without CUDA (pip install -C cmake.define.FUSEDSTEP_CUDA=ON .)",
+        'fusedstep was built without CUDA (CMAKE_ARGS="-DFUSEDSTEP_CUDA=ON" pip install .)',
         allow_module_level=True,
     )
 

@@ -14,7 +14,7 @@ from fusedstep.buffers import _Layout
 
 _MISSING = (
     "this build of fusedstep has no CUDA: install it from source with"
-    " -C cmake.define.FUSEDSTEP_CUDA=ON"
+    ' CMAKE_ARGS="-DFUSEDSTEP_CUDA=ON" in the environment'
 )
 _CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
 

@@ -265,8 +265,8 @@ def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Se
         return [grads[key] for key in params]
     if isinstance(grads, list | tuple):
         return grads
-    number = type(grads) in (float, int) and len(params) == 1
-    if grads is None or number or is_array(grads):
+    shapes = [getattr(p, "shape", None) for p in params.values()] if len(params) == 1 else []
+    if grads is None or is_array(grads) or (type(grads) in (float, int) and shapes == [()]):
         return [grads]
     if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
         return list(grads)
