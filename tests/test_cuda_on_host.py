@@ -817,6 +817,23 @@ def test_step_that_is_not_capturable_cannot_be_recorded(gpu, controls, stream):
         opt.step()
 
 
+def test_look_ahead_cannot_be_recorded(gpu, controls, stream):
+    """Replays would keep to the rate of the recording."""
+    with gpu(to=stream):
+        param = torch.nn.Parameter(torch.ones(50))
+        opt = ft.SGD([param], lr=0.1, momentum=0.9, capturable=True)
+        param.grad = torch.ones(50)
+        opt.step()
+        before = torch_bits(opt, [param])
+        assert controls.begin_capture(stream) == 0
+        with pytest.raises(RuntimeError, match="lookahead must not be recorded in a CUDA graph"):
+            opt.lookahead().__enter__()
+        assert controls.replay(controls.end_capture(stream), stream) == 0
+        assert torch_bits(opt, [param]) == before
+        with opt.lookahead():
+            assert not torch.equal(param.detach(), torch.full((50,), 0.9))
+
+
 def test_states_are_not_made_in_a_recording(gpu, controls, stream):
     """Each replay would make them again."""
     with gpu(to=stream):

@@ -640,7 +640,7 @@ class LookAhead(Optimizer):
                 whose replays would keep to this moment's lr and momentum.
         """
         rows = self._current()
-        if self._device.type == "cuda" and recording(self._device):
+        if self._gpu is not None and recording(self._device):
             raise RuntimeError("lookahead must not be recorded in a CUDA graph")
         names = self._spec._native_names()
         numbers = [dict(zip(names, native, strict=True)) for _, native, _, _ in rows]
