@@ -1,5 +1,6 @@
 """The command line as a user types it: info, demo, plot, bench; what they say of wrong input."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from math import prod
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import fusedstep as fs
@@ -142,13 +144,32 @@ def test_bench_bytes_per_parameter(moved, names):
         assert row.bytes_per_param == moved, row.optimizer
 
 
-def test_bench_leaves_threads_and_isa_as_they_were():
-    before = fs.num_threads(), fs.isa()
-    (row,) = bench.measure(
-        ["sgd"], [100], rounds=1, torch=False, threads=before[0] + 1, isa="scalar"
-    )
-    assert (row.threads, row.isa) == (before[0] + 1, "scalar")
-    assert (fs.num_threads(), fs.isa()) == before
+BENCHES = {
+    "one buffer": lambda **how: bench.measure(["sgd"], [100], rounds=1, **how),
+    "one buffer, no torch": lambda **how: bench.measure(
+        ["sgd"], [100], rounds=1, torch=False, **how
+    ),
+    "models": lambda **how: bench_models.measure(["lion"], ["mlp"], rounds=1, **how),
+}
+
+
+@pytest.mark.parametrize("run", BENCHES.values(), ids=BENCHES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_bench_leaves_threads_isa_and_random_numbers_as_they_were(run, fails, monkeypatch):
+    if fails:
+        monkeypatch.setattr(bench, "interleave", lambda *_: 1 / 0)
+    kept = torch.get_num_threads()
+    torch.set_num_threads(3)
+    before = fs.num_threads(), fs.isa(), torch.get_rng_state()
+    try:
+        with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+            (row,) = run(threads=before[0] + 1, isa="scalar")
+            assert (row.threads, row.isa) == (before[0] + 1, "scalar")
+        assert torch.get_num_threads() == 3
+        assert (fs.num_threads(), fs.isa()) == before[:2]
+        assert torch.equal(torch.get_rng_state(), before[2])
+    finally:
+        torch.set_num_threads(kept)
 
 
 @pytest.mark.parametrize(

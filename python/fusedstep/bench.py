@@ -166,7 +166,9 @@ def _torch(
     make = getattr(torch.optim, cls, None)
     if make is None:
         return {}, None
-    gradient = torch.randn(n, dtype=torch.float32, device="cpu").abs_().to(getattr(torch, dtype))
+    random = torch.Generator("cpu").manual_seed(0)  # torch's own, the caller's, stays as it is
+    gradient = torch.randn(n, dtype=torch.float32, device="cpu", generator=random)
+    gradient = gradient.abs_().to(getattr(torch, dtype))
     accepted = inspect.signature(make).parameters
 
     def stepper(**how: bool) -> Callable[[], Any]:
@@ -182,31 +184,53 @@ def _torch(
     seconds = None
     if compiled:
         torch.compiler.reset()  # a compiler that met many optimizers before gives up on new ones
-        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it remarks on the profiler
         steps["compile"] = torch.compile(stepper(**plain))
-        begin = time.perf_counter()
-        for _ in range(3):  # the first steps specialize on state that does not exist before them
-            steps["compile"]()
-        seconds = time.perf_counter() - begin
+        with _quiet("torch._dynamo"):  # it remarks on the profiler
+            begin = time.perf_counter()
+            for _ in range(3):  # the first steps specialize on state that does not exist before
+                steps["compile"]()
+            seconds = time.perf_counter() - begin
     return steps, seconds
 
 
 @contextlib.contextmanager
 def _settings(threads: int | None, isa: str | None, torch: bool) -> Iterator[None]:
-    before = _runtime.num_threads(), _runtime.isa()
-    try:
+    """Threads, torch's too, and instruction set as asked for; afterwards as they were."""
+    with contextlib.ExitStack() as back:
+        back.callback(_runtime.set_num_threads, _runtime.num_threads())
+        back.callback(_runtime.set_isa, _runtime.isa())
         if threads is not None:
             _runtime.set_num_threads(threads)
         if isa is not None:
             _runtime.set_isa(isa)
         if torch:
-            import torch as module
+            back.enter_context(torch_threads(_runtime.num_threads()))
+        yield
 
-            module.set_num_threads(_runtime.num_threads())
+
+@contextlib.contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """torch with n threads, and afterwards with as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
         yield
     finally:
-        _runtime.set_num_threads(before[0])
-        _runtime.set_isa(before[1])
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without a logger's warnings."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
 
 
 def measure(

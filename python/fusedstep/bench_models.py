@@ -163,11 +163,11 @@ def _row(model: str, name: str, rounds: int) -> Row:
 def _params(shapes: Shapes, gradients: bool) -> list[Any]:
     import torch
 
-    torch.manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)  # torch's own, the caller's, stays as it is
     kind = {"dtype": torch.float32, "device": "cpu"}
     params = [torch.nn.Parameter(torch.zeros(shape, **kind)) for shape in shapes]
     for param in params if gradients else []:
-        param.grad = torch.randn(param.shape, **kind)
+        param.grad = torch.randn(param.shape, generator=random, **kind)
     return params
 
 
