@@ -239,3 +239,154 @@ def test_a_group_keeps_a_checkpoint_s_other_keys():
         assert found.state_dict()["param_groups"][0]["note"] == [1]
     with pytest.raises(ValueError, match="hyperparameter must be one of"):
         opt.param_groups[0]["nmae"] = 1
+
+
+# -- what is no whole checkpoint ------------------------------------------------------------------
+
+
+def small(layer, name, seeds):
+    """A run with two parameters under all that the class can do, after a step for each seed."""
+    run = layer(name, max(CASES[name], key=len), tensors(0)[:2])
+    for seed in seeds:
+        run.step(tensors(seed)[:2])
+    return run
+
+
+def assert_refused(run, saved, message="state_dict"):
+    before = bits(list(moment(run)))
+    with pytest.raises((TypeError, ValueError), match=message):
+        run.opt.load_state_dict(saved)
+    assert bits(list(moment(run))) == before
+
+
+@each_layer
+@each_class
+def test_a_checkpoint_that_lacks_a_state_is_refused(layer, name):
+    saved, run = small(layer, name, [1, 2]).opt.state_dict(), small(layer, name, [3])
+    entry = saved["state"][0]
+    for key in entry if name != "SGD" else ():  # whose buffer is all: the entry is gone then
+        state = {**saved["state"], 0: {n: value for n, value in entry.items() if n != key}}
+        assert_refused(
+            run, {**saved, "state": state}, rf"\['state'\]\[0\] must have the key '{key}'"
+        )
+
+
+HOSTILE = [
+    *(None, "x", b"x", [], {}, (), set(), -1, 1.5, 2**53, 2**63, 2**80, np.nan, np.inf, True, 1j),
+    *(object(), iter([1]), range(3), [None], {1: {}}, np.zeros((2, 2)), np.float64(np.nan)),
+    *(torch.tensor(np.nan), torch.tensor([1.0, 2.0]), torch.tensor(1j), torch.zeros(3, 3)),
+    *(torch.zeros(9).to_sparse(), torch.zeros(9, device="meta"), torch.zeros(9, dtype=torch.int32)),
+    *(torch.zeros(9, dtype=torch.complex64), torch.tensor(1.0, device="meta"), torch.tensor(True)),
+]
+
+
+def places(tree, at=()):
+    """The path of everything in a tree of dicts and lists."""
+    yield at
+    inside = tree.items() if isinstance(tree, dict) else ()
+    for key, value in enumerate(tree) if isinstance(tree, list) else inside:
+        yield from places(value, (*at, key))
+
+
+def spoiled(tree, path, value):
+    """The tree with `value` at a path; the containers on the way are copies."""
+    if not path:
+        return value
+    result = copy.copy(tree)
+    result[path[0]] = spoiled(tree[path[0]], path[1:], value)
+    return result
+
+
+@each_layer
+@each_class
+def test_a_checkpoint_is_taken_whole_or_refused_with_a_reason(layer, name):
+    saved, run = small(layer, name, [1, 2]).opt.state_dict(), small(layer, name, [3])
+    spoils = [(path, k) for path in places(saved) for k in range(len(HOSTILE))]
+    first, messages = list(CASES).index(name), []
+    for path, k in spoils[first::17]:
+        before = bits(list(moment(run)))
+        try:
+            run.opt.load_state_dict(spoiled(saved, path, HOSTILE[k]))
+        except (TypeError, ValueError) as error:
+            messages.append(str(error))
+            assert bits(list(moment(run))) == before
+        else:
+            run.step(tensors(4)[:2])  # what was taken can be used
+            run = small(layer, name, [3])
+    assert len(messages) > 10
+    assert [text for text in messages if "state_dict" not in text and "needs" not in text] == []
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], "x", {}, {"state": {}}, {"param_groups": []}])
+@each_layer
+def test_something_else_than_a_checkpoint_is_refused(layer, wrong):
+    assert_refused(small(layer, "Adam", [1]), wrong)
+
+
+@each_layer
+def test_a_parameter_that_occurs_twice_is_refused(layer):
+    run = small(layer, "Adam", [1])
+    saved = copy.deepcopy(run.opt.state_dict())
+    saved["param_groups"][0]["params"] = [0, 0]
+    assert_refused(run, saved, r"\['params'\]\[1\] must occur once, got 0 twice")
+
+
+def test_what_users_keep_in_the_state_is_copied():
+    run = small(Torch, "Adam", [1])
+    mine = {"note": [1], "text": "abc", "array": np.ones(2), "ema": torch.ones(3).double()}
+    run.opt.state[run.params[0]].update(mine)
+    run.opt.state["all"] = {"rounds": [1]}
+    saved = run.opt.state_dict()
+    again = resumed(Torch, "Adam", {"amsgrad": True}, tensors(0)[:2], saved)
+    entry = again.opt.state[again.params[0]]
+    assert bits({key: entry[key] for key in mine}) == bits(mine)
+    mine["note"].append(2)
+    mine["array"][:] = 2
+    mine["ema"].zero_()
+    run.opt.state["all"]["rounds"].append(2)
+    assert (entry["note"], entry["array"].tolist(), entry["ema"].tolist()) == ([1], [1, 1], [1] * 3)
+    assert again.opt.state["all"] == {"rounds": [1]}
+
+
+def test_what_users_keep_in_the_state_before_a_first_step_is_no_state_begun():
+    run = small(Torch, "NAdam", [])
+    run.opt.state[run.params[0]]["note"] = 1
+    _ = run.opt.state[run.params[1]]  # which makes an empty one
+    again = resumed(Torch, "NAdam", {}, tensors(0)[:2], run.opt.state_dict())
+    again.step(tensors(1)[:2])
+    assert again.opt.state[again.params[0]]["note"] == 1
+
+
+def test_a_checkpoint_of_another_rule_is_refused_by_torch_s_class_too():
+    run = small(Torch, "SGD", [1])
+    other = small(Torch, "Adagrad", [1]).opt.state_dict()
+    other["param_groups"] = run.opt.state_dict()["param_groups"]
+    assert_refused(run, other, "must have the key")
+
+
+def test_hooks_may_make_a_checkpoint_of_something_else():
+    run = small(Torch, "Adam", [1, 2])
+    again = small(Torch, "Adam", [3])
+    again.opt.register_load_state_dict_pre_hook(lambda opt, given: given["inside"])
+    again.opt.load_state_dict({"inside": run.opt.state_dict()})
+    assert bits(again.opt.state_dict()["state"]) == bits(run.opt.state_dict()["state"])
+
+
+def test_names_in_another_order_are_followed_by_torch_s_class():
+    def make(order):
+        params = {name: torch.nn.Parameter(torch.ones(3)) for name in order}
+        opt = ft.Adam([(name, params[name]) for name in order])
+        for name, param in params.items():
+            param.grad = torch.full((3,), float(ord(name[0])))
+        return params, opt
+
+    params, opt = make(["enc", "dec"])
+    opt.step()
+    others, again = make(["dec", "enc"])
+    again.load_state_dict(opt.state_dict())
+    for name, param in params.items():
+        assert torch.equal(again.state[others[name]]["exp_avg"], opt.state[param]["exp_avg"])
+    assert again.param_groups[0]["param_names"] == ["dec", "enc"]
+    neutral = fs.Adam({name: param.detach().clone() for name, param in others.items()})
+    neutral.load_state_dict(opt.state_dict())
+    assert neutral.state["dec"]["exp_avg"].tolist() == opt.state[params["dec"]]["exp_avg"].tolist()

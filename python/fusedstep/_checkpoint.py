@@ -6,16 +6,31 @@ Errors name the entry by its path, as in `state_dict['state'][0]['step'] must be
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from fusedstep._hypers import FINITE, LAST, as_number
+from fusedstep._hypers import FINITE, LAST, Hyper, as_number
 
 GROUPS = "state_dict['param_groups']"
 
 # What keeps a checkpoint's value from being changed by its owner: nothing inside can be.
 _CONSTANT = (float, int, bool, str, bytes, type(None))
+
+_SHARE = Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "")
+
+# What a rule carries from step to step beside its states.
+_CARRIED = {
+    "mu_product": _SHARE,
+    "eta": Hyper("finite and >= 0", lambda x: 0 <= x < math.inf, ""),
+    "mu": _SHARE,
+}
+
+
+def carried(label: str, name: str, value: Any) -> float:
+    """A number that a rule carries, or TypeError or ValueError."""
+    return as_number(label, value, _CARRIED[name])
 
 
 def count(label: str, value: Any) -> int:

@@ -976,7 +976,7 @@ class Optimizer:
             elif name == "step":
                 scalars[name] = _checkpoint.count(label, value)
             elif name in self._carried:
-                scalars[name] = check(label, value, FINITE)
+                scalars[name] = _checkpoint.carried(label, name, value)
             else:
                 raise ValueError(f"{where} must have the keys {self._known_keys()}, got {name!r}")
         for name in self._required_keys(uses):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from fusedstep import _core
+from fusedstep import _checkpoint, _core
 from fusedstep import optimizers as neutral
 from fusedstep._autograd import announcer
 from fusedstep._hypers import AT_LEAST_0, HYPERS, PAIRS, as_float, as_number, is_scheduled
@@ -27,6 +27,7 @@ from fusedstep.torch.tensors import (
     as_plain,
     check_apart,
     gpu_of,
+    is_dtensor,
     local,
     new_state,
     recording,
@@ -49,6 +50,8 @@ _KEPT = (*_HOW, "fused")  # which no checkpoint changes
 # given by name. Clients put keys of any optimizer into their groups, and torch's classes look only
 # at their own; so do ours, at theirs and these.
 _BEYOND = "fusedstep"
+
+_EVERY_STATE = {state for _, states, *_ in neutral._RULES.values() for state in states}
 
 # A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
 # where only the GPU knows it.
@@ -527,11 +530,46 @@ class Optimizer(torch.optim.Optimizer):
     def _saved(self) -> dict[str, Any]:
         """`state_dict`, while nobody else has a turn."""
         result = super().state_dict()
+        for i, late in self._late().items():
+            if i in result["state"]:
+                result["state"][i] = {**result["state"][i], **late}
         for i in self._not_begun():
             result["state"].pop(i, None)
         for group in result["param_groups"]:  # which may have been edited since they were made
             self._to_python(group)
         return result
+
+    def _late(self) -> dict[int, dict[str, torch.Tensor]]:
+        """What the next step would make for a hyperparameter edited since the last, by number.
+
+        Else a checkpoint could not be told from one of which a state was lost.
+        """
+        numbers: list[int] = []
+        wanted = []
+        own, first = self._own_names(), 0
+        for group in self.param_groups:
+            with contextlib.suppress(TypeError, ValueError):  # the next step will say it
+                uses = self._uses(group)
+                for i, param in enumerate(group["params"], first):
+                    entry = self.state.get(param, {})
+                    missing = [name for name in uses if entry.get(name) is None]
+                    if missing and any(entry.get(name) is not None for name in own):
+                        numbers.append(i)
+                        wanted.append((param, group, missing))
+            first += len(group["params"])
+        made = _Helper(self, self._table.live, [])._begin(wanted) if wanted else []
+        return dict(zip(numbers, made, strict=True))
+
+    def _uses(self, group: Mapping[str, Any]) -> list[str]:
+        """The states that a step under a group's hyperparameters has."""
+        return self._spec._uses(self._spec._native(self._checked({**group, "lr": 0.0})))
+
+    @classmethod
+    def _own_names(cls) -> list[str]:
+        """What a parameter's state may have of the rule's."""
+        spec = cls._spec
+        scalars = [*(["step"] if spec._counts_steps else []), *spec._carried]
+        return [*scalars, *neutral._RULES[spec._rule][1]]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._turn.read(self._copied)
@@ -556,40 +594,99 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and groups of `state_dict`, ours or `torch.optim`'s.
 
-        The values are copied, to float32 under parameters of fewer bits. Hyperparameters that the
-        dict lacks stay as they are, and so do `capturable` and `differentiable`.
+        The values are copied, to float32 under parameters of fewer bits, and so is what you keep in
+        `state` yourself. Hyperparameters that the dict lacks stay as they are, and so do
+        `capturable` and `differentiable`. Groups that have the optimizer's own `param_names` in
+        another order go by them; else, as in torch, groups and parameters go by position.
 
         Raises:
-            TypeError, ValueError: groups, shapes or hyperparameters that do not fit.
+            TypeError, ValueError: an entry is missing or does not fit; nothing has changed then.
         """
-        # After the caller's own hooks: hides tensors from torch's cast to the parameter's dtype.
-        handle = self.register_load_state_dict_pre_hook(_hide)
+        _checkpoint.check_mapping("state_dict", state_dict)
+        # After the caller's own hooks, and before torch looks at anything.
+        handle = self.register_load_state_dict_pre_hook(Optimizer._staged)
         try:
-            self._turn.run(super().load_state_dict, state_dict)
+            given = state_dict if isinstance(state_dict, dict) else dict(state_dict)
+            self._turn.run(super().load_state_dict, given)
         finally:
             handle.remove()
+
+    @torch.no_grad()
+    def _staged(self, state_dict: Any) -> dict[str, Any]:
+        """A checkpoint by position, all of it checked and copied, states hidden from torch."""
+        entries, saved = _checkpoint.parts(state_dict)
+        own = [group["params"] for group in self.param_groups]
+        names = [group.get("param_names", ()) for group in self.param_groups]
+        named = list(map(len, names)) == list(map(len, own))
+        order, saved = _checkpoint.arranged(saved, names if named else None, strict=False)
+        _checkpoint.check_sizes(saved, list(map(len, own)))
+        param_of = _checkpoint.places(saved, own)
+        number: dict[int, int] = {}
+        for i, param in enumerate(self._params()):
+            number.setdefault(id(param), i)
+        # A neutral optimizer's checkpoint has no keys but its own.
+        beyond = sorted(self._extra.keys() - _FLAGS.keys()) if "step" in state_dict else []
+        groups, uses = [], {}
+        for k, (loaded, params) in enumerate(zip(saved, own, strict=True)):
+            where = f"{_checkpoint.GROUPS}[{order[k]}]"
+            group = {
+                name: [number[id(param)] for param in params]
+                if name == "params"
+                else _checkpoint.copied(f"{where}[{name!r}]", value)
+                for name, value in loaded.items()
+            }
+            if beyond:
+                group[_BEYOND] = beyond
+            groups.append(group)
+            try:
+                used = self._uses(self._completed(dict(group), self.param_groups[k], True))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where}: {error}") from None
+            uses.update({id(param): used for param in params})
+        recordable = self._recordable()
+        names = self._own_names()
+        state: dict[Any, Any] = {}
+        for key, entry in entries.items():
+            where = f"state_dict['state'][{key!r}]"
+            if key in param_of:
+                param = param_of[key]
+                counts = param.device if param in recordable else torch.device("cpu")
+                taken = self._taken(where, entry, param, counts, names)
+                self._check_complete(where, taken, names, uses[id(param)])
+                state[number[id(param)]] = {n: _Hidden(value) for n, value in taken.items()}
+            elif isinstance(entry, Mapping) and set(names) & set(entry):
+                raise ValueError(f"state_dict['state'] must have known parameters, got {key!r}")
+            else:
+                state[key] = _users_own(where, entry, None)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _completed(
+        self, group: dict[str, Any], known: Mapping[str, Any], loaded: bool
+    ) -> dict[str, Any]:
+        """`group` with what it lacks from `known`, checked."""
+        group.update(self._spec._fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
+        for name, default in self._given.items():
+            group.setdefault(name, known.get(name, default))
+        for name in (*self._extra, _BEYOND):
+            if name in known:
+                group.setdefault(name, known[name])
+        for flag in _KEPT if loaded else ():
+            if flag in group:
+                group[flag] = known.get(flag, _FLAGS[flag])
+        self._checked(group)
+        self._to_python(group)
+        return group
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         before = self.__dict__.get("param_groups", [])
         loaded = "defaults" not in state  # by load_state_dict, not from a copy or a pickle
         for k, group in enumerate(state["param_groups"]):
-            known = before[k] if k < len(before) else {}
-            group.update(self._spec._fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
-            for name, default in self._given.items():
-                group.setdefault(name, known.get(name, default))
-            for name in (*self._extra, _BEYOND):
-                if name in known:
-                    group.setdefault(name, known[name])
-            for flag in _KEPT if loaded else ():
-                if flag in group:
-                    group[flag] = known.get(flag, _FLAGS[flag])
-            self._checked(group)
-            self._to_python(group)
+            self._completed(group, before[k] if k < len(before) else {}, loaded)
         if loaded:
             entries: defaultdict[Any, Any] = defaultdict(dict)
             for key, entry in state["state"].items():
                 if isinstance(entry, dict):
-                    entry = {name: self._taken(key, name, value) for name, value in entry.items()}
+                    entry = {n: v.value if isinstance(v, _Hidden) else v for n, v in entry.items()}
                 entries[key] = entry
             state = {**state, "state": entries}
         else:
@@ -602,23 +699,42 @@ class Optimizer(torch.optim.Optimizer):
         groups = self.__dict__.get("param_groups", [])
         return {p for group in groups if group.get("capturable") for p in group["params"]}
 
-    @torch.no_grad()
-    def _taken(self, param: Any, name: str, value: Any) -> Any:
-        """A value of a loaded state as the step wants it."""
-        if not isinstance(value, _Hidden):
-            return value
-        tensor = value.tensor
-        if name == "step" or name in self._spec._carried:
-            live = isinstance(param, torch.Tensor) and param in self._recordable()
-            return _scalar(name, tensor, 0.0, param.device if live else torch.device("cpu"))
-        if not self._is_array(name) or not isinstance(param, torch.Tensor) or param.is_meta:
-            return tensor
-        if tensor.shape != param.shape:
-            label = f"state_dict['state'][{self._places()[id(param)][2]}]['{name}']"
-            raise ValueError(
-                f"{label} must have shape {tuple(param.shape)}, got {tuple(tensor.shape)}"
-            )
-        return new_state(param).copy_(tensor)
+    def _taken(
+        self, where: str, entry: Any, param: torch.Tensor, counts: torch.device, own: list[str]
+    ) -> dict[str, Any]:
+        """A parameter's saved state as the step wants it, checked and copied."""
+        _checkpoint.check_mapping(where, entry)
+        taken = {}
+        for name, value in entry.items():
+            label = f"{where}[{name!r}]"
+            if name not in own:
+                taken[name] = _users_own(label, value, None if param.is_meta else param.device)
+            elif value is None:  # torch before the first step with momentum
+                taken[name] = None
+            elif self._is_array(name):
+                taken[name] = _state_like(label, value, param)
+            else:
+                one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_sparse
+                number = value.detach().reshape(()) if one else value
+                if name == "step":
+                    _checkpoint.count(label, number)
+                else:
+                    _checkpoint.carried(label, name, number)
+                taken[name] = _scalar(name, number, 0.0, counts)
+        return taken
+
+    def _check_complete(
+        self, where: str, entry: Mapping[str, Any], own: list[str], uses: list[str]
+    ) -> None:
+        """Raises ValueError for a state that has begun, by this rule or another, and lacks some."""
+        begun = {name for name, value in entry.items() if value is not None}
+        begun &= _EVERY_STATE.union(own)
+        required = [name for name in own if name in uses or not self._is_array(name)]
+        for name in required if begun else ():
+            if name not in begun:
+                raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
+        if begun and not begun.intersection(own):
+            raise ValueError(f"{where} must have the keys {own}, got {list(entry)}")
 
 
 class LookAhead(Optimizer):
@@ -827,24 +943,41 @@ def _is_number(value: Any) -> bool:
 
 
 class _Hidden:
-    """A tensor that torch's `load_state_dict` hands on as it is."""
+    """A value that torch's `load_state_dict` hands on as it is."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
-def _hide(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def hidden(entry: Any) -> Any:
-        if not isinstance(entry, dict):
-            return entry
-        return {n: _Hidden(v) if isinstance(v, torch.Tensor) else v for n, v in entry.items()}
+def _users_own(label: str, value: Any, device: torch.device | None) -> Any:
+    """A copy of what users keep in a state themselves; a tensor goes to `device`, as in torch."""
+    if not isinstance(value, torch.Tensor):
+        return _checkpoint.copied(label, value)
+    return value.detach().clone().to(device or value.device)
 
-    groups = state_dict["param_groups"]
-    if "step" in state_dict:  # a neutral optimizer's, which has no keys but its own
-        beyond = sorted(optimizer._extra.keys() - _FLAGS.keys())
-        groups = [{**group, _BEYOND: beyond} for group in groups] if beyond else groups
-    state = {k: hidden(e) for k, e in state_dict["state"].items()}
-    return {**state_dict, "state": state, "param_groups": groups}
+
+def _state_like(label: str, value: Any, param: torch.Tensor) -> torch.Tensor:
+    """A copy of a saved state, as a step over `param` has it."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
+    if value.shape != param.shape:
+        raise ValueError(f"{label} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
+    real = value.is_floating_point() and not param.is_complex()
+    if not real and not (value.is_complex() and param.is_complex()):
+        kind = "complex" if param.is_complex() else "floating point"
+        raise TypeError(f"{label} must be {kind}, got {value.dtype}")
+    if is_dtensor(value) != is_dtensor(param):
+        raise TypeError(f"{label} must be {type(param).__name__}, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{label} must be dense, got layout {value.layout}")
+    if param.is_meta:
+        return value
+    if value.is_meta:
+        raise ValueError(f"{label} must have memory, got a tensor on {value.device}")
+    try:
+        return new_state(param).copy_(value)
+    except RuntimeError as error:  # of tensors of other libraries' own kinds
+        raise ValueError(f"{label} must be something to copy: {error}") from error
 
 
 def _scalar(name: str, value: Any, default: float, device: torch.device) -> torch.Tensor:
