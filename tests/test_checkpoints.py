@@ -390,3 +390,99 @@ def test_names_in_another_order_are_followed_by_torch_s_class():
     neutral = fs.Adam({name: param.detach().clone() for name, param in others.items()})
     neutral.load_state_dict(opt.state_dict())
     assert neutral.state["dec"]["exp_avg"].tolist() == opt.state[params["dec"]]["exp_avg"].tolist()
+
+
+# -- attributes and copies ------------------------------------------------------------------------
+
+
+@each_layer
+@each_class
+def test_a_hyperparameter_set_as_an_attribute_is_refused(layer, name):
+    run = small(layer, name, [1])
+    for key in set(run.opt.param_groups[0]) & set(fs.Optimizer._hyper_table):
+        before = repr(run.opt)
+        if key in run.opt._read if layer is Torch else key != "decoupled_weight_decay":
+            with pytest.raises(
+                AttributeError, match=rf'must be set as opt.param_groups\[0\]\["{key}"\], got 5'
+            ):
+                setattr(run.opt, key, 5)
+            assert not hasattr(run.opt, key)
+        assert repr(run.opt) == before
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "momentum", "max_norm", "foo"])
+def test_an_attribute_that_a_neutral_optimizer_has_not_is_refused(name):
+    opt = fs.Adam(np.ones(3))
+    with pytest.raises(
+        AttributeError, match=rf"{name} must be one of lr, betas, .* got opt.{name} = 5"
+    ):
+        setattr(opt, name, 5)
+    for fixed in ("steps", "params", "param_groups", "state", "grad_norm"):
+        with pytest.raises(AttributeError):
+            setattr(opt, fixed, 5)
+
+
+def test_groups_and_reports_refuse_attributes():
+    group = fs.Group("w*", lr=0.5)
+    with pytest.raises(AttributeError, match=r"lr must be set in group.hypers\['lr'\], got 5"):
+        group.lr = 5
+    opt = fs.Adam({"w": np.ones(3)}, groups=[group])
+    with pytest.raises(AttributeError, match=r'lr must be set as group\["lr"\], got 5'):
+        opt.param_groups[1].lr = 5
+    with pytest.raises(AttributeError):
+        opt.step({"w": np.ones(3)}).lr = 5
+
+
+@pytest.mark.parametrize("base", [fs.Adam, ft.Adam])
+def test_a_subclass_has_attributes_of_its_own(base):
+    class Mine(base):
+        def __init__(self, params):
+            self.early = 1
+            super().__init__(params)
+            self.late = 2
+
+    opt = Mine([torch.nn.Parameter(torch.ones(3))] if base is ft.Adam else np.ones(3))
+    for one in (opt, copy.deepcopy(opt)) if base is fs.Adam else (opt,):  # torch's copies drop them
+        assert (one.early, one.late) == (1, 2)
+
+
+def test_a_subclass_of_a_torch_class_may_keep_its_rate():
+    class Mine(ft.Adam):
+        def __init__(self, params, lr):
+            self.lr = lr
+            super().__init__(params, lr=lr)
+
+    assert Mine([torch.nn.Parameter(torch.ones(3))], 0.5).lr == 0.5
+    with pytest.raises(AttributeError, match="'Adam' object has no attribute 'lr'"):
+        _ = ft.Adam([torch.nn.Parameter(torch.ones(3))]).lr
+
+
+@each_class
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_shallow_copy_is_an_optimizer_of_its_own_over_the_same_parameters(name, flat):
+    params = {"a": np.ones(3, np.float32), "b": np.ones(4, np.float64)}
+    params = fs.FlatBuffer.pack({"a": params["a"]}) if flat else params
+    grads = {key: np.full_like(value, 0.5) for key, value in params.items()}
+    opt = getattr(fs, name)(params, **max(CASES[name], key=len))
+    opt.step(grads)
+    twin, before = copy.copy(opt), bits(copy.deepcopy(opt.state_dict()))
+    assert bits(twin.state_dict()) == before
+    twin.param_groups[0]["lr"] = 0.75
+    twin.step(grads)
+    assert bits(opt.state_dict()) == before
+    assert (opt.steps, twin.steps) == (1, 2)
+    assert all(np.shares_memory(twin.params[key], opt.params[key]) for key in opt.params)
+    opt.step(grads)
+    again = bits(copy.deepcopy(twin.state_dict()))
+    opt.step(grads)
+    assert bits(twin.state_dict()) == again
+
+
+def test_a_shallow_copy_of_torch_s_shares_state_and_groups_as_theirs():
+    run = small(Torch, "Adam", [1])
+    twin = copy.copy(run.opt)
+    assert twin.state is run.opt.state
+    assert twin.param_groups is run.opt.param_groups
+    twin.step()
+    run.step(tensors(2)[:2])
+    assert float(run.opt.state[run.params[0]]["step"]) == 3

@@ -5,6 +5,7 @@ What they share is `Optimizer`; what a step does is in csrc/. In order of increa
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import inspect
 import math
@@ -88,6 +89,11 @@ class Group:
         self.patterns = list(patterns)
         self.hypers = hypers
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("patterns", "hypers"):
+            raise AttributeError(f"{name} must be set in group.hypers[{name!r}], got {value!r}")
+        super().__setattr__(name, value)
+
     def matches(self, name: str) -> bool:
         """Whether a parameter of this name belongs to the group."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -155,6 +161,16 @@ class ParamGroup(MutableMapping[str, Any]):
         self._own: dict[str, Any] = {}  # what a checkpoint's group has beside hyperparameters
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
         self._last_read: tuple[dict[str, Any], list[float]] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise AttributeError(f'{name} must be set as group["{name}"], got {value!r}')
+        super().__setattr__(name, value)
+
+    def __copy__(self) -> ParamGroup:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _hypers=dict(self._hypers), _own=dict(self._own))
+        return twin
 
     def _check(self, name: str, value: Any) -> Any:
         return self._owner._check(name, value, schedules=True)
@@ -325,6 +341,22 @@ class Optimizer:
         text = "\n        ".join(["Args:", *args]) + "\n\n    "
         text += "\n        ".join(["Raises:", *raises])
         cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls = type(self)
+        if name[0] != "_" and not hasattr(cls, name):
+            hypers = self.__dict__["_groups"][0]._hypers if "_groups" in self.__dict__ else {}
+            if name in hypers:
+                raise AttributeError(
+                    f'{name} must be set as opt.param_groups[0]["{name}"], got {value!r}'
+                )
+            if cls.__module__ == __name__:  # a subclass may have attributes of its own
+                known = ", ".join(hypers)
+                raise AttributeError(
+                    f"{name} must be one of {known}, which are set in opt.param_groups[0],"
+                    f" got opt.{name} = {value!r}"
+                )
+        super().__setattr__(name, value)
 
     # -- a class's rule and hyperparameters, which fusedstep.torch's classes share ----------------
 
@@ -1011,6 +1043,13 @@ class Optimizer:
         if self._buffer is not None:
             del state["_params"]  # views of the buffer
         return state
+
+    def __copy__(self) -> Optimizer:
+        """Another optimizer over the same parameters, with its own groups, states and counts."""
+        twin = object.__new__(type(self))
+        state = self.__getstate__()
+        twin.__setstate__({**state, "_groups": [copy.copy(group) for group in self._groups]})
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

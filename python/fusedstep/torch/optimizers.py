@@ -1051,6 +1051,25 @@ def _type_of(name: str) -> Any:
     return bool if HYPERS[name].is_flag else float
 
 
+class _InGroups:
+    """Refuses `opt.lr = 0.5`, which would do nothing. A subclass may have such an attribute."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __get__(self, optimizer: Any, cls: type) -> Any:
+        if optimizer is None or self._name not in optimizer.__dict__:
+            raise AttributeError(f"{cls.__name__!r} object has no attribute {self._name!r}")
+        return optimizer.__dict__[self._name]
+
+    def __set__(self, optimizer: Any, value: Any) -> None:
+        if type(optimizer) is self._owner:
+            raise AttributeError(
+                f'{self._name} must be set as opt.param_groups[0]["{self._name}"], got {value!r}'
+            )
+        optimizer.__dict__[self._name] = value
+
+
 def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
     name = spec.__name__
@@ -1100,6 +1119,7 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
             # torch.optim.Adagrad's, which cannot load a checkpoint without them.
             "_begins_at_once": name == "Adagrad",
             "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_HOW])),
+            **{name: _InGroups() for name in (*hypers, *spec._fixed)},
         },
     )
 
