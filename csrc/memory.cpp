@@ -322,6 +322,9 @@ View dlpack_view(py::handle object, const Label& label, const Place& place) {
 // A tensor as the NumPy array that torch makes of it, several times faster than through DLPack.
 // False for what torch cannot show so: bfloat16, which DLPack can, and what DLPack refuses too.
 bool torch_view(py::handle tensor, const Label& label, View& view) {
+  static const py::handle bf16 =
+      py::object(py::module_::import("torch").attr("bfloat16")).release();
+  if (py::object(tensor.attr("dtype")).is(bf16)) return false;  // an error of torch's is slow
   py::object array;
   try {
     array = tensor.attr("detach")().attr("numpy")();
