@@ -299,7 +299,11 @@ def test_container_that_makes_its_arrays_anew_is_refused(tmp_path, make, key):
     params = make(tmp_path)
     kind = type(params).__name__
     says = rf"params must give the same arrays each .*, got a {kind} that makes params\[{key}\]"
-    for use in (fs.Adam, lambda p: convergence.curvature(lambda p: p, p)):
+    for use in (
+        fs.Adam,
+        lambda p: convergence.curvature(lambda p: p, p),
+        lambda p: convergence.lr_range_test(lambda lr: 1.0, params=p),
+    ):
         with pytest.raises(ValueError, match=says):
             use(params)
     if hasattr(params, "close"):

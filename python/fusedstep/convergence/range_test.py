@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fusedstep._hypers import ANY, FRACTION, POSITIVE, Hyper, as_integer, check
 from fusedstep._plot import new_axes
 from fusedstep.buffers import FlatBuffer, as_array
 from fusedstep.convergence.arrays import Array
-from fusedstep.optimizers import Optimizer
+from fusedstep.optimizers import Optimizer, is_array, name_params
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +194,9 @@ def _keep(thing: Any, name: str) -> list[Callable[[], Any]]:
     elif hasattr(thing, "named_buffers") and hasattr(thing, "modules"):  # a torch module
         held = [h for m in thing.modules() for h in (m._parameters, m._buffers)]
         return [f for one in held for f in _keep_nested(one)]
-    elif isinstance(thing, Mapping):
-        return [f for key, one in thing.items() for f in _keep(one, f"{name}[{key}]")]
-    elif isinstance(thing, Iterable) and not (
-        isinstance(thing, str | bytes) or hasattr(thing, "__dlpack__")
-    ):
-        return [f for i, one in enumerate(thing) for f in _keep(one, f"{name}[{i}]")]
+    elif isinstance(thing, Iterable) and not (isinstance(thing, str | bytes) or is_array(thing)):
+        named = name_params(thing)
+        return [f for key, one in named.items() for f in _keep(one, f"{name}[{key}]")]
     if hasattr(thing, "detach"):
         return _keep_tensor(thing)
     array = as_array(thing, name)
