@@ -114,3 +114,13 @@ def test_steps_in_backward_are_linear_in_parameters(grouped, strided):
         return losses[1].backward
 
     check_linear(make)
+
+
+def test_load_state_dict_is_linear_in_parameters():
+    def make(n):
+        opt = fs.Adam([np.zeros(2, np.float32) for _ in range(n)])
+        opt.step([np.ones(2, np.float32) for _ in range(n)])
+        saved = opt.state_dict()
+        return lambda: opt.load_state_dict(saved)
+
+    check_linear(make)

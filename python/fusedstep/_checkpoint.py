@@ -35,6 +35,8 @@ def carried(label: str, name: str, value: Any) -> float:
 
 def count(label: str, value: Any) -> int:
     """A number of steps, or TypeError or ValueError."""
+    if type(value) is int and 0 <= value < LAST:
+        return value
     number = as_number(label, value, FINITE)
     if not 0 <= number < LAST or number != int(number):
         raise ValueError(f"{label} must be an integer from 0 to 2^53 - 1, got {value!r}")

@@ -1002,7 +1002,8 @@ class Optimizer:
                     raise ValueError(
                         f"{label} must have shape {self._shapes[i]}, got {array.shape}"
                     )
-                if as_dtype(array.dtype, label).itemsize > dtype.itemsize:
+                same = array.dtype is dtype  # as nearly always; the other question takes longer
+                if not same and as_dtype(array.dtype, label).itemsize > dtype.itemsize:
                     raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
                 arrays[name] = array
             elif name == "step":
