@@ -124,3 +124,20 @@ def test_load_state_dict_is_linear_in_parameters():
         return lambda: opt.load_state_dict(saved)
 
     check_linear(make)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_load_state_dict_of_torch_is_linear_in_parameters(grouped, capturable):
+    def make(n):
+        params = [torch.nn.Parameter(torch.ones(2)) for _ in range(n)]
+        opt = ft.Adam([{"params": [p]} for p in params] if grouped else params)
+        for param in params:
+            param.grad = torch.ones(2)
+        opt.step()
+        saved = opt.state_dict()
+        for group in opt.param_groups:  # as after a move from a GPU
+            group["capturable"] = capturable
+        return lambda: opt.load_state_dict(saved)
+
+    check_linear(make)
