@@ -367,6 +367,26 @@ def test_attribute_mask_makes_no_masked_array():
             use(masked)
 
 
+class Calls(Unversioned):
+    """Raises `error` where it is asked to export, or whether that may be written."""
+
+    def __init__(self, error, at):
+        super().__init__(ones())
+        self.error, self.at = error, at
+
+    def __dlpack__(self, **keywords):
+        if self.at == "export":
+            raise self.error
+        return super().__dlpack__()
+
+    @property
+    def __array_interface__(self):
+        return self
+
+    def __getitem__(self, key):
+        raise self.error
+
+
 class Stops:
     """Raises `error` where it is asked for `at`."""
 
@@ -404,6 +424,21 @@ def test_interrupt_under_an_exporter_is_passed_on(error, at):
     with pytest.raises(error):
         opt.step([Stops(error(), at) if at != "__cuda_array_interface__" else OnlyInterface(error)])
     assert opt.steps == 0
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("at", ["export", "interface"])
+def test_interrupt_inside_an_exporter_is_passed_on(error, at):
+    with pytest.raises(error):
+        fs.SGD(Calls(error(), at))
+    with pytest.raises(error):
+        as_array(Calls(error(), at), "x")
+
+
+def test_exporter_that_cannot_is_refused_by_name():
+    for at, says in (("export", "exportable through DLPack, got no"), ("interface", "writable")):
+        with pytest.raises(ValueError, match=rf"params\[0\] must be {says}"):
+            fs.SGD(Calls(OSError("no"), at))
 
 
 class OnlyInterface:
