@@ -1584,6 +1584,7 @@ def test_every_hyperparameter_beyond_torch_s_is_here():
         if key not in inspect.signature(getattr(torch.optim, name)).parameters
     }
     assert found == {(name, key) for name, key, _ in BEYOND}
+    assert found == {(name, key) for name in CASES for key in getattr(fs, name)._beyond_torch}
 
 
 @each_beyond
@@ -1609,6 +1610,24 @@ def test_key_that_torch_s_class_ignores_is_ignored(name, key, value, how):
     assert_close(mine, theirs)
     groups = [[dict(g, params=0) for g in opt.param_groups] for opt in opts]
     assert [g.get(key) for g in groups[0]] == [g.get(key) for g in groups[1]]
+
+
+@each_beyond
+def test_neutral_class_ignores_such_a_key_in_torch_s_checkpoints_alone(name, key, value):
+    default = defaults(name)[key]
+    for module, given, expected in (
+        (torch.optim, {}, default),
+        (ft, {}, default),
+        (ft, {key: default}, value),
+    ):
+        params = parameters()
+        saved = getattr(module, name)([{"params": params, key: value}], **given).state_dict()
+        opt = getattr(fs, name)([p.detach().numpy() for p in params])
+        opt.load_state_dict(saved)
+        assert opt.param_groups[0][key] == expected
+        other = getattr(fs, name)([p.detach().numpy() for p in params])
+        other.load_state_dict(opt.state_dict())
+        assert other.param_groups[0][key] == expected
 
 
 @each_beyond

@@ -320,6 +320,9 @@ class Optimizer:
     _rule: ClassVar[str]
     _fixed: ClassVar[dict[str, Any]] = {}  # hyperparameters that a class does not leave open
     _hyper_table: ClassVar[dict[str, Hyper]] = HYPERS
+    # Hyperparameters that torch's class has not. In its groups, where clients put what they like,
+    # they mean nothing, unless `fusedstep.torch` lists them.
+    _beyond_torch: ClassVar[tuple[str, ...]] = ()
     _carried: ClassVar[tuple[str, ...]] = ()  # state_dict names of what a rule's clock carries
     _counts_steps: ClassVar[bool] = True  # torch keeps `step` in the state
     _ahead = False  # whether the parameters stand at a look-ahead point
@@ -870,6 +873,15 @@ class Optimizer:
     def _load(self, state_dict: Any) -> None:
         """`load_state_dict`, while nobody else has a turn."""
         entries, saved = _checkpoint.parts(state_dict)
+        if "step" not in state_dict:  # torch's, see _beyond_torch
+            saved = [
+                {
+                    name: value
+                    for name, value in group.items()
+                    if name not in self._beyond_torch or name in group.get("fusedstep", ())
+                }
+                for group in saved
+            ]
         own = [[self._names[i] for i in group._params] for group in self._groups if group._params]
         order, saved = _checkpoint.arranged(
             [group for group in saved if group["params"]], own, strict=self._named
@@ -1473,6 +1485,7 @@ class Adam(Optimizer):
     """
 
     _rule = "adam"
+    _beyond_torch = ("bias_correction",)
 
     def __init__(
         self,
@@ -1524,6 +1537,7 @@ class AdamW(Optimizer):
     """
 
     _rule = "adam"
+    _beyond_torch = ("bias_correction",)
     _fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
 
     def __init__(
@@ -1796,6 +1810,7 @@ class Rprop(Optimizer):
     """
 
     _rule = "rprop"
+    _beyond_torch = ("weight_decay",)
 
     def __init__(
         self,
