@@ -972,8 +972,8 @@ class Optimizer:
         for group in self._groups:
             k, loaded = next(pending) if group._params else (0, {})
             values, then, other = dict(group._hypers), dict(group._hypers), {}
+            where = f"{_checkpoint.GROUPS}[{k}]"
             for name, value in loaded.items():
-                where = f"{_checkpoint.GROUPS}[{k}]"
                 try:
                     if name in ("params", "param_names"):
                         continue
@@ -993,7 +993,12 @@ class Optimizer:
                     raise type(error)(f"{where}: {error}") from None
             hypers.append(values)
             others.append(other)
-            uses.append(self._uses(self._native(self._at(then, max(steps - 1, 0)))))
+            then = self._at(then, max(steps - 1, 0))
+            try:
+                self._check_together(then)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            uses.append(self._uses(self._native(then)))
         return hypers, others, uses
 
     def _staged_state(
