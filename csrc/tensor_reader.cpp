@@ -153,6 +153,23 @@ bool TensorReader::finish(py::handle tensor, TensorView& view) const {
   return at != static_cast<uintptr_t>(offset * view.reals * dtype_bytes(view.dtype));
 }
 
+bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
+  static const py::handle storage_offset = py::str("storage_offset").release();
+  static const py::handle untyped_storage = py::str("untyped_storage").release();
+  static const py::handle nbytes = py::str("nbytes").release();
+  const auto ask = [](py::handle object, py::handle method) {
+    auto answer =
+        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), method.ptr()));
+    if (!answer) throw py::error_already_set();
+    return answer;
+  };
+  if (view.n == 0) return true;
+  auto end = ask(tensor, storage_offset).cast<int64_t>() + 1;
+  for (int i = 0; i < view.ndim; ++i) end += (view.shape[i] - 1) * view.strides[i];
+  return ask(ask(tensor, untyped_storage), nbytes).cast<int64_t>() >=
+         end * view.reals * dtype_bytes(view.dtype);
+}
+
 const void* TensorReader::address(py::handle tensor) const {
   static const py::handle data_ptr = py::str("data_ptr").release();
   DLTensor t;

@@ -46,6 +46,9 @@ class TensorReader {
   // (DTensor, FakeTensor, ...), place, layout or dtype, or a storage that was resized to nothing.
   bool read(pybind11::handle tensor, TensorView& view, const Place& place) const;
 
+  // Whether the tensor's storage reaches as far as its elements do: one may be resized under it.
+  bool holds(pybind11::handle tensor, const TensorView& view) const;
+
   // Where any tensor's elements are, whatever its class; null for one that cannot tell. Runs no
   // Python code.
   const void* address(pybind11::handle tensor) const;

@@ -90,10 +90,11 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
 }
 
 // Reads a tensor, or puts in its place what torch makes of one that cannot be read where it lies. A
-// real state that is the object it was, where it was, is not asked again whether it is lazy. Whether
-// it is to take the place of what the state has.
+// real state that is the object it was, where it was, is not asked again whether it is lazy. `before`
+// is where the last step found it: only memory that is elsewhere is measured. Says whether it is to
+// take the place of what the state has.
 bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
-                       Known* known, bool on_host) {
+                       const void* before, Known* known, bool on_host) {
   const Place place = on_host ? Place{} : place_;
   if (reader_.read(tensor, view, place)) {
     trail_.pass_tensor(tensor, view);
@@ -102,7 +103,8 @@ bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
         view.held.empty();  // the shape lies in torch's object, and tells it from others
     const bool same = known && own && known->object == view.shape && known->data == view.data;
     if (same && view.reals == 1) return false;
-    if (!reader_.lazy(tensor, view)) {
+    const bool there = known ? same : view.data == before;
+    if ((there || reader_.holds(tensor, view)) && !reader_.lazy(tensor, view)) {
       if (known) *known = {view.shape, view.data};
       return false;
     }
@@ -184,8 +186,9 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   Active& a = active_[place];
   TensorView p, g, views[kMaxStates];
   py::object param = a.param;
-  look(a, params_, param, p);
-  look(a, grads_, a.grad, g);
+  const bool had = place < tensors_before_.size();
+  look(a, params_, param, p, had ? tensors_before_[place].param : nullptr);
+  look(a, grads_, a.grad, g, had ? gradients_before_[place].data : nullptr);
   check_grad(a, p, g);
   if (!entry.complete) return;
 
@@ -196,7 +199,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
     TensorView view;
     a.scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
-    bool moved = look(a, scalars_[s], scalar, view, &counted_[a.i].known[s], !live_);
+    bool moved = look(a, scalars_[s], scalar, view, nullptr, &counted_[a.i].known[s], !live_);
     if (shows_less(s, view)) {
       moved = replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
     }
@@ -217,7 +220,7 @@ void TensorTable::read(size_t place, const Entry& entry, bool begins) {
   a.states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
     if (!a.states[s]) continue;
-    look(a, states_[s], a.states[s], views[s], &counted_[a.i].known[kCounts + s]);
+    look(a, states_[s], a.states[s], views[s], nullptr, &counted_[a.i].known[kCounts + s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }

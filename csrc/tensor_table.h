@@ -143,7 +143,7 @@ class TensorTable {
   pybind11::list names_missing(const Entry& entry, unsigned uses) const;
   void read(size_t place, const Entry& entry, bool begins);
   bool look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
-            Known* known = nullptr, bool on_host = false);
+            const void* before, Known* known = nullptr, bool on_host = false);
   bool replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
                const Place& place);
   bool shows_less(size_t s, const TensorView& view) const;

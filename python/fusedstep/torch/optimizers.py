@@ -67,6 +67,8 @@ _NOTHING = (1.0, None, False, 0, False, None, None, None)
 # What torch.amp.GradScaler sets for one step.
 _AMP = ("grad_scale", "found_inf")
 
+_OURS = "fusedstep"  # the key of our hook among torch's, which have numbers
+
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
 
@@ -603,13 +605,16 @@ class Optimizer(torch.optim.Optimizer):
             TypeError, ValueError: an entry is missing or does not fit; nothing has changed then.
         """
         _checkpoint.check_mapping("state_dict", state_dict)
-        # After the caller's own hooks, and before torch looks at anything.
-        handle = self.register_load_state_dict_pre_hook(Optimizer._staged)
+        given = state_dict if isinstance(state_dict, dict) else dict(state_dict)
+        # After the caller's own hooks, and before torch looks at anything. A load that is
+        # interrupted may leave it behind, and the next one puts it in its place.
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        hooks.pop(_OURS, None)
+        hooks[_OURS] = Optimizer._staged
         try:
-            given = state_dict if isinstance(state_dict, dict) else dict(state_dict)
             self._turn.run(super().load_state_dict, given)
         finally:
-            handle.remove()
+            hooks.pop(_OURS, None)
 
     @torch.no_grad()
     def _staged(self, state_dict: Any) -> dict[str, Any]:
@@ -826,6 +831,7 @@ class _Helper:
         self._rows, self._first, self._at = rows, first, at  # see Optimizer._update
         self._counts = optimizer._device if live else torch.device("cpu")  # where they are
         self._apart = False
+        self._places: list[tuple[torch.Tensor, dict[str, Any], int]] = []
         self._attributes = optimizer.__dict__
         self._announce = announcer()
 
@@ -834,26 +840,26 @@ class _Helper:
 
     def _moved(self) -> bool:
         """Whether somebody's Python code may have run: a warning has its own."""
-        return flat.warn_of_broken(self._params)
+        return flat.warn_of_broken([param for params, *_ in self._rows for param in params])
 
     # Of the step alone, which may be one parameter's: no step looks at what it does not update.
 
-    @functools.cached_property
-    def _params(self) -> list[torch.Tensor]:
-        return [param for params, *_ in self._rows for param in params]
+    def _found(self) -> list[tuple[torch.Tensor, dict[str, Any], int]]:
+        """Each parameter with its group and its place there."""
+        if not self._places:
+            for params, _, group, _ in self._rows:
+                self._places += [(param, group, self._at + j) for j, param in enumerate(params)]
+        return self._places
 
-    @functools.cached_property
-    def _names(self) -> list[str]:
-        names: list[str] = []
-        for params, _, group, _ in self._rows:
-            names += _names_in(group, self._first + len(names), len(params), self._at)
-        return names
+    def _param(self, i: int) -> torch.Tensor:
+        return self._found()[i - self._first][0]
 
     def _name(self, i: int) -> str:
-        return self._names[i - self._first]
+        _, group, at = self._found()[i - self._first]
+        return _names_in(group, i, 1, at)[0]
 
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> tuple[Any, Any, bool]:
-        label, param = self._label(i, kind), self._params[i - self._first]
+        label, param = self._label(i, kind), self._param(i)
         device = self._optimizer._device
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
             if tensor.numel() == 1 and not tensor.is_complex():
@@ -878,7 +884,7 @@ class _Helper:
     def _written(self) -> dict[str, torch.Tensor]:
         """What the step may write to, by what errors call it."""
         found = {}
-        for i, param in enumerate(self._params, self._first):
+        for i, (param, *_) in enumerate(self._found(), self._first):
             if param.grad is None:
                 continue
             found[self._label(i, "params")] = param
@@ -918,7 +924,7 @@ class _Helper:
                 given = entry.get(name)
                 initial = 0.0 if name == "step" else opt._spec._initial(name, hypers)
                 if given is not None and (opt._is_array(name) or not _is_number(given)):
-                    at = next(k for k, other in enumerate(self._params) if other is param)
+                    at = next(k for k, (other, *_) in enumerate(self._found()) if other is param)
                     label = self._label(self._first + at, name)
                     raise TypeError(f"{label} must be a tensor, got {given!r}")
                 if not opt._is_array(name):
