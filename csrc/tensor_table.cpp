@@ -69,6 +69,7 @@ TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>
       reader_(exchange),
       states_(interned(rules()[rule_].states)),
       scalars_(interned(scalars)),
+      amp_(interned({"grad_scale", "found_inf"})),
       table_(
           rule_,
           [this](size_t place) {
@@ -360,7 +361,6 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   written_ = py::list();
   ran_ = false;
   trail_.begin();
-  owner_.attr("_again")();
 
   std::vector<unsigned> uses;
   std::vector<size_t> begins;
@@ -488,10 +488,8 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
   }
 
   // The commit. No Python code runs before states and counts are those of the new parameters.
-  for (const char* name : {"grad_scale", "found_inf"}) {
-    if (PyDict_GetItemString(attributes.ptr(), name)) {
-      PyDict_DelItemString(attributes.ptr(), name);
-    }
+  for (const py::str& name : amp_) {
+    if (PyDict_Contains(attributes.ptr(), name.ptr()) == 1) attributes.attr("pop")(name);
   }
   if (!place_.device && control.norm.at) *static_cast<double*>(control.norm.at) = outcome.norm;
   norm_ = asked[7];

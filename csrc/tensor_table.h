@@ -67,7 +67,7 @@ class TensorTable {
   //   first   the number of the first parameter; the others follow, over all groups
   //   free    whether gradients are dropped once they are used
   //   owner   asked for what only torch can do:
-  //     _again() is told that all is read, or read anew
+  //     _again() is told that all is read anew
   //     _plain(i, kind, tensor) -> (the same as a plain tensor, what to copy it to after the step or
   //         None, whether it is to take the state's place), or an error that says what is wrong; kind
   //         is "params", "grads" or a state's name. Counts are on the device where they are live,
@@ -158,6 +158,7 @@ class TensorTable {
   Place place_;
   TensorReader reader_;
   std::vector<pybind11::str> states_, scalars_;  // names
+  std::vector<pybind11::str> amp_;               // what torch.amp sets for one step
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
   StepTable table_;

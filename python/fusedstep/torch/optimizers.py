@@ -330,8 +330,10 @@ class Optimizer(torch.optim.Optimizer):
                 return self._observed_step(*args, **kwargs)
             return self._step(*args, **kwargs)
         finally:  # of a step that raised too: the next one is not scaled by it
+            attributes = self.__dict__
             for name in _AMP:
-                self.__dict__.pop(name, None)
+                if name in attributes:
+                    del attributes[name]
 
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
@@ -821,6 +823,9 @@ def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+_CPU = torch.device("cpu")
+
+
 class _Helper:
     """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
 
@@ -829,7 +834,7 @@ class _Helper:
     ) -> None:
         self._optimizer = optimizer
         self._rows, self._first, self._at = rows, first, at  # see Optimizer._update
-        self._counts = optimizer._device if live else torch.device("cpu")  # where they are
+        self._counts = optimizer._device if live else _CPU  # where they are
         self._apart = False
         self._places: list[tuple[torch.Tensor, dict[str, Any], int]] = []
         self._attributes = optimizer.__dict__
