@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../unlocked.h"
 #include "backend.h"
 
 namespace py = pybind11;
@@ -50,8 +51,7 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
       },
       py::arg("address"));
   py::class_<Allocation>(m, "Allocation", py::module_local())
-      .def(py::init<size_t, int>(), py::arg("nbytes"), py::arg("index"),
-           py::call_guard<py::gil_scoped_release>())
+      .def(py::init<size_t, int>(), py::arg("nbytes"), py::arg("index"), py::call_guard<Unlocked>())
       .def_property_readonly(
           "address", [](const Allocation& a) { return reinterpret_cast<uintptr_t>(a.data()); })
       .def_property_readonly("nbytes", &Allocation::bytes)
@@ -60,7 +60,7 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
           "read",
           [](const Allocation& a, size_t at, const py::buffer& to) {
             const py::buffer_info info = bytes_of(to, true);
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             a.read(at, info.ptr, info.size * info.itemsize);
           },
           py::arg("at"), py::arg("to"))
@@ -68,7 +68,7 @@ PYBIND11_MODULE(FUSEDSTEP_MODULE, m) {
           "write",
           [](Allocation& a, size_t at, const py::buffer& from) {
             const py::buffer_info info = bytes_of(from, false);
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             a.write(at, info.ptr, info.size * info.itemsize);
           },
           py::arg("at"), py::arg("from_"));
