@@ -88,7 +88,8 @@ def as_float(value: Any) -> float | None:
     """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
     if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
         value = value.detach()
-    if any(kind in str(getattr(value, "dtype", "")) for kind in ("bool", "complex")):
+    dtype = str(getattr(value, "dtype", ""))
+    if "bool" in dtype or "complex" in dtype:
         return None
     if isinstance(value, str | bytes | bool | np.bool_ | list | tuple):
         return None

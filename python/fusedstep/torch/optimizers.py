@@ -633,7 +633,7 @@ class Optimizer(torch.optim.Optimizer):
             number.setdefault(id(param), i)
         # A neutral optimizer's checkpoint has no keys but its own.
         beyond = sorted(self._extra.keys() - _FLAGS.keys()) if "step" in state_dict else []
-        groups, uses = [], {}
+        groups, required, own_names = [], {}, self._own_names()
         for k, (loaded, params) in enumerate(zip(saved, own, strict=True)):
             where = f"{_checkpoint.GROUPS}[{order[k]}]"
             group = {
@@ -649,19 +649,20 @@ class Optimizer(torch.optim.Optimizer):
                 used = self._uses(self._completed(dict(group), self.param_groups[k], True))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from None
-            uses.update({id(param): used for param in params})
+            needed = [name for name in own_names if name in used or not self._is_array(name)]
+            required.update({id(param): needed for param in params})
         recordable = self._recordable()
-        names = self._own_names()
+        cpu = torch.device("cpu")
         state: dict[Any, Any] = {}
         for key, entry in entries.items():
             where = f"state_dict['state'][{key!r}]"
             if key in param_of:
                 param = param_of[key]
-                counts = param.device if param in recordable else torch.device("cpu")
-                taken = self._taken(where, entry, param, counts, names)
-                self._check_complete(where, taken, names, uses[id(param)])
-                state[number[id(param)]] = {n: _Hidden(value) for n, value in taken.items()}
-            elif isinstance(entry, Mapping) and set(names) & set(entry):
+                counts = param.device if param in recordable else cpu
+                taken = self._taken(where, entry, param, counts, own_names)
+                self._check_complete(where, taken, own_names, required[id(param)])
+                state[number[id(param)]] = _Hidden(taken)
+            elif isinstance(entry, Mapping) and set(own_names) & set(entry):
                 raise ValueError(f"state_dict['state'] must have known parameters, got {key!r}")
             else:
                 state[key] = _users_own(where, entry, None)
@@ -692,9 +693,7 @@ class Optimizer(torch.optim.Optimizer):
         if loaded:
             entries: defaultdict[Any, Any] = defaultdict(dict)
             for key, entry in state["state"].items():
-                if isinstance(entry, dict):
-                    entry = {n: v.value if isinstance(v, _Hidden) else v for n, v in entry.items()}
-                entries[key] = entry
+                entries[key] = entry.entry if isinstance(entry, _Hidden) else entry
             state = {**state, "state": entries}
         else:
             state = {**state, "_turn": _core.Turn(), "_stepping_in_backward": set()}
@@ -722,7 +721,9 @@ class Optimizer(torch.optim.Optimizer):
                 taken[name] = _state_like(label, value, param)
             else:
                 one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_sparse
-                number = value.detach().reshape(()) if one else value
+                number = value.detach() if one else value
+                if one and number.ndim:
+                    number = number.reshape(())
                 if name == "step":
                     _checkpoint.count(label, number)
                 else:
@@ -731,15 +732,16 @@ class Optimizer(torch.optim.Optimizer):
         return taken
 
     def _check_complete(
-        self, where: str, entry: Mapping[str, Any], own: list[str], uses: list[str]
+        self, where: str, entry: Mapping[str, Any], own: list[str], required: list[str]
     ) -> None:
         """Raises ValueError for a state that has begun, by this rule or another, and lacks some."""
+        lacking = [name for name in required if entry.get(name) is None]
+        if required and not lacking:
+            return
         begun = {name for name, value in entry.items() if value is not None}
         begun &= _EVERY_STATE.union(own)
-        required = [name for name in own if name in uses or not self._is_array(name)]
-        for name in required if begun else ():
-            if name not in begun:
-                raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
+        if begun and lacking:
+            raise ValueError(f"{where} must have the key {lacking[0]!r}, got {list(entry)}")
         if begun and not begun.intersection(own):
             raise ValueError(f"{where} must have the keys {own}, got {list(entry)}")
 
@@ -954,10 +956,12 @@ def _is_number(value: Any) -> bool:
 
 
 class _Hidden:
-    """A value that torch's `load_state_dict` hands on as it is."""
+    """A parameter's state that torch's `load_state_dict` hands on as it is."""
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    __slots__ = ("entry",)
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
 
 
 def _users_own(label: str, value: Any, device: torch.device | None) -> Any:
