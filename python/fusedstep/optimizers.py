@@ -617,7 +617,8 @@ class Optimizer:
             TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not
                 where the parameters are, or overlaps memory that the step writes; hyperparameters
                 that do not go together; a schedule that returns a value out of range.
-            RuntimeError: the optimizer is stepping in another thread.
+            RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
+                a step of its own (from a schedule, or an exporter of gradients).
 
         Example:
             >>> import numpy as np, fusedstep as fs

@@ -315,8 +315,8 @@ class Optimizer(torch.optim.Optimizer):
             TypeError, ValueError: a parameter, gradient or state of another kind, dtype, shape or
                 device than can be stepped, or memory that overlaps; hyperparameters out of range;
                 `max_norm` or `skip_nonfinite` with DTensors, of which each rank has a part.
-            RuntimeError: the optimizer is stepping in another thread; a CUDA graph is being
-                recorded and `capturable` is False.
+            RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
+                a step of its own; a CUDA graph is being recorded and `capturable` is False.
         """
         observed = not self._observing and (
             torch.autograd._profiler_enabled()
