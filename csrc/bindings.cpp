@@ -98,6 +98,35 @@ std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
   return {squared.sum, squared.finite};
 }
 
+// f(*args) while the thread holds the turn. Plain C, as each step comes through here: pybind11 would
+// take longer than a small step's checks.
+template <Turn::Kind kKind>
+PyObject* held(PyObject* self, PyObject* const* args, Py_ssize_t n) {
+  auto* turn = static_cast<Turn*>(PyCapsule_GetPointer(self, nullptr));
+  if (!turn) return nullptr;
+  if (n < 1) return PyErr_Format(PyExc_TypeError, "call must be given");
+  try {
+    const Turn::Holder holder(*turn, kKind, "step and load_state_dict");
+    return PyObject_Vectorcall(args[0], args + 1, n - 1, nullptr);
+  } catch (const std::runtime_error& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+// (run, read) of a new turn: f, *args -> f(*args), alone or reading.
+py::tuple turn() {
+  const auto method = [](const char* name, auto* function) {
+    return PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)),
+                       METH_FASTCALL, nullptr};
+  };
+  static PyMethodDef run = method("run", held<Turn::kAlone>);
+  static PyMethodDef read = method("read", held<Turn::kReading>);
+  const py::capsule self(new Turn, [](void* turn) { delete static_cast<Turn*>(turn); });
+  return py::make_tuple(py::reinterpret_steal<py::object>(PyCFunction_New(&run, self.ptr())),
+                        py::reinterpret_steal<py::object>(PyCFunction_New(&read, self.ptr())));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -149,17 +178,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("address_of", address_of, py::arg("array"));
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
 
-  py::class_<Turn>(m, "Turn")
-      .def(py::init<>())
-      .def("run",
-           [](Turn& turn, const py::function& call, const py::args& given) {
-             const Turn::Holder holder(turn, Turn::kAlone, "step and load_state_dict");
-             return call(*given);
-           })
-      .def("read", [](Turn& turn, const py::function& call, const py::args& given) {
-        const Turn::Holder holder(turn, Turn::kReading, "");
-        return call(*given);
-      });
+  m.def("turn", turn);
 
   py::class_<ArrayTable>(m, "StepTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,

@@ -1,12 +1,10 @@
 """The compiled core, as bindings.cpp exposes it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-
-_T = TypeVar("_T")
 
 ALIGNMENT: int
 COMPILER: str
@@ -44,15 +42,11 @@ def divisors(
 def used_states(rule: str, hypers: Sequence[float]) -> list[bool]: ...
 def array_of(array: Any, name: str) -> tuple[NDArray[Any], bool]: ...
 def address_of(array: Any) -> int: ...
+def turn() -> tuple[Any, Any]: ...
 def sum_of_squares(grads: Sequence[Any]) -> tuple[float, bool]: ...
 
 # The gradients' factor, maximal norm or None, skip non-finite ones, the device's stream.
 _Asked = tuple[float, float | None, bool, int]
-
-class Turn:
-    def __init__(self) -> None: ...
-    def run(self, call: Callable[..., _T], /, *given: Any) -> _T: ...
-    def read(self, call: Callable[..., _T], /, *given: Any) -> _T: ...
 
 class StepTable:
     def __init__(

@@ -36,6 +36,7 @@ from fusedstep._hypers import (
     is_scheduled,
     kept_schedules,
 )
+from fusedstep._turn import new_turn
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
 from fusedstep.schedules import Resumed, Schedule, plateaus, resumed, stored
 
@@ -160,7 +161,8 @@ class ParamGroup(MutableMapping[str, Any]):
         # identity whether it is stale, and a change is made at once.
         self._own: dict[str, Any] = {}  # what a checkpoint's group has beside hyperparameters
         self._hypers = {name: self._check(name, value) for name, value in hypers.items()}
-        self._last_read: tuple[dict[str, Any], list[float]] | None = None
+        # The hyperparameters of which the rule's reading is known, but for a scheduled rate.
+        self._last_read: tuple[dict[str, Any] | None, list[float]] = (None, [])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_"):
@@ -174,15 +176,6 @@ class ParamGroup(MutableMapping[str, Any]):
 
     def _check(self, name: str, value: Any) -> Any:
         return self._owner._check(name, value, schedules=True)
-
-    def _known(self) -> list[float] | None:
-        """The group as the rule reads it, but for a scheduled rate, if that is known already.
-
-        A rate of its own in each step is cheap; any other schedule may call for other states, so
-        that nothing is known of a group that has one.
-        """
-        last = self._last_read
-        return last[1] if last is not None and last[0] is self._hypers else None
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":
@@ -435,7 +428,7 @@ class Optimizer:
 
         States, counts and the number of steps are the table's: it alone changes them, all at once.
         """
-        self._turn = _core.Turn()
+        self._turn = new_turn()
         params = list(self._params.values())
         # The CUDA device whose memory all of it is in; None: the CPU's.
         self._index = device = None
@@ -499,15 +492,14 @@ class Optimizer:
         The groups as the rule reads them, all states if some are to begin, and changes of the
         groups' memory of what was read. Nothing is changed here.
         """
-        t = self._table.steps
         natives: list[list[float]] = []
         wanted: list[tuple[str, int]] = []
         read: _Changes = []
         for group in self._groups:
-            native = group._known()
-            if native is None:
+            hypers, native = group._last_read
+            if hypers is not group._hypers:
                 hypers = group._hypers
-                native = self._native_at(hypers, t)
+                native = self._native_at(hypers, self._table.steps)
                 states = self._states
                 wanted += [
                     (state, i)
@@ -515,6 +507,8 @@ class Optimizer:
                     for i in group._params
                     if states[state][i] is None
                 ]
+                # A rate of its own in each step is cheap; any other schedule may call for other
+                # states, so that nothing is known of a group that has one.
                 if not any(is_scheduled(v) for n, v in hypers.items() if n != "lr"):
                     read.append((group.__dict__, {"_last_read": (hypers, native)}))
             natives.append(native)
@@ -572,13 +566,13 @@ class Optimizer:
         return "float64" if self._dtypes[i] == "float64" else "float32"
 
     def _with_rates(self, natives: list[list[float]], t: int) -> list[list[float]]:
-        """`natives`, and where a rate follows a schedule that of step t in its place."""
-        return [
-            [*native[:_LR], at_step("lr", lr, t, self._hyper_table["lr"]), *native[_LR + 1 :]]
-            if callable(lr := group._hypers["lr"])
-            else native
-            for native, group in zip(natives, self._groups, strict=True)
-        ]
+        """`natives`, in which rates that follow a schedule are those of step t from now on."""
+        for k, group in enumerate(self._groups):
+            lr = group._hypers["lr"]
+            if type(lr) is not float and callable(lr):
+                rate = at_step("lr", lr, t, self._hyper_table["lr"])
+                natives[k] = [*natives[k][:_LR], rate, *natives[k][_LR + 1 :]]
+        return natives
 
     # -- public -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from fusedstep import _checkpoint, _core
 from fusedstep import optimizers as neutral
 from fusedstep._autograd import announcer
 from fusedstep._hypers import AT_LEAST_0, HYPERS, PAIRS, as_float, as_number, is_scheduled
+from fusedstep._turn import Turn, new_turn
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     any_dtensor,
@@ -104,7 +105,7 @@ class Optimizer(torch.optim.Optimizer):
     param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
-    _turn: _core.Turn
+    _turn: Turn
     _table: _core.TensorTable
     _gpu: Any  # what steps on the parameters' CUDA device, or None
     _device: torch.device
@@ -112,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
     _seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]]
 
     def __init__(self, params: Any, **hypers: Any) -> None:
-        self.__dict__.update(_turn=_core.Turn(), _stepping_in_backward=set(), **self._derived())
+        self.__dict__.update(_turn=new_turn(), _stepping_in_backward=set(), **self._derived())
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
         heard = {_BEYOND: beyond} if beyond else {}
         self._found = set()
@@ -696,7 +697,7 @@ class Optimizer(torch.optim.Optimizer):
                 entries[key] = entry.entry if isinstance(entry, _Hidden) else entry
             state = {**state, "state": entries}
         else:
-            state = {**state, "_turn": _core.Turn(), "_stepping_in_backward": set()}
+            state = {**state, "_turn": new_turn(), "_stepping_in_backward": set()}
         # One update of the attributes, before which nothing has changed, and after which all has.
         super().__setstate__({**state, **self._derived()})
 
