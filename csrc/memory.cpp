@@ -342,6 +342,16 @@ bool is_numpy_scalar(py::handle object) {
   return py::isinstance(object, generic);
 }
 
+// Whether it is one real number of Python's or NumPy's, of whatever width; no truth value.
+bool is_number(py::handle object) {
+  static const py::handle kinds = [] {
+    const py::module_ numpy = py::module_::import("numpy");
+    return py::make_tuple(numpy.attr("floating"), numpy.attr("integer")).release();
+  }();
+  if (PyFloat_CheckExact(object.ptr()) || PyLong_CheckExact(object.ptr())) return true;
+  return is_numpy_scalar(object) && py::isinstance(object, kinds);
+}
+
 [[noreturn]] void not_an_array(py::handle object, const Label& label) {
   throw py::type_error(label.text() + " must be a NumPy array or a DLPack exporter, got " +
                        py::str(py::type::of(object).attr("__name__")).cast<std::string>());
@@ -495,9 +505,8 @@ View view_of(py::handle object, const Label& label, const Place& place) {
 }
 
 View grad_of(py::handle object, const Label& label, const Place& place, const View& param) {
-  const bool number = PyFloat_CheckExact(object.ptr()) || PyLong_CheckExact(object.ptr());
-  if (!number || param.ndim > 0) return view_of(object, label, place);
-  if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a Python number");
+  if (param.ndim > 0 || !is_number(object)) return view_of(object, label, place);
+  if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a number");
   const double value = PyFloat_AsDouble(object.ptr());
   if (PyErr_Occurred()) {  // an integer beyond all doubles
     PyErr_Clear();

@@ -33,7 +33,7 @@ struct Label {
 // for memory that is not there, elsewhere, not C-contiguous, not aligned or not in native byte order.
 View view_of(pybind11::handle object, const Label& label, const Place& place = {});
 
-// A gradient of `param`: a Python number too where that is one element without a dimension.
+// A gradient of `param`: a number of Python's or NumPy's too where that has no dimensions.
 View grad_of(pybind11::handle object, const Label& label, const Place& place, const View& param);
 
 // Throws ValueError for memory of which nobody says that it may be written.
