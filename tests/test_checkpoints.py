@@ -187,6 +187,16 @@ def test_a_checkpoint_goes_by_names():
     assert saved.state_dict()["param_groups"][0]["param_names"] == ["enc", "dec", "out"]
 
 
+@pytest.mark.parametrize("form", [dict, fs.FlatBuffer.pack])
+def test_numbers_are_names_too(form):
+    arrays = [form({k: np.ones(3, np.float32) for k in order}) for order in ([0, 1, 2], [2, 0, 1])]
+    saved, other = map(fs.Adam, arrays)
+    saved.step({k: np.full(3, k + 1, np.float32) for k in (0, 1, 2)})
+    for one, two in ((saved, other), (other, saved)):
+        two.load_state_dict(one.state_dict())
+        assert moments_of(two) == moments_of(one)
+
+
 def test_a_checkpoint_s_groups_go_by_the_names_in_them():
     groups = [fs.Group("e*", lr=0.5), fs.Group("d*", lr=0.25)]
     saved = named(["enc", "dec", "out"], groups=groups, lr=fs.schedules.Linear(0.125, total=9))

@@ -414,8 +414,8 @@ class Optimizer:
         self._params = name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
-        # What was given as a sequence has numbers only, and checkpoints then go by position.
-        self._named = list(self._params) != list(range(len(self._params)))
+        # A sequence has no names, and its checkpoints go by position; a dict's numbers are names.
+        self._named = isinstance(params, Mapping)
         if isinstance(groups, Group) or not isinstance(groups, Iterable):
             raise TypeError(f"groups must be a sequence of Group objects, got {groups!r}")
         self._groups, self._group_of = self._make_groups(hypers, list(groups))
