@@ -415,6 +415,24 @@ def test_a_scaled_step_that_raises_leaves_no_scale_behind():
     assert p.tolist() == [0.0] * 4
 
 
+def test_a_subclass_s_scaled_step_that_raises_leaves_no_scale_behind():
+    class Own(ft.SGD):
+        def step(self, closure=None):
+            raise KeyError("own")
+
+    def hook(*_):
+        raise KeyError("hook")
+
+    for cls in (Own, type("Plain", (ft.SGD,), {})):
+        opt = cls([torch.nn.Parameter(torch.ones(4))], lr=1.0)
+        opt.register_step_pre_hook(hook)
+        opt.grad_scale, opt.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+        with pytest.raises(KeyError):
+            opt.step()
+        assert not hasattr(opt, "grad_scale")
+        assert not hasattr(opt, "found_inf")
+
+
 def test_what_a_scaler_sets_is_gone_after_the_step_and_may_be_deleted_still():
     p = torch.nn.Parameter(torch.ones(4))
     opt = ft.SGD([p], lr=1.0)

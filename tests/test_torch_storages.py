@@ -448,3 +448,21 @@ def test_neutral_states_are_pickled_and_copied_alone(kind):
         assert copied.untyped_storage().nbytes() == nbytes
     else:
         assert copied.base is None
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step", "own"])
+@pytest.mark.parametrize("nbytes", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_tensor_without_memory_is_refused(name, nbytes, dtype):
+    param = nn.Parameter(torch.ones(2, 3, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    opt = ft.AdamW([param])
+    opt.step()
+    opt.state[param]["own"] = torch.ones(4)
+    saved, before = copy.deepcopy(opt.state_dict()), copy.deepcopy(opt.state_dict())
+    saved["state"][0][name].untyped_storage().resize_(nbytes)
+    message = rf"state_dict\['state'\]\[0\]\['{name}'\] must have memory, \d+ bytes of it, got a"
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    for key, value in before["state"][0].items():
+        assert torch.equal(opt.state[param][key], value)

@@ -27,6 +27,7 @@ from fusedstep.torch.tensors import (
     as_dense,
     as_plain,
     check_apart,
+    check_readable,
     gpu_of,
     is_dtensor,
     local,
@@ -330,11 +331,15 @@ class Optimizer(torch.optim.Optimizer):
             if observed:
                 return self._observed_step(*args, **kwargs)
             return self._step(*args, **kwargs)
-        finally:  # of a step that raised too: the next one is not scaled by it
-            attributes = self.__dict__
-            for name in _AMP:
-                if name in attributes:
-                    del attributes[name]
+        finally:
+            self._end_scaling()
+
+    def _end_scaling(self) -> None:
+        """After a step, one that raised too: the next one is not scaled by it."""
+        attributes = self.__dict__
+        for name in _AMP:
+            if name in attributes:
+                del attributes[name]
 
     # torch wraps the step of every class that does not say so, which costs a small step its half.
     step.hooked = True  # type: ignore[attr-defined]
@@ -359,6 +364,7 @@ class Optimizer(torch.optim.Optimizer):
                 return observed(self, *args, **kwargs)
             finally:
                 self._observing = False
+                self._end_scaling()
 
         return once
 
@@ -403,6 +409,7 @@ class Optimizer(torch.optim.Optimizer):
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
     step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
+    _step.__qualname__ = step.__qualname__  # by which Python's errors call it
 
     def _update(
         self,
@@ -714,6 +721,8 @@ class Optimizer(torch.optim.Optimizer):
         taken = {}
         for name, value in entry.items():
             label = f"{where}[{name!r}]"
+            if isinstance(value, torch.Tensor):
+                check_readable(label, value)
             if name not in own:
                 taken[name] = _users_own(label, value, None if param.is_meta else param.device)
             elif value is None:  # torch before the first step with momentum

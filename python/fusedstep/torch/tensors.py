@@ -157,6 +157,14 @@ def check_memory(label: str, tensor: torch.Tensor) -> None:
         )
 
 
+def check_readable(label: str, tensor: torch.Tensor) -> None:
+    """`check_memory` of a tensor of any class: what torch copies without looking, and crashes."""
+    tensor = local(tensor)
+    ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    if ordinary and tensor.layout == torch.strided and not tensor.is_meta:
+        check_memory(label, tensor)
+
+
 def _places(tensor: torch.Tensor) -> torch.Tensor:
     """The byte addresses of a tensor's elements, without repetition, in order."""
     n = _extent(tensor)
