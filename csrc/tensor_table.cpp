@@ -477,6 +477,7 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
           "params, grads and state must stay where they are while a step reads"
           " them, got memory that moved each time");
     }
+    owner_.attr("_again")();
   }
   table_.set_tensors(tensors_);
   const py::dict attributes = owner_.attr("_attributes");

@@ -495,6 +495,23 @@ def test_memory_that_a_gradient_moves_is_read_anew(what):
         assert torch.equal(old, kept)
 
 
+def test_strided_memory_that_a_gradient_moves_onto_another_s_is_refused():
+    first, second = (torch.nn.Parameter(torch.ones(4, 4)[:, ::2]) for _ in range(2))
+    opt = ft.SGD([first, second], lr=1.0)
+
+    def act():
+        first.data = second.data
+
+    first.grad, second.grad = torch.ones(4, 2), torch.ones(4, 2).as_subclass(Acting)
+    Acting.act = staticmethod(act)
+    try:
+        with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] must not share memory"):
+            opt.step()
+    finally:
+        Acting.act = staticmethod(lambda: None)
+    assert (second == 1).all()
+
+
 def test_memory_that_moves_each_time_is_refused():
     first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
     opt = ft.SGD([first, second], lr=1.0)

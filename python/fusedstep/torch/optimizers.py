@@ -71,6 +71,8 @@ _AMP = ("grad_scale", "found_inf")
 
 _OURS = "fusedstep"  # the key of our hook among torch's, which have numbers
 
+_CPU = torch.device("cpu")
+
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
 
@@ -86,8 +88,9 @@ class Optimizer(torch.optim.Optimizer):
     that unscales them before, and that does not call `step` where one is not finite.
 
     On a CUDA device a step is queued on torch's current stream and does not wait for it. Results
-    are the CPU's, bit by bit. With `capturable=True`, with `skip_nonfinite`, under `GradScaler` or
-    with an `lr` that is a tensor on the device, the step counts are on the device too.
+    are the CPU's, bit by bit. With `capturable=True`, with `skip_nonfinite`, under a `GradScaler`
+    that leaves its verdict to the step, or with an `lr` that is a tensor on the device, the step
+    counts are on the device too.
 
     A step reads parameters, gradients, states and groups anew, so all of them may be replaced or
     edited between steps. Tensors that are not dense, or whose strides differ from their
@@ -660,13 +663,12 @@ class Optimizer(torch.optim.Optimizer):
             needed = [name for name in own_names if name in used or not self._is_array(name)]
             required.update({id(param): needed for param in params})
         recordable = self._recordable()
-        cpu = torch.device("cpu")
         state: dict[Any, Any] = {}
         for key, entry in entries.items():
             where = f"state_dict['state'][{key!r}]"
             if key in param_of:
                 param = param_of[key]
-                counts = param.device if param in recordable else cpu
+                counts = param.device if param in recordable else _CPU
                 taken = self._taken(where, entry, param, counts, own_names)
                 self._check_complete(where, taken, own_names, required[id(param)])
                 state[number[id(param)]] = _Hidden(taken)
@@ -835,9 +837,6 @@ def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-_CPU = torch.device("cpu")
-
-
 class _Helper:
     """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
 
@@ -854,6 +853,7 @@ class _Helper:
 
     def _again(self) -> None:
         self._apart = False
+        self._places.clear()
 
     def _moved(self) -> bool:
         """Whether somebody's Python code may have run: a warning has its own."""
