@@ -29,8 +29,9 @@ struct Label {
   std::string text() const;
 };
 
-// Reads `object`, a NumPy scalar too. Throws TypeError for what exposes no memory or an unsupported dtype, ValueError
-// for memory that is not there, elsewhere, not C-contiguous, not aligned or not in native byte order.
+// Reads `object`, a NumPy scalar too. Throws TypeError for what exposes no memory or an unsupported
+// dtype, ValueError for memory that is not there, elsewhere, not C-contiguous, not aligned or not in
+// native byte order.
 View view_of(pybind11::handle object, const Label& label, const Place& place = {});
 
 // A gradient of `param`: a number of Python's or NumPy's too where that has no dimensions.

@@ -68,14 +68,16 @@ class TensorTable {
   //   free    whether gradients are dropped once they are used
   //   owner   asked for what only torch can do:
   //     _again() is told that all is read anew
-  //     _plain(i, kind, tensor) -> (the same as a plain tensor, what to copy it to after the step or
-  //         None, whether it is to take the state's place), or an error that says what is wrong; kind
-  //         is "params", "grads" or a state's name. Counts are on the device where they are live,
-  //         else on the CPU, and no narrower than a step uses them.
-  //     _begin([(parameter, torch's group, names)]) -> for each a dict of the states that are missing
-  //     _match(i, [parameter, gradient, *states]) -> (the same, dense and of equal strides, and pairs
-  //         of what to copy to and from after the step)
-  //     _moved() is told, before anything is written, that memory is elsewhere than in the last step
+  //     _plain(i, kind, tensor) -> (the same as a plain tensor, what to copy it to after the step
+  //         or None, whether it is to take the state's place), or an error that says what is
+  //         wrong; kind is "params", "grads" or a state's name. Counts are on the device where
+  //         they are live, else on the CPU, and no narrower than a step uses them.
+  //     _begin([(parameter, torch's group, names)]) -> for each a dict of the missing states, which
+  //         the commit takes over
+  //     _match(i, [parameter, gradient, *states]) -> (the same, dense and of equal strides, and
+  //         pairs of what to copy to and from after the step)
+  //     _moved() -> whether Python code ran: is told, before anything is written, that memory is
+  //         elsewhere than in the last step
   //     _announce(parameters) is told which were written
   //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
   //     _attributes, the optimizer's own: what torch.amp left in them for this step is dropped
@@ -83,8 +85,8 @@ class TensorTable {
   void step(const pybind11::list& groups, const pybind11::dict& state, const pybind11::tuple& asked,
             size_t first, bool free, const pybind11::object& owner);
 
-  // Those of the parameters, by number, of which the device alone knows that every step of theirs was skipped,
-  // for a rule that keeps no count. Waits for the device.
+  // Those of the parameters, by number, of which the device alone knows that every step of theirs
+  // was skipped, for a rule that keeps no count. Waits for the device.
   std::vector<size_t> not_begun(const pybind11::list& params);
 
   // The tensor that the last step was given for the norm, or None.
