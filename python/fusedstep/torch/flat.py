@@ -179,7 +179,7 @@ def flatten_(module_or_params: torch.nn.Module | Iterable[torch.Tensor]) -> Flat
 
     Each parameter, gradient and state has a storage of its own on that memory, which torch refuses
     to resize: what saves, copies or compares tensors by storage (`torch.save`, `copy.deepcopy`,
-    safetensors, accelerate, `torch.distributed.checkpoint`) does as it would without flatten_.
+    safetensors, accelerate, `torch.distributed.checkpoint`) does as it would without `flatten_`.
 
     If something later moves a parameter or a gradient out of its view (`.to`, `p.data = ...`,
     `share_memory` and what sends a model to another process, another object's `zero_grad`,
