@@ -125,52 +125,36 @@ void ArrayTable::check_param(size_t i, const Place& place) const {
   check_writable(now, label);
 }
 
-// Whether reading the array ran no Python code, which may do anything: free memory that was read
-// before, for one.
-bool ArrayTable::quiet(py::handle array, const View& view) {
+// Whether reading the array runs none but its library's code. Other code may do anything: free
+// memory that was read before, for one.
+bool ArrayTable::quiet(py::handle array) {
   static const py::handle ndarray = py::type::of(py::array()).release();
-  if (py::type::handle_of(array).is(ndarray)) return true;
-  return view.dtype != DType::bf16 && is_plain_tensor(array);  // others go through torch's Python
+  return py::type::handle_of(array).is(ndarray) || is_plain_tensor(array);
 }
 
-// Those that run Python code first, and once more if there are several, as each may move another.
-void ArrayTable::check_params(const Place& place) const {
-  std::vector<size_t> loud;
-  for (size_t i = 0; i < params_.size(); ++i) {
-    if (!quiet(params_[i].array, params_[i].view)) loud.push_back(i);
-  }
-  for (const size_t i : loud) check_param(i, place);
-  if (loud.size() > 1) {
-    for (const size_t i : loud) check_param(i, place);
-  }
-  size_t next = 0;
-  for (size_t i = 0; i < params_.size(); ++i) {
-    if (next < loud.size() && loud[next] == i) {
-      ++next;
-    } else {
-      check_param(i, place);
-    }
-  }
-}
-
-// The gradients' memory, once no Python code runs any more; a View without owner for None.
+// Looks at the parameters again, and at the gradients: a View without owner for None. Those that run
+// Python code come first, and once more if there are several, as each may move another.
 std::vector<View> ArrayTable::read(const py::tuple& grads, const Place& place) const {
   std::vector<View> views(grads.size());
-  bool all_quiet = true;
-  const auto look = [&](size_t i) {
-    const py::handle item = PyTuple_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
-    if (item.is_none() || (views[i].owner && !quiet(item, views[i]))) return;
-    const Label label{"grads", &names_[i]};
-    View view = grad_of(item, label, place, params_[i].view);
-    check_shape(view, params_[i].view, label);
-    all_quiet = all_quiet && quiet(item, view);
-    views[i] = std::move(view);
+  const auto look = [&](bool loud) {
+    int seen = 0;
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (quiet(params_[i].array) == loud) continue;
+      check_param(i, place);
+      ++seen;
+    }
+    for (size_t i = 0; i < views.size(); ++i) {
+      const py::handle item = PyTuple_GET_ITEM(grads.ptr(), static_cast<py::ssize_t>(i));
+      if (item.is_none() || quiet(item) == loud) continue;
+      const Label label{"grads", &names_[i]};
+      views[i] = grad_of(item, label, place, params_[i].view);
+      check_shape(views[i], params_[i].view, label);
+      ++seen;
+    }
+    return seen;
   };
-  check_params(place);
-  for (size_t i = 0; i < views.size(); ++i) look(i);
-  if (all_quiet) return views;
-  check_params(place);
-  for (size_t i = 0; i < views.size(); ++i) look(i);  // those that run none once more
+  if (look(true) > 1) look(true);
+  look(false);
   return views;
 }
 
@@ -210,7 +194,7 @@ ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int6
                                         const Asked& asked, const py::object& states) {
   const Place place = place_for(asked);
   const AtPlace at(place);
-  check_params(place);
+  read(py::tuple(), place);  // of a flat buffer, whose arrays run no code
   const View view = view_of(grads, Label{"grads"}, place);
   std::vector<Grad> converted;
   if (offsets.size() != params_.size()) {

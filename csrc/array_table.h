@@ -74,9 +74,8 @@ class ArrayTable {
     std::vector<View> views;  // for their owners
   };
 
-  static bool quiet(pybind11::handle array, const View& view);
+  static bool quiet(pybind11::handle array);
   void check_param(size_t i, const Place& place) const;
-  void check_params(const Place& place) const;
   std::vector<View> read(const pybind11::tuple& grads, const Place& place) const;
   States staged(const pybind11::dict& states, const std::vector<Clock>& clocks) const;
   Taken run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups,

@@ -74,7 +74,8 @@ struct Set {
 };
 
 const std::vector<Set>& sets() {
-  static const std::vector<Set> all = {
+  static const auto* const all = new std::vector<Set>{
+      // never destroyed, as the rules
       {"scalar", &scalar::kernels, always},
 #if defined(__x86_64__)
       {"avx2", &avx2::kernels, has_avx2},
@@ -83,7 +84,7 @@ const std::vector<Set>& sets() {
       {"neon", &neon::kernels, always},
 #endif
   };
-  return all;
+  return *all;
 }
 
 const Set& find(const std::string& name, const std::string& argument) {

@@ -99,7 +99,7 @@ bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
   const Place place = on_host ? Place{} : place_;
   if (reader_.read(tensor, view, place)) {
     trail_.pass_tensor(tensor, view);
-    if (view.n) sources_.push_back({tensor, view.data});
+    if (view.n) sources_.push_back({tensor, view.data, view.n, view.dtype, on_host});
     const bool own =
         view.held.empty();  // the shape lies in torch's object, and tells it from others
     const bool same = known && own && known->object == view.shape && known->data == view.data;
@@ -110,6 +110,7 @@ bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
       return false;
     }
   }
+  if (known) *known = {};
   return replace(a, kind, tensor, view, place);
 }
 
@@ -118,16 +119,18 @@ bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, Te
                           const Place& place) {
   ran_ = true;
   sources_.push_back({tensor, reader_.address(tensor)});
+  a.stand_ins.push_back(tensor);
   const py::tuple made = owner_.attr("_plain")(a.i, kind, tensor);
-  py::object plain = made[0];
-  if (!reader_.read(plain, view, place)) {
+  tensor = made[0];
+  if (!in_place(a.first_source)) throw Moved();  // nobody follows what was read of this parameter
+  if (!reader_.read(tensor, view, place)) {
     throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
                           " must have memory of its own, got " +
                           py::str(py::type::of(tensor).attr("__name__")).cast<std::string>());
   }
-  if (!py::object(made[1]).is_none()) back_.emplace_back(made[1], plain);
+  if (view.n) sources_.push_back({tensor, view.data, view.n, view.dtype, !place.device});
+  if (!py::object(made[1]).is_none()) back_.emplace_back(made[1], tensor);
   a.stand_ins.push_back(tensor);
-  tensor = std::move(plain);
   return made[2].cast<bool>();
 }
 
@@ -147,7 +150,7 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
   check_grad_dtype(label, param.dtype, grad.dtype);
 }
 
-TensorTable::Entry TensorTable::find(const Active& a, unsigned uses) const {
+TensorTable::Entry TensorTable::find(const Active& a) const {
   Entry found;
   if (a.entry && !PyDict_Check(a.entry.ptr())) {
     throw py::type_error("state[" + name_of(a.i) + "] must be a dict, got " +
@@ -165,26 +168,29 @@ TensorTable::Entry TensorTable::find(const Active& a, unsigned uses) const {
   };
   for (size_t s = 0; s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (uses >> s & 1) take(states_[s], found.states[s]);
+    if (a.uses >> s & 1) take(states_[s], found.states[s]);
   }
   return found;
 }
 
-py::list TensorTable::names_missing(const Entry& entry, unsigned uses) const {
+py::list TensorTable::names_missing(const Active& a) const {
   py::list names;
   for (size_t s = 0; s < scalars_.size(); ++s) {
-    if (!entry.scalars[s]) names.append(scalars_[s]);
+    if (!a.found.scalars[s]) names.append(scalars_[s]);
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (uses >> s & 1 && !entry.states[s]) names.append(states_[s]);
+    if (a.uses >> s & 1 && !a.found.states[s]) names.append(states_[s]);
   }
   return names;
 }
 
 // Reads a parameter and all that goes with it, as far as its entry is complete, into tensors_ and
 // gradients_ at `place`. `begins`: the entry was completed for this step.
-void TensorTable::read(size_t place, const Entry& entry, bool begins) {
+void TensorTable::read(size_t place, bool begins) {
   Active& a = active_[place];
+  a.found = find(a);
+  const Entry& entry = a.found;
+  a.first_source = sources_.size();
   TensorView p, g, views[kMaxStates];
   py::object param = a.param;
   const bool had = place < tensors_before_.size();
@@ -362,7 +368,6 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   ran_ = false;
   trail_.begin();
 
-  std::vector<unsigned> uses;
   std::vector<size_t> begins;
   py::list wanted;
   Ordered entries(state);
@@ -372,7 +377,7 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
     const py::tuple params(group[0]);  // the list may change while torch is asked
     groups_.push_back(
         {as_group(group[1].cast<std::vector<double>>(), rule_), number(group[3], "lr")});
-    uses.push_back(used_states(rules()[rule_], groups_.back().group.hypers));
+    const unsigned uses = used_states(rules()[rule_], groups_.back().group.hypers);
     if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
@@ -393,12 +398,12 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
       gradients_.emplace_back();
       a.entry = py::reinterpret_borrow<py::object>(entries.at(param));
       if (a.entry) trail_.pass(a.entry.ptr());
-      const Entry entry = find(a, uses.back());
-      read(place, entry, false);
+      a.uses = uses;
+      read(place, false);
       written_.append(param);
-      if (entry.complete) continue;
+      if (a.found.complete) continue;
       begins.push_back(place);
-      wanted.append(py::make_tuple(param, group[2], names_missing(entry, uses.back())));
+      wanted.append(py::make_tuple(param, group[2], names_missing(a)));
     }
   }
   ran_ = ran_ || entries.hashed;
@@ -409,9 +414,8 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   for (size_t k = 0; k < begins.size(); ++k) {
     Active& a = active_[begins[k]];
     a.fresh = made[k];
-    const Entry entry = find(a, uses[a.group]);
-    if (!entry.complete) throw std::logic_error("_begin must make all states");
-    read(begins[k], entry, true);
+    read(begins[k], true);
+    if (!a.found.complete) throw std::logic_error("_begin must make all states");
     if (a.entry) {
       changes_.add(py::reinterpret_borrow<py::dict>(a.entry),
                    py::reinterpret_borrow<py::dict>(a.fresh));
@@ -422,11 +426,25 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   changes_.add(state, added);
 }
 
-// Whether all that was read is still there; runs no Python code.
-bool TensorTable::stayed() const {
-  for (const Source& source : sources_) {
-    if (reader_.address(source.tensor) != source.at) return false;
+// Whether the tensors that were read, from one on, are what they were; runs no Python code.
+bool TensorTable::in_place(size_t first) const {
+  const auto same = [&](const Source& s) {
+    if (s.n < 0) return reader_.address(s.tensor) == s.at;
+    TensorView now;
+    return reader_.read(s.tensor, now, s.on_host ? Place{} : place_) && now.data == s.at &&
+           now.n == s.n && now.dtype == s.dtype;
+  };
+  return std::all_of(sources_.begin() + static_cast<ptrdiff_t>(first), sources_.end(), same);
+}
+
+// Whether all that was read is still there, and still what the optimizer has; runs none but torch's
+// Python code.
+bool TensorTable::stayed(const py::dict& state) const {
+  Ordered entries(state);
+  for (const Active& a : active_) {
+    if (!entries.at(a.param).is(a.entry) || !find(a).same(a.found)) return false;
   }
+  if (!in_place(0)) return false;
   for (const Active& a : active_) {
     if (reader_.ordinary(a.param) && !reader_.grad(a.param).is(a.given)) return false;
   }
@@ -462,7 +480,12 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
   std::swap(gradients_, gradients_before_);
   constexpr int kTries = 3;
   for (int tries = 0;; ++tries) {
-    collect(groups, state, first);
+    bool whole = true;
+    try {
+      collect(groups, state, first);
+    } catch (const Moved&) {
+      whole = false;
+    }
     const bool moved = !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
                                    gradients_before_.end(),
                                    [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
@@ -471,7 +494,7 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
                                      return x.param == y.param;
                                    });
     if (moved) ran_ = owner_.attr("_moved")().cast<bool>() || ran_;
-    if (!ran_ || stayed()) break;
+    if (whole && (!ran_ || stayed(state))) break;
     if (tries == kTries) {
       throw py::value_error(
           "params, grads and state must stay where they are while a step reads"

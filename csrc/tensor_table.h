@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
@@ -113,6 +114,19 @@ class TensorTable {
     DType dtype;  // f32 or f64
   };
 
+  // A state that is missing or no tensor, in an Entry, is null.
+  struct Entry {
+    std::array<pybind11::object, kCounts> scalars;
+    std::array<pybind11::object, kMaxStates> states;
+    bool complete = true;
+
+    bool same(const Entry& other) const {
+      const auto is = [](const pybind11::object& a, const pybind11::object& b) { return a.is(b); };
+      return std::equal(scalars.begin(), scalars.end(), other.scalars.begin(), is) &&
+             std::equal(states.begin(), states.end(), other.states.begin(), is);
+    }
+  };
+
   // A parameter that has a gradient, in the step being taken.
   struct Active {
     size_t i;
@@ -124,26 +138,30 @@ class TensorTable {
     std::array<pybind11::object, kMaxStates> states;
     std::array<Number, kCounts> numbers;      // the scalars' memory
     std::vector<pybind11::object> stand_ins;  // what else must live through the step
+    size_t first_source = 0;                  // of those read for it
+    unsigned uses = 0;                        // which states the step has
+    Entry found;                              // in the state, as the step took it
   };
 
-  // A state that is missing or no tensor, in an Entry, is null.
-  struct Entry {
-    std::array<pybind11::object, kCounts> scalars;
-    std::array<pybind11::object, kMaxStates> states;
-    bool complete = true;
-  };
-
-  // A tensor, and where its elements were when it was read.
+  // A tensor that was read, and what was found. One that a plain tensor stands in for has its address
+  // alone, and no type: n is -1.
   struct Source {
     pybind11::handle tensor;
     const void* at;
+    int64_t n = -1;
+    DType dtype = DType::f32;
+    bool on_host = false;
   };
 
+  // Thrown where one of a parameter's tensors has moved while another was asked for.
+  struct Moved {};
+
   void collect(const pybind11::list& groups, const pybind11::dict& state, size_t first);
-  bool stayed() const;
-  Entry find(const Active& a, unsigned uses) const;
-  pybind11::list names_missing(const Entry& entry, unsigned uses) const;
-  void read(size_t place, const Entry& entry, bool begins);
+  bool in_place(size_t first) const;
+  bool stayed(const pybind11::dict& state) const;
+  Entry find(const Active& a) const;
+  pybind11::list names_missing(const Active& a) const;
+  void read(size_t place, bool begins);
   bool look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
             const void* before, Known* known = nullptr, bool on_host = false);
   bool replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,

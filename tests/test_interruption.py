@@ -461,7 +461,7 @@ class Acting(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-@pytest.mark.parametrize("what", ["data", "grad", "state"])
+@pytest.mark.parametrize("what", ["data", "grad", "state", "entry", "entries"])
 def test_memory_that_a_gradient_moves_is_read_anew(what):
     first, second = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
     opt = ft.SGD([first, second], lr=1.0, momentum=0.5)
@@ -480,8 +480,12 @@ def test_memory_that_a_gradient_moves_is_read_anew(what):
             first.data = torch.full((4,), 3.0)
         elif what == "grad":
             first.grad = torch.full((4,), 2.0)
-        else:
+        elif what == "state":
             opt.state[first]["momentum_buffer"].set_(torch.full((4,), 2.0))
+        elif what == "entry":
+            opt.state[first]["momentum_buffer"] = torch.full((4,), 2.0)
+        else:
+            opt.state[first] = {"momentum_buffer": torch.full((4,), 2.0)}
 
     first.grad, second.grad = torch.ones(4), torch.ones(4).as_subclass(Acting)
     Acting.act = staticmethod(act)
@@ -490,7 +494,7 @@ def test_memory_that_a_gradient_moves_is_read_anew(what):
     finally:
         Acting.act = staticmethod(lambda: None)
     assert acted
-    assert first.tolist() == [{"data": 2.0, "grad": -1.0, "state": -1.0}[what]] * 4
+    assert first.tolist() == [{"data": 2.0}.get(what, -1.0)] * 4
     if what == "data":
         assert torch.equal(old, kept)
 
@@ -510,6 +514,34 @@ def test_strided_memory_that_a_gradient_moves_onto_another_s_is_refused():
     finally:
         Acting.act = staticmethod(lambda: None)
     assert (second == 1).all()
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("act", ["free", "retype", "own"])
+def test_what_moves_before_a_parameter_s_copies_are_made_is_no_crash(monkeypatch, exchange, act):
+    monkeypatch.setattr("fusedstep.torch.optimizers._EXCHANGE", exchange)
+    strided = torch.nn.Parameter(torch.ones(1000, 2)[:, 0])  # stepped by way of dense copies
+    other = torch.nn.Parameter(torch.ones(4, 2)[:, 0])
+    opt = ft.AdamW([other, strided], lr=1.0)
+    other.grad, strided.grad = torch.ones(4), torch.ones(1000)
+    opt.step()
+    kept = other.detach().clone()
+    strided.grad = torch.ones(1000).as_subclass(Acting)
+
+    def free():
+        with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+            if act == "retype":  # the address may come back, with another type
+                strided.data = torch.ones(1000, dtype=torch.float64)
+            else:
+                (strided if act == "free" else strided.grad).untyped_storage().resize_(0)
+
+    Acting.act = staticmethod(free)
+    try:
+        with pytest.raises((ValueError, TypeError), match="must"):
+            opt.step()
+    finally:
+        Acting.act = staticmethod(lambda: None)
+    assert torch.equal(other, kept)
 
 
 def test_memory_that_moves_each_time_is_refused():
@@ -563,11 +595,31 @@ def test_a_gradient_that_another_s_exporter_resizes_is_read_anew():
     assert (first == 1).all()
 
 
+@pytest.mark.parametrize("reads_first", [0, 1])
+@pytest.mark.parametrize("what", ["array", "bfloat16", "float32"])
+def test_memory_of_one_exporter_that_another_s_frees_is_read_anew(what, reads_first):
+    params = [np.ones(1000, np.float32), np.ones(1000, np.float32)]
+    opt = fs.SGD(params, lr=1.0)
+    if what == "array":
+        given = np.ones(1000, np.float32)
+        free = lambda: given.resize(1 << 16, refcheck=False)  # noqa: E731
+        grad, error = Exporter(given, lambda: None), r"shape \(1000,\), got \(65536,\)"
+    else:
+        grad = torch.ones(1000, dtype=getattr(torch, what))
+        free = lambda: grad.untyped_storage().resize_(0)  # noqa: E731
+        error = "memory for its elements"
+    grads = [grad, grad]
+    grads[1 - reads_first] = Exporter(np.ones(1000, np.float32), free)
+    with pytest.raises(ValueError, match=rf"grads\[{reads_first}\] must have {error}"):
+        opt.step(grads)
+    assert all((p == 1).all() for p in params)
+
+
 # -- storages without memory -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("where", ["grad", "param", "state", "grad view", "grad shrunk"])
+@pytest.mark.parametrize("where", ["grad", "param", "state", "step", "grad view", "grad shrunk"])
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_tensor_without_memory_is_refused(monkeypatch, exchange, where, dtype):
     monkeypatch.setattr("fusedstep.torch.optimizers._EXCHANGE", exchange)
@@ -578,7 +630,8 @@ def test_a_tensor_without_memory_is_refused(monkeypatch, exchange, where, dtype)
     kept = p.detach().clone()
     if where == "grad view":
         p.grad = torch.ones(3000, dtype=dtype)[2000:]
-    storage = {"param": p, "state": opt.state[p]["exp_avg"]}.get(where, p.grad).untyped_storage()
+    found = {"param": p, "state": opt.state[p]["exp_avg"], "step": opt.state[p]["step"]}
+    storage = found.get(where, p.grad).untyped_storage()
     nbytes = storage.nbytes()
     storage.resize_(8 if where == "grad shrunk" else 0)
     with pytest.raises(ValueError, match="must have memory"):
@@ -589,7 +642,30 @@ def test_a_tensor_without_memory_is_refused(monkeypatch, exchange, where, dtype)
         storage.resize_(nbytes)
         return
     assert torch.equal(p, kept)
-    assert opt.state[p]["step"] == 1
+    if where != "step":
+        assert opt.state[p]["step"] == 1
+
+
+def test_a_state_is_measured_anew_once_it_was_refused():
+    p = torch.nn.Parameter(torch.ones(1000))
+    opt = ft.AdamW([p], lr=1.0)
+    p.grad = torch.ones(1000)
+    opt.step()
+    state, kept = opt.state[p]["exp_avg"], p.detach().clone()
+    storage, held = state.untyped_storage(), []
+    address = storage.data_ptr()
+    storage.resize_(0)
+    with pytest.raises(ValueError, match="must have memory"):
+        opt.step()
+    for _ in range(100):  # an allocator gives the same place again, now or later
+        storage.resize_(3000)
+        if storage.data_ptr() == address:
+            break
+        held.append(torch.empty(750))
+        storage.resize_(0)
+    with pytest.raises(ValueError, match="4000 bytes of it, got a storage of"):
+        opt.step()
+    assert torch.equal(p, kept)
 
 
 # -- the end of the process ------------------------------------------------------------------------

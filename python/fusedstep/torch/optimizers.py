@@ -27,6 +27,7 @@ from fusedstep.torch.tensors import (
     as_dense,
     as_plain,
     check_apart,
+    check_memory,
     check_readable,
     gpu_of,
     is_dtensor,
@@ -880,6 +881,7 @@ class _Helper:
         device = self._optimizer._device
         if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
             if tensor.numel() == 1 and not tensor.is_complex():
+                check_memory(label, tensor)
                 count = _scalar(kind, tensor, 0.0, self._counts)
                 if (count.dtype, count.device) != (tensor.dtype, tensor.device):
                     self._check_not_recording()
@@ -891,7 +893,8 @@ class _Helper:
 
     def _match(self, i: int, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
         if not self._apart:  # the table sees the copies, not the memory that they stand in for
-            check_apart(self._written())
+            with torch._C.DisableTorchFunctionSubclass():  # no code of theirs, which may move some
+                check_apart(self._written())
             self._apart = True
         result = as_dense(tensors)
         written = [0, *range(2, len(tensors))]  # all but the gradient

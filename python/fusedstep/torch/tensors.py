@@ -127,7 +127,6 @@ def as_plain(
     if tensor.device != device:
         where = "the CPU" if device.type == "cpu" else device
         raise ValueError(f"{label} must be on {where}, got device {tensor.device}")
-    check_memory(label, tensor)
     if tensor.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{label} must be {known}, got {tensor.dtype}")
@@ -136,6 +135,7 @@ def as_plain(
     plain = tensor.detach()
     if type(plain) is not torch.Tensor:
         plain = plain.as_subclass(torch.Tensor)
+    check_memory(label, plain)  # last of all: a subclass's own code may take it away
     resolved = plain.resolve_conj().resolve_neg()
     return resolved, resolved is not plain
 
