@@ -1,4 +1,4 @@
-// A step: check, prepare the scalars, sweep, and only then count.
+// A step: check, measure, prepare the scalars, sweep, and only then count.
 #include "step.h"
 
 #include <algorithm>
