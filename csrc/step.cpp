@@ -31,6 +31,7 @@ void check(const char* error) {  // of a device
 }
 
 // Whether two clocks are the same, as bytes: NaN is NaN.
+// NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): it has no padding
 bool same(const Clock& a, const Clock& b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
 
 // Spread over all 64 bits of which the low ones are used.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -154,7 +155,7 @@ class TensorTable {
   };
 
   // Thrown where one of a parameter's tensors has moved while another was asked for.
-  struct Moved {};
+  struct Moved : std::exception {};
 
   void collect(const pybind11::list& groups, const pybind11::dict& state, size_t first);
   bool in_place(size_t first) const;
