@@ -200,32 +200,29 @@ struct Prepared {
   int64_t at;
 };
 
-// Counts an update of every tensor and writes its row. Each thread remembers its last few rows: most
-// tensors are where another one was, but groups and counts may alternate.
+// Counts an update of every tensor and writes its row. Each thread remembers its last two rows, in
+// registers: most tensors are where another one was, but groups or counts may alternate.
 __device__ __noinline__ void count_updates(const Finish& finish) {
-  constexpr int kKnown = 4;
-  Prepared known[kKnown];
-  for (Prepared& one : known) one.group = -1;
-  int prepared = 0;
+  Prepared last = {-1, {}, {}, 0}, other = last;
   for (int64_t i = threadIdx.x; i < finish.n; i += blockDim.x) {
     const Tally& tally = finish.tallies[i];
     const Clock clock = clock_of(tally);
-    const Prepared* found = nullptr;
-    for (const Prepared& one : known) {
-      if (one.group == tally.group && same(one.before, clock)) found = &one;
+    if (last.group != tally.group || !same(last.before, clock)) {
+      const Prepared before = last;
+      last = other;
+      other = before;
     }
-    if (found) {
-      finish.rows[i] = finish.rows[found->at];
+    if (last.group == tally.group && same(last.before, clock)) {
+      finish.rows[i] = finish.rows[last.at];
     } else {
-      Prepared& made = known[prepared++ % kKnown];
-      made = {tally.group, clock, clock, i};
+      Clock after = clock;
       Group now = finish.groups[tally.group].group;
       if (finish.groups[tally.group].lr.at) now.hypers[0] = read(finish.groups[tally.group].lr);
-      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, made.after);
-      found = &made;
+      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after);
+      last = {tally.group, clock, after, i};
     }
-    *tally.clock = found->after;
-    show(tally, found->after);
+    *tally.clock = last.after;
+    show(tally, last.after);
   }
 }
 
