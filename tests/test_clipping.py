@@ -177,7 +177,7 @@ def test_torch_s_clipped_step_has_the_bits_of_the_neutral_one(name, hypers, para
         mine = opt.state[params[i]]
         assert set(mine) == set(entry)
         for key, value in entry.items():
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(np.asarray(value))  # Python's numbers as doubles
             assert bits(mine[key].double()) == bits(value.to(mine[key].dtype).double())
 
 
