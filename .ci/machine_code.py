@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# csrc/kernels.h's kTypePairs as bytes of a parameter, a gradient, a state.
+# csrc/interface/kernels.h's kTypePairs as bytes of a parameter, a gradient, a state.
 PAIRS = [(4, 4, 4), (8, 8, 8), (2, 2, 4), (2, 2, 4), (4, 2, 4), (4, 2, 4)]
 PER_THREAD = 8  # csrc/cuda/table.h's kPerThread: elements of a stream on one path
 DECAYS = 2  # every variant is compiled for coupled and for scaled decay

@@ -36,7 +36,7 @@ def build(directory):
         *("-fvisibility=hidden", "-w"),  # warnings are the build's business
         # A GPU faults where a vector is not aligned; so does this, by an illegal instruction.
         *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-        *("-I", str(FAKE), *includes),
+        *("-I", str(FAKE), "-I", str(CUDA.parent), *includes),
         *(f"-DFUSEDSTEP_DEVICE_KIND={CPU}", f"-DFUSEDSTEP_MODULE={NAME}"),
         '-DFUSEDSTEP_ARCHITECTURES="host"',
     ]

@@ -31,7 +31,8 @@ def hashes(compiler, isa, directory, *runner, link=()):
     """What native/identity.cpp prints under one set, and the width that its kernels tell."""
     program = directory / f"identity_{isa}"
     sources = [TESTS / "native" / "identity.cpp"]
-    sources += [CSRC / name for name in ("kernels.cpp", "rules.cpp", "power.cpp")]
+    parts = ("kernels/kernels.cpp", "step/rules.cpp", "rules/power.cpp")
+    sources += [CSRC / part for part in parts]
     objects = []
     for source in sources:
         # rules.cpp names its own target, the host; the others are of the set.

@@ -46,7 +46,11 @@ def build(program, csrc, *sources):
 def test_variant_of_a_step_has_the_states_that_hyperparameters_say(tmp_path):
     native = TESTS / "native" / "rules.cpp"
     *wrong, rows = build(
-        tmp_path / "rules", CSRC, [native], [CSRC / "rules.cpp"], [CSRC / "power.cpp"]
+        tmp_path / "rules",
+        CSRC,
+        [native],
+        [CSRC / "step" / "rules.cpp"],
+        [CSRC / "rules" / "power.cpp"],
     )
     assert wrong == []
     assert int(rows) == 14 * sum(3 ** len(hypers) for hypers, *_ in _core.rules().values())
@@ -57,11 +61,11 @@ def sources_of_toys(directory, most_states):
     csrc = directory / "csrc"
     shutil.copytree(CSRC, csrc)
     shutil.copy(TESTS / "native" / "toys" / "registry.h", csrc / "rules" / "registry.h")
-    text = (csrc / "kernels.h").read_text()
+    text = (csrc / "interface" / "kernels.h").read_text()
     for name, value in (("kRules", 2), ("kMaxStates", most_states)):
         text, found = re.subn(rf"(constexpr int {name} =) \d+;", rf"\1 {value};", text)
         assert found == 1
-    (csrc / "kernels.h").write_text(text)
+    (csrc / "interface" / "kernels.h").write_text(text)
     return csrc
 
 
@@ -72,8 +76,8 @@ def test_rules_of_no_state_and_of_four_are_swept(tmp_path):
         tmp_path / "toys",
         csrc,
         [TESTS / "native" / "toys" / "main.cpp", fake],
-        [csrc / "rules.cpp"],
-        [csrc / "kernels.cpp", scalar],
+        [csrc / "step" / "rules.cpp"],
+        [csrc / "kernels" / "kernels.cpp", scalar],
     )
     got = {}
     for line in lines:
@@ -96,6 +100,8 @@ def test_rules_of_no_state_and_of_four_are_swept(tmp_path):
 
 def test_rule_of_more_states_than_tables_have_room_for_does_not_compile(tmp_path):
     csrc = sources_of_toys(tmp_path, most_states=3)
-    refused = compile("-DFUSEDSTEP_TARGET=scalar", "-fsyntax-only", csrc / "kernels.cpp")
+    refused = compile(
+        "-DFUSEDSTEP_TARGET=scalar", "-fsyntax-only", f"-I{csrc}", csrc / "kernels" / "kernels.cpp"
+    )
     assert refused.returncode != 0
     assert "kernels.h sizes its tables by kMaxStates" in refused.stderr

@@ -80,7 +80,7 @@ def compiled(tmp_path_factory):
             flags = ["-std=c++17", optimization, "-fPIC", "-w", *SETS[isa]]
             output(
                 *COMPILER.split(), *flags, f"-DFUSEDSTEP_TARGET={isa}",
-                "-c", str(CSRC / "kernels.cpp"), "-o", str(made[key]),
+                f"-I{CSRC}", "-c", str(CSRC / "kernels" / "kernels.cpp"), "-o", str(made[key]),
             )  # fmt: skip
         return str(made[key])
 

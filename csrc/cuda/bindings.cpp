@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../unlocked.h"
 #include "backend.h"
+#include "python/unlocked.h"
 
 namespace py = pybind11;
 using namespace fusedstep;

@@ -1,6 +1,7 @@
 // Which piece a tile or block belongs to.
 #pragma once
 
+#include "isa/isa.h"
 #include "table.h"
 
 namespace fusedstep {

@@ -3,11 +3,11 @@
 #include <cuda_runtime.h>
 
 #define FUSEDSTEP_TARGET cuda
-#include "../power.cpp"
-#include "../rules/scalars.h"
-#include "../update.h"
 #include "find.h"
+#include "kernels/update.h"
 #include "launch.h"
+#include "rules/power.cpp"
+#include "rules/scalars.h"
 #include "vector.h"
 
 namespace fusedstep {
@@ -51,8 +51,8 @@ FN void fetch_four(const T* from, int64_t at, int64_t n, double (&to)[kSums]) {
   }
 }
 
-// This thread's share of a block's sixteen sums, as in reduce.h. Returns whether an element is not
-// finite.
+// This thread's share of a block's sixteen sums, as in kernels/squares.h. Returns whether an element
+// is not finite.
 template <bool kWhole, class T>
 FN bool add_squares(const NormPiece& piece, int64_t begin, int share, double (&sums)[kSums]) {
   double bad = 0;

@@ -2,8 +2,8 @@
 #include <cuda_runtime.h>
 
 #define FUSEDSTEP_TARGET cuda
-#include "../update.h"
 #include "find.h"
+#include "kernels/update.h"
 #include "launch.h"
 #include "vector.h"
 

@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "../device.h"
+#include "interface/device.h"
 
 namespace fusedstep {
 

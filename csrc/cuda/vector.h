@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "isa/isa.h"
+
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 

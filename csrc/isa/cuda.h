@@ -3,7 +3,7 @@
 
 #include <cuda_fp16.h>
 
-#include "../kernels.h"
+#include "interface/kernels.h"
 
 #define FN __device__ __forceinline__
 #define UNROLL _Pragma("unroll")

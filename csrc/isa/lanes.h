@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../kernels.h"
+#include "interface/kernels.h"
 
 #define FN [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")

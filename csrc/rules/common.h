@@ -12,9 +12,9 @@
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once
 
-#include "../isa/isa.h"
-#include "../kernels.h"
-#include "clock.h"
+#include "interface/clock.h"
+#include "interface/kernels.h"
+#include "isa/isa.h"
 #include "power.h"
 
 namespace fusedstep {

@@ -1,7 +1,7 @@
 // A step's scalars, all in double: computed on the host, or on a GPU where only it knows the step.
 #pragma once
 
-#include "../device.h"
+#include "interface/device.h"
 #include "registry.h"
 
 namespace fusedstep {

@@ -15,7 +15,7 @@ class _Holding(Protocol):
 
 
 class Turn(NamedTuple):
-    """Two functions of the core (csrc/turn.h), which call `call(*given)` while they hold the turn.
+    """Two functions of the core (turn.h), which call `call(*given)` while they hold the turn.
 
     RuntimeError while another thread has it. The turn is given back by the core, however the call
     ends: there is no line of Python at which an exception could keep it.

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "rules.h"
-#include "rules/clock.h"
+#include "interface/clock.h"
+#include "interface/kernels.h"
+#include "step/rules.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {

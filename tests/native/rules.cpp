@@ -1,6 +1,6 @@
 // Prepares every rule's row under many hyperparameters and counts, and prints those whose variant
 // has other states than the hyperparameters say; last, how many rows there were. See test_rules.py.
-#include "rules.h"
+#include "step/rules.h"
 
 #include <cstdio>
 

@@ -839,7 +839,7 @@ def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Helper:
-    """What the compiled table asks for during one step (csrc/tensor_table.h), and what it takes."""
+    """What the compiled table asks for during one step (tensor_table.h), and what it takes."""
 
     def __init__(
         self, optimizer: Optimizer, live: bool, rows: list[_Row], first: int = 0, at: int = 0

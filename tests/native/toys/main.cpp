@@ -5,7 +5,7 @@
 
 #define FUSEDSTEP_PAIR 0
 #include "cuda/sweep.cu"
-#include "rules.h"
+#include "step/rules.h"
 
 using namespace fusedstep;
 

@@ -1,7 +1,7 @@
 // base^n, base^y and cos(pi*x) in twice double's precision, rounded once. The C library's pow and cos
 // differ in the last bit between versions and instruction sets, and 1 - beta^t magnifies that bit.
 // cuda/norm.cu includes this text: a GPU computes the same.
-#include "rules/power.h"
+#include "power.h"
 
 #include <cmath>
 

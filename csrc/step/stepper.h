@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
-#include "kernels.h"
+#include "interface/device.h"
+#include "interface/kernels.h"
 #include "rules.h"
 
 namespace fusedstep {

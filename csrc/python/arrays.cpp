@@ -1,5 +1,5 @@
 // The only C++ that knows NumPy, DLPack and CUDA's array interface.
-#include "memory.h"
+#include "arrays.h"
 
 #include <pybind11/stl.h>
 
@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "dlpack.h"
-#include "step.h"
+#include "step/stepper.h"
 
 namespace py = pybind11;
 

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "dispatch.h"
-#include "parallel.h"
+#include "machine/dispatch.h"
+#include "machine/parallel.h"
 
 namespace fusedstep {
 namespace {

@@ -1,7 +1,7 @@
 // Every rule, variant and type, compiled once for the instruction set that FUSEDSTEP_TARGET names.
-#include "kernels.h"
+#include "interface/kernels.h"
 
-#include "reduce.h"
+#include "squares.h"
 #include "sweep.h"
 
 namespace fusedstep {

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "memory.h"
-#include "unlocked.h"
+#include "python/arrays.h"
+#include "python/unlocked.h"
 
 namespace py = pybind11;
 

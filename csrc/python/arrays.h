@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "device.h"
+#include "interface/device.h"
 
 namespace fusedstep {
 

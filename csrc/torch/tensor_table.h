@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "commit.h"
-#include "step.h"
+#include "python/commit.h"
+#include "step/stepper.h"
 #include "tensor_reader.h"
 
 namespace fusedstep {

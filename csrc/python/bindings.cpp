@@ -8,15 +8,15 @@
 #include <utility>
 
 #include "array_table.h"
-#include "dispatch.h"
-#include "float_mode.h"
-#include "memory.h"
-#include "norm.h"
-#include "pages.h"
-#include "parallel.h"
-#include "rules.h"
+#include "arrays.h"
+#include "machine/dispatch.h"
+#include "machine/float_mode.h"
+#include "machine/pages.h"
+#include "machine/parallel.h"
 #include "rules/power.h"
-#include "tensor_table.h"
+#include "step/norm.h"
+#include "step/rules.h"
+#include "torch/tensor_table.h"
 #include "turn.h"
 #include "unlocked.h"
 

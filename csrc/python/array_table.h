@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "memory.h"
-#include "step.h"
+#include "arrays.h"
+#include "step/stepper.h"
 
 namespace fusedstep {
 

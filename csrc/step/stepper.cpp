@@ -1,14 +1,14 @@
 // A step: check, measure, prepare the scalars, sweep, and only then count.
-#include "step.h"
+#include "stepper.h"
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "dispatch.h"
-#include "float_mode.h"
+#include "machine/dispatch.h"
+#include "machine/float_mode.h"
+#include "machine/parallel.h"
 #include "norm.h"
-#include "parallel.h"
 
 namespace fusedstep {
 namespace {

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "memory.h"
-#include "step.h"
+#include "python/arrays.h"
+#include "step/stepper.h"
 
 namespace py = pybind11;
 

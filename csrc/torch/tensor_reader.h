@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "device.h"
-#include "dlpack.h"
+#include "interface/device.h"
+#include "python/dlpack.h"
 
 namespace fusedstep {
 

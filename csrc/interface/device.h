@@ -4,8 +4,8 @@
 
 #include <cstddef>
 
+#include "clock.h"
 #include "group.h"
-#include "rules/clock.h"
 
 namespace fusedstep {
 

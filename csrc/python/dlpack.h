@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels.h"
+#include "interface/kernels.h"
 
 namespace fusedstep {
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
+#include "interface/device.h"
 
 namespace fusedstep {
 
