@@ -97,7 +97,7 @@ def run(name, hypers, t, param, grad):
             allowed = np.maximum(allowed, bound(p.astype(exact), expected, got.dtype))
         error = np.abs(got.astype(exact) - want) / allowed
         assert error.max() <= 1, f"{key}: {error.max()} of the bound at {error.argmax()}"
-    if opt._counts_steps:
+    if opt.spec.counts_steps:
         assert entry["step"] == t
     return p.astype(exact), after.astype(exact), expected
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,12 +77,8 @@ HYPERS: dict[str, Hyper] = {
     "decoupled_weight_decay": _flag("shrinks p by `1 - lr*weight_decay` and leaves g alone"),
 }
 
-# How the rules name the two halves of a pair (kHypers in csrc/rules).
-PAIRS = {
-    "betas": ("beta1", "beta2"),
-    "etas": ("eta_minus", "eta_plus"),
-    "step_sizes": ("step_size_min", "step_size_max"),
-}
+# Those of several numbers, each of which the rule has by itself: `betas` are `beta1`, `beta2`, ...
+TUPLES = ("betas", "etas", "step_sizes")
 
 
 def as_float(value: Any) -> float | None:
@@ -175,38 +172,39 @@ def as_steps(name: str, value: Any) -> NDArray[np.int64]:
     return given.astype(np.int64)
 
 
-def _half(name: str, value: Any, hyper: Hyper, schedules: bool) -> Any:
+def _part(name: str, value: Any, hyper: Hyper, schedules: bool) -> Any:
     return value if schedules and callable(value) else as_number(name, value, hyper)
 
 
-def check(name: str, value: Any, hyper: Hyper, schedules: bool = False) -> Any:
-    """`value` as a float, a pair of floats or a bool; TypeError or ValueError if it is neither.
+def check(name: str, value: Any, hyper: Hyper, schedules: bool = False, n: int = 0) -> Any:
+    """`value` as a float, a tuple of `n` or a bool; TypeError or ValueError if it is none of them.
 
     With `schedules` a callable may stand for a number where the hyperparameter takes one.
     """
     schedules = schedules and hyper.scheduled
-    if name in PAIRS:
+    if n:
         try:
-            first, second = value
+            parts = tuple(islice(value, n + 1))
         except (TypeError, ValueError, RuntimeError):  # torch's, of a sparse tensor
-            raise TypeError(f"{name} must be a pair of numbers, got {value!r}") from None
-        pair = tuple(
-            _half(f"{name}[{i}]", half, hyper, schedules) for i, half in enumerate((first, second))
-        )
-        if name == "etas" and not 0 < pair[0] < 1 < pair[1]:
+            parts = ()
+        if len(parts) != n:
+            kind = "a pair of" if n == 2 else n
+            raise TypeError(f"{name} must be {kind} numbers, got {value!r}")
+        parts = tuple(_part(f"{name}[{i}]", p, hyper, schedules) for i, p in enumerate(parts))
+        if name == "etas" and not 0 < parts[0] < 1 < parts[1]:
             raise ValueError(f"etas must be {hyper.rule[3:]}, got {value!r}")
-        return pair
+        return parts
     if hyper.is_flag:
         if isinstance(value, np.bool_):
             return bool(value)
         if not hyper.accepts(value):
             raise TypeError(f"{name} must be {hyper.rule}, got {value!r}")
         return value
-    return _half(name, value, hyper, schedules)
+    return _part(name, value, hyper, schedules)
 
 
 def is_scheduled(value: Any) -> bool:
-    """Whether a hyperparameter, or half of it, is a callable of the step."""
+    """Whether a hyperparameter, or a part of it, is a callable of the step."""
     return callable(value) or (isinstance(value, tuple) and any(map(callable, value)))
 
 
@@ -216,7 +214,7 @@ def at_step(name: str, value: Any, t: int, hyper: Hyper) -> Any:
     A number may be infinite where torch's may; what a schedule returns has then overflown.
     """
     if isinstance(value, tuple):
-        return tuple(_now(f"{name}[{i}]", half, t, hyper) for i, half in enumerate(value))
+        return tuple(_now(f"{name}[{i}]", part, t, hyper) for i, part in enumerate(value))
     return _now(name, value, t, hyper)
 
 
@@ -231,15 +229,7 @@ def _now(name: str, value: Any, t: int, hyper: Hyper) -> float:
 
 def kept_schedules(current: Any, loaded: Any) -> Any:
     """`loaded`, except where `current` is a schedule."""
-    if isinstance(current, tuple) and isinstance(loaded, tuple | list) and len(loaded) == 2:
+    tuples = isinstance(current, tuple) and isinstance(loaded, tuple | list)
+    if tuples and len(loaded) == len(current):
         return tuple(map(kept_schedules, current, loaded))
     return current if callable(current) else loaded
-
-
-def flatten(hypers: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values under the rules' names, pairs split in two."""
-    flat = dict(hypers)
-    for name, halves in PAIRS.items():
-        if name in flat:
-            flat.update(zip(halves, flat.pop(name), strict=True))
-    return flat

@@ -25,17 +25,13 @@ from fusedstep._autograd import announcer
 from fusedstep._hypers import (
     AT_LEAST_0,
     FINITE,
-    HYPERS,
-    PAIRS,
     POSITIVE,
-    Hyper,
     as_number,
     at_step,
-    check,
-    flatten,
     is_scheduled,
     kept_schedules,
 )
+from fusedstep._spec import LR, Spec
 from fusedstep._turn import new_turn
 from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
 from fusedstep.schedules import Resumed, Schedule, plateaus, resumed, stored
@@ -51,12 +47,6 @@ States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or Non
 # The gradients' factor, maximal norm or None, whether to skip non-finite ones, the device's stream.
 _Asked = tuple[float, float | None, bool, int]
 _Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
-
-_RULES = _core.rules()
-
-# How the core reads a group: these, then the rule's own hyperparameters, of which lr is the first.
-_COMMON = ("maximize", "decoupled_weight_decay", "weight_decay")
-_LR = len(_COMMON)
 
 
 class StepReport(NamedTuple):
@@ -175,7 +165,7 @@ class ParamGroup(MutableMapping[str, Any]):
         return twin
 
     def _check(self, name: str, value: Any) -> Any:
-        return self._owner._check(name, value, schedules=True)
+        return self._owner.spec.check(name, value, schedules=True)
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":
@@ -205,7 +195,7 @@ class ParamGroup(MutableMapping[str, Any]):
         return {
             name: stored(value)
             for name, value in self._hypers.items()
-            if any(isinstance(v, Schedule) for v in (value if name in PAIRS else [value]))
+            if any(isinstance(v, Schedule) for v in (value if type(value) is tuple else [value]))
         }
 
     def __repr__(self) -> str:
@@ -310,21 +300,14 @@ class Optimizer:
     schedules. So a handler may save `state_dict()`.
     """
 
-    _rule: ClassVar[str]
-    _fixed: ClassVar[dict[str, Any]] = {}  # hyperparameters that a class does not leave open
-    _hyper_table: ClassVar[dict[str, Hyper]] = HYPERS
-    # Hyperparameters that torch's class has not. In its groups, where clients put what they like,
-    # they mean nothing, unless `fusedstep.torch` lists them.
-    _beyond_torch: ClassVar[tuple[str, ...]] = ()
-    _carried: ClassVar[tuple[str, ...]] = ()  # state_dict names of what a rule's clock carries
-    _counts_steps: ClassVar[bool] = True  # torch keeps `step` in the state
+    spec: ClassVar[Spec]
     _ahead = False  # whether the parameters stand at a look-ahead point
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
         args = [
             "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
-            *cls._argument_docs(inspect.signature(cls.__init__), schedules=True),
+            *cls.spec.argument_docs(inspect.signature(cls.__init__), schedules=True),
             "groups: `Group` objects: parameters with hyperparameters of their own.",
         ]
         raises = [
@@ -354,58 +337,10 @@ class Optimizer:
                 )
         super().__setattr__(name, value)
 
-    # -- a class's rule and hyperparameters, which fusedstep.torch's classes share ----------------
-
-    @classmethod
-    def _argument_docs(cls, signature: inspect.Signature, schedules: bool) -> list[str]:
-        """A docstring line for each hyperparameter of a constructor."""
-        lines = []
-        for name, parameter in signature.parameters.items():
-            if name in cls._hyper_table:
-                hyper = cls._hyper_table[name]
-                doc = hyper.doc
-                if name == "weight_decay" and cls._fixed.get("decoupled_weight_decay"):
-                    doc = "weight decay, decoupled: shrinks p by `1 - lr*weight_decay`"
-                rule = hyper.rule + (", or a schedule" if schedules and hyper.scheduled else "")
-                lines.append(f"{name}: {doc}; {rule} (default {parameter.default!r}).")
-        return lines
-
-    @classmethod
-    def _check(cls, name: str, value: Any, schedules: bool = False) -> Any:
-        """A hyperparameter as a float, a pair of floats or a bool, or an error."""
-        return check(name, value, cls._hyper_table[name], schedules)
-
-    @classmethod
-    def _check_together(cls, group: Mapping[str, Any]) -> None:
-        """Raises ValueError for values that are fine alone but not together."""
-
-    @classmethod
-    def _native(cls, hypers: Mapping[str, Any]) -> list[float]:
-        """A group as the rule reads it: `_native_names`, one number each."""
-        values = flatten({**cls._fixed, **hypers})
-        if callable(values["lr"]):
-            values["lr"] = 0.0  # each step puts the rate in its place
-        return [float(values.get(name, False)) for name in cls._native_names()]
-
-    @classmethod
-    def _native_names(cls) -> list[str]:
-        return [*_COMMON, *_RULES[cls._rule][0]]
-
-    @classmethod
-    def _uses(cls, native: list[float]) -> list[str]:
-        """The states that the rule has under these hyperparameters."""
-        used = _core.used_states(cls._rule, native[_LR:])
-        return [state for state, use in zip(_RULES[cls._rule][1], used, strict=True) if use]
-
-    @classmethod
-    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
-        """What a new state is filled with, or what the clock carries before the first update."""
-        return 0.0
-
     # -- parameters and groups --------------------------------------------------------------------
 
     def __init__(self, params: Params, groups: Iterable[Group] = (), **hypers: Any) -> None:
-        if not hasattr(self, "_rule"):
+        if not hasattr(self, "spec"):
             own = (cls for cls in Optimizer.__subclasses__() if cls.__module__ == __name__)
             raise TypeError(
                 f"optimizer must be one of {', '.join(cls.__name__ for cls in own)}, got"
@@ -439,7 +374,7 @@ class Optimizer:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
             device = _gpu.needed(label, **known).device()
         self._table = _core.StepTable(
-            self._rule, self._names, params, self._group_of, device, self._index or 0
+            self.spec.rule, self._names, params, self._group_of, device, self._index or 0
         )
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
@@ -499,11 +434,11 @@ class Optimizer:
             hypers, native = group._last_read
             if hypers is not group._hypers:
                 hypers = group._hypers
-                native = self._native_at(hypers, self._table.steps)
+                native = self.spec.native_at(hypers, self._table.steps)
                 states = self._states
                 wanted += [
                     (state, i)
-                    for state in self._uses(native)
+                    for state in self.spec.uses(native)
                     for i in group._params
                     if states[state][i] is None
                 ]
@@ -518,23 +453,8 @@ class Optimizer:
         """All groups as the rule reads them in the step about to be taken."""
         return self._with_rates(self._prepared()[0], self._table.steps)
 
-    def _native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:
-        """`_native` in the step after `t` others, but for the rate."""
-        now = self._at(hypers, t)
-        self._check_together(now)
-        return self._native(now)
-
-    def _at(self, hypers: Mapping[str, Any], t: int) -> dict[str, Any]:
-        """A group's values in the step after `t` others, but for the rate."""
-        return {
-            name: at_step(name, value, t, self._hyper_table[name])
-            if name != "lr" and is_scheduled(value)
-            else value
-            for name, value in hypers.items()
-        }
-
     def _no_states(self) -> States:
-        return {state: [None] * len(self._names) for state in _RULES[self._rule][1]}
+        return {state: [None] * len(self._names) for state in self.spec.states}
 
     def _extended(
         self,
@@ -556,7 +476,7 @@ class Optimizer:
             )
             for i in indices:
                 view = buffer[i]
-                initial = self._initial(state, hypers[self._group_of[i]])
+                initial = self.spec.first(state, hypers[self._group_of[i]])
                 if initial:  # untouched memory is zero already, and unpaged until the first step
                     view[...] = initial
                 result[state][i] = view
@@ -570,8 +490,8 @@ class Optimizer:
         for k, group in enumerate(self._groups):
             lr = group._hypers["lr"]
             if type(lr) is not float and callable(lr):
-                rate = at_step("lr", lr, t, self._hyper_table["lr"])
-                natives[k] = [*natives[k][:_LR], rate, *natives[k][_LR + 1 :]]
+                rate = at_step("lr", lr, t, self.spec.table["lr"])
+                natives[k] = [*natives[k][:LR], rate, *natives[k][LR + 1 :]]
         return natives
 
     # -- public -----------------------------------------------------------------------------------
@@ -646,7 +566,7 @@ class Optimizer:
         # Of what the step did nothing is left to be noted but this, which saves the next one work.
         for memory, known in read:
             memory.update(known)
-        return StepReport(steps, natives[0][_LR], elements)
+        return StepReport(steps, natives[0][LR], elements)
 
     def _asked(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> _Asked:
         """What a step is asked beside gradients and groups, checked."""
@@ -723,14 +643,14 @@ class Optimizer:
         natives = self._last_natives()
         groups = []
         for group, native in zip(self._groups, natives, strict=True):
-            stored = {**group, **self._fixed, **self._followed(group._hypers, native)}
+            stored = {**group, **self.spec.fixed, **self._followed(group._hypers, native)}
             if self._named:
                 stored["param_names"] = [self._names[i] for i in group._params]
             groups.append(stored)
         begun = {i: c for i, c in enumerate(self._table.clocks()) if self._started(c)}
         # A hyperparameter that was edited may call for states which only the next step would make.
         uses = [
-            self._uses(self._native({name: stored[name] for name in group._hypers}))
+            self.spec.uses(self.spec.native({name: stored[name] for name in group._hypers}))
             for group, stored in zip(self._groups, groups, strict=True)
         ]
         wanted = [
@@ -742,8 +662,8 @@ class Optimizer:
         states = self._extended(self._states, wanted, self._groups)
         state: dict[int, dict[str, Any]] = {}
         for i, clock in begun.items():
-            entry: dict[str, Any] = {"step": clock[0]} if self._counts_steps else {}
-            entry.update(zip(self._carried, clock[1:], strict=False))
+            entry: dict[str, Any] = {"step": clock[0]} if self.spec.counts_steps else {}
+            entry.update(zip(self.spec.carried, clock[1:], strict=False))
             entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
             state[i] = self._as_torch(entry) if i in self._tensors else entry
         groups = [stored for stored in groups if stored["params"]]
@@ -769,9 +689,9 @@ class Optimizer:
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
-        numbers = dict(zip(self._native_names(), native, strict=True))
+        numbers, parts = self.spec.numbers(native), self.spec.parts
         return {
-            name: tuple(numbers[half] for half in PAIRS[name]) if name in PAIRS else numbers[name]
+            name: tuple(map(numbers.get, parts[name])) if name in parts else numbers[name]
             for name, value in group.items()
             if is_scheduled(value)
         }
@@ -781,29 +701,13 @@ class Optimizer:
         if used := self._table.used:
             return used
         t = max(self.steps - 1, 0)
-        return self._with_rates([self._native_at(g._hypers, t) for g in self._groups], t)
-
-    @classmethod
-    def _check_divides(cls) -> None:
-        if not _RULES[cls._rule][2]:
-            raise TypeError(f"optimizer must be one that divides its steps, got {cls.__name__}")
-
-    @classmethod
-    def _divisor(cls, native: list[float], t: int, state: Mapping[str, Array]) -> Array | None:
-        """What each element's step is divided by after update t, from its float64 states.
-
-        None where there was no update, or none under these hyperparameters.
-        """
-        if t == 0 or any(name not in state for name in cls._uses(native)):
-            return None
-        states = [state.get(name) for name in _RULES[cls._rule][1]]
-        return _core.divisors(cls._rule, native[_LR:], t, states)
+        return self._with_rates([self.spec.native_at(g._hypers, t) for g in self._groups], t)
 
     def _divisors(self) -> list[tuple[Any, Array | None]]:
         """Each parameter with its `_divisor` under the present hyperparameters."""
-        self._check_divides()
+        self.spec.check_divides(type(self).__name__)
         t = max(self.steps - 1, 0)
-        natives = [self._native_at(group._hypers, t) for group in self._groups]
+        natives = [self.spec.native_at(group._hypers, t) for group in self._groups]
         found = []
         for i, (param, clock) in enumerate(
             zip(self._params.values(), self._table.clocks(), strict=True)
@@ -811,7 +715,7 @@ class Optimizer:
             state = {
                 n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
             }
-            found.append((param, self._divisor(natives[self._group_of[i]], clock[0], state)))
+            found.append((param, self.spec.divisor(natives[self._group_of[i]], clock[0], state)))
         return found
 
     def _keep(self) -> Callable[[], None]:
@@ -841,7 +745,7 @@ class Optimizer:
         return lambda: self._turn.run(put_back)
 
     def _started(self, clock: tuple[int, float, float]) -> bool:
-        return clock[0] > 0
+        return clock[0] > 0 if self.spec.counts_steps else clock[1] != 0
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
@@ -873,7 +777,7 @@ class Optimizer:
                 {
                     name: value
                     for name, value in group.items()
-                    if name not in self._beyond_torch or name in group.get("fusedstep", ())
+                    if name not in self.spec.beyond_torch or name in group.get("fusedstep", ())
                 }
                 for group in saved
             ]
@@ -890,8 +794,8 @@ class Optimizer:
         steps = self._staged_steps(state_dict)
         hypers, others, uses_then = self._staged_groups(saved, order, steps)
         schedules = self._staged_schedules(state_dict, hypers, order)
-        natives = [self._native_at(values, steps) for values in hypers]
-        uses = [self._uses(native) for native in natives]
+        natives = [self.spec.native_at(values, steps) for values in hypers]
+        uses = [self.spec.uses(native) for native in natives]
         staged = {
             i: self._staged_state(i, entries[one], uses_then[self._group_of[i]])
             for one, i in index_of.items()
@@ -928,7 +832,7 @@ class Optimizer:
                 f" {saved!r}"
             )
         saved = [saved[i] for i in order]
-        places = []
+        places, parts = [], self.spec.parts
         for i, (values, entries) in enumerate(zip(own, saved, strict=True)):
             if not isinstance(entries, Mapping):
                 raise TypeError(f"state_dict['schedules'][{i}] must be a dict, got {entries!r}")
@@ -936,11 +840,13 @@ class Optimizer:
                 where = f"state_dict['schedules'][{i}][{name!r}]"
                 if name not in values:
                     raise ValueError(f"{where} must be of the hyperparameters {', '.join(values)}")
-                if name not in PAIRS:
+                if name not in parts:
                     places.append((name, where, values[name], entry))
                     continue
-                if not isinstance(entry, list | tuple) or len(entry) != 2:
-                    raise TypeError(f"{where} must be a pair, got {entry!r}")
+                n = len(parts[name])
+                if not isinstance(entry, list | tuple) or len(entry) != n:
+                    kind = "a pair" if n == 2 else f"{n} entries"
+                    raise TypeError(f"{where} must be {kind}, got {entry!r}")
                 places += [
                     (f"{name}[{k}]", f"{where}[{k}]", values[name][k], half)
                     for k, half in enumerate(entry)
@@ -953,7 +859,7 @@ class Optimizer:
             return _checkpoint.count("state_dict['step']", state_dict["step"])
         counts = []
         for i, entry in state_dict["state"].items():
-            if self._counts_steps and "step" in entry:
+            if self.spec.counts_steps and "step" in entry:
                 label = f"state_dict['state'][{i!r}]['step']"
                 counts.append(_checkpoint.count(label, entry["step"]))
         return max(counts, default=0)
@@ -962,6 +868,7 @@ class Optimizer:
         self, saved: Sequence[Mapping[str, Any]], order: Sequence[int], steps: int
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[list[str]]]:
         """After loading: each group's hyperparameters, other keys, and the last step's states."""
+        spec = self.spec
         hypers, others, uses = [], [], []
         pending = iter(zip(order, saved, strict=True))
         for group in self._groups:
@@ -973,13 +880,13 @@ class Optimizer:
                     if name in ("params", "param_names"):
                         continue
                     if name in values:
-                        then[name] = self._check(name, value)
+                        then[name] = spec.check(name, value)
                         kept = kept_schedules(values[name], value)
-                        values[name] = self._check(name, kept, schedules=True)
-                    elif name in self._fixed:
-                        if self._check(name, value) != self._fixed[name]:
-                            raise ValueError(f"{name} must be {self._fixed[name]}, got {value!r}")
-                    elif name in self._hyper_table:
+                        values[name] = spec.check(name, kept, schedules=True)
+                    elif name in spec.fixed:
+                        if spec.check(name, value) != spec.fixed[name]:
+                            raise ValueError(f"{name} must be {spec.fixed[name]}, got {value!r}")
+                    elif name in spec.table:
                         known = ", ".join(values)
                         raise ValueError(f"hyperparameters must be {known}, got {name!r}")
                     else:
@@ -988,12 +895,12 @@ class Optimizer:
                     raise type(error)(f"{where}: {error}") from None
             hypers.append(values)
             others.append(other)
-            then = self._at(then, max(steps - 1, 0))
+            then = spec.at(then, max(steps - 1, 0))
             try:
-                self._check_together(then)
+                spec.check_together(then)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            uses.append(self._uses(self._native(then)))
+            uses.append(spec.uses(spec.native(then)))
         return hypers, others, uses
 
     def _staged_state(
@@ -1001,6 +908,7 @@ class Optimizer:
     ) -> tuple[tuple[int, float, float], dict[str, Array]]:
         """One parameter's clock and states as `entry` has them, checked."""
         where = f"state_dict['state'][{self._names[i]}]"
+        known = [*self.spec.scalars, *self.spec.states]
         dtype = np.dtype(self._state_dtype(i))
         arrays: dict[str, Array] = {}
         scalars: dict[str, float] = {}
@@ -1020,26 +928,18 @@ class Optimizer:
                 arrays[name] = array
             elif name == "step":
                 scalars[name] = _checkpoint.count(label, value)
-            elif name in self._carried:
+            elif name in self.spec.carried:
                 scalars[name] = _checkpoint.carried(label, name, value)
             else:
-                raise ValueError(f"{where} must have the keys {self._known_keys()}, got {name!r}")
-        for name in self._required_keys(uses):
+                raise ValueError(f"{where} must have the keys {known}, got {name!r}")
+        # A state that is there says enough where updates are not counted.
+        for name in self.spec.required(uses) if self.spec.counts_steps else ():
             if name not in arrays and name not in scalars:
                 raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
-        return self._loaded_clock(scalars, arrays), arrays
-
-    def _known_keys(self) -> list[str]:
-        return [*(["step"] if self._counts_steps else []), *self._carried, *self._states]
-
-    def _required_keys(self, uses: list[str]) -> list[str]:
-        return [name for name in self._known_keys() if name in uses or name not in self._states]
-
-    def _loaded_clock(
-        self, scalars: Mapping[str, float], arrays: Mapping[str, Array]
-    ) -> tuple[int, float, float]:
-        first, second = [*(scalars[name] for name in self._carried), 0.0, 0.0][:2]
-        return int(scalars["step"]), first, second
+        if not self.spec.counts_steps:
+            return (0, float(bool(arrays)), 0.0), arrays
+        first, second = [*(scalars[name] for name in self.spec.carried), 0.0, 0.0][:2]
+        return (int(scalars["step"]), first, second), arrays
 
     def __getstate__(self) -> dict[str, Any]:
         if self._ahead:
@@ -1121,6 +1021,14 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
 
 
+def _check_nesterov(group: Mapping[str, Any]) -> None:
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(
+            "nesterov needs momentum > 0 and dampening = 0, got"
+            f" momentum={group['momentum']}, dampening={group['dampening']}"
+        )
+
+
 class SGD(Optimizer):
     """Stochastic gradient descent, plain, with momentum, or Nesterov's.
 
@@ -1156,8 +1064,7 @@ class SGD(Optimizer):
         `nesterov` takes at the look-ahead point too, and `lookahead` at p.
     """
 
-    _rule = "sgd"
-    _counts_steps = False
+    spec = Spec("sgd", counts_steps=False, check_together=_check_nesterov)
 
     def __init__(
         self,
@@ -1172,14 +1079,6 @@ class SGD(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
-
-    @classmethod
-    def _check_together(cls, group: Mapping[str, Any]) -> None:
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(
-                "nesterov needs momentum > 0 and dampening = 0, got"
-                f" momentum={group['momentum']}, dampening={group['dampening']}"
-            )
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
@@ -1210,7 +1109,7 @@ class SGD(Optimizer):
             Nesterov 1983; Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
         """
         natives = self._current()
-        numbers = [dict(zip(self._native_names(), n, strict=True)) for n in natives]
+        numbers = list(map(self.spec.numbers, natives))
         _check_lookahead(numbers)
         arrays = [as_array(p, f"params[{key}]") for key, p in self._params.items()]
         moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
@@ -1232,18 +1131,6 @@ class SGD(Optimizer):
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
         return super()._prepared()
-
-    # The clock carries whether the buffer has begun: its first update takes the whole gradient.
-    def _started(self, clock: tuple[int, float, float]) -> bool:
-        return clock[1] != 0
-
-    def _required_keys(self, uses: list[str]) -> list[str]:
-        return []
-
-    def _loaded_clock(
-        self, scalars: Mapping[str, float], arrays: Mapping[str, Array]
-    ) -> tuple[int, float, float]:
-        return 0, float("momentum_buffer" in arrays), 0.0
 
 
 class Lion(Optimizer):
@@ -1278,8 +1165,7 @@ class Lion(Optimizer):
         in torch: a NaN gradient shows in the momentum, not in the parameter.
     """
 
-    _rule = "lion"
-    _fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    spec = Spec("lion", fixed={"decoupled_weight_decay": True})
 
     def __init__(
         self,
@@ -1325,7 +1211,7 @@ class Adagrad(Optimizer):
         torch.
     """
 
-    _rule = "adagrad"
+    spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"})
 
     def __init__(
         self,
@@ -1340,10 +1226,6 @@ class Adagrad(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**_given(locals()))
-
-    @classmethod
-    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
-        return float(group["initial_accumulator_value"])
 
 
 class RMSprop(Optimizer):
@@ -1380,7 +1262,7 @@ class RMSprop(Optimizer):
         number, so a constant gradient cannot turn a parameter into NaN.
     """
 
-    _rule = "rmsprop"
+    spec = Spec("rmsprop")
 
     def __init__(
         self,
@@ -1432,7 +1314,7 @@ class Adadelta(Optimizer):
         whose lr is 1e-3, for a thousandth of these steps, and rho 0.95. Not from torch.
     """
 
-    _rule = "adadelta"
+    spec = Spec("adadelta")
 
     def __init__(
         self,
@@ -1484,8 +1366,7 @@ class Adam(Optimizer):
         in torch and in its paper; some libraries correct first.
     """
 
-    _rule = "adam"
-    _beyond_torch = ("bias_correction",)
+    spec = Spec("adam", beyond_torch=("bias_correction",))
 
     def __init__(
         self,
@@ -1536,9 +1417,7 @@ class AdamW(Optimizer):
         the paper, where the decay is scaled by the schedule alone: as in torch it is scaled by lr.
     """
 
-    _rule = "adam"
-    _beyond_torch = ("bias_correction",)
-    _fixed: ClassVar[dict[str, Any]] = {"decoupled_weight_decay": True}
+    spec = Spec("adam", fixed={"decoupled_weight_decay": True}, beyond_torch=("bias_correction",))
 
     def __init__(
         self,
@@ -1589,7 +1468,7 @@ class Adamax(Optimizer):
         number, but never `m`.
     """
 
-    _rule = "adamax"
+    spec = Spec("adamax")
 
     def __init__(
         self,
@@ -1639,12 +1518,7 @@ class NAdam(Optimizer):
         twenty thousand.
     """
 
-    _rule = "nadam"
-    _carried = ("mu_product",)
-
-    @classmethod
-    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
-        return float(state == "mu_product")
+    spec = Spec("nadam", carried=("mu_product",), initial={"mu_product": 1.0})
 
     def __init__(
         self,
@@ -1696,7 +1570,7 @@ class RAdam(Optimizer):
         code.
     """
 
-    _rule = "radam"
+    spec = Spec("radam")
 
     def __init__(
         self,
@@ -1748,16 +1622,12 @@ class ASGD(Optimizer):
         default leaves `ax = p` for a million updates. torch rounds eta and mu to float32.
     """
 
-    _rule = "asgd"
-    _carried = ("eta", "mu")
-    _hyper_table: ClassVar[dict[str, Hyper]] = {
-        **HYPERS,
-        "alpha": FINITE._replace(doc="power by which eta falls"),
-    }
-
-    @classmethod
-    def _initial(cls, state: str, group: Mapping[str, Any]) -> float:
-        return float({"eta": group["lr"], "mu": 1.0}.get(state, 0.0))
+    spec = Spec(
+        "asgd",
+        hypers={"alpha": FINITE._replace(doc="power by which eta falls")},
+        carried=("eta", "mu"),
+        initial={"eta": "lr", "mu": 1.0},
+    )
 
     def __init__(
         self,
@@ -1809,8 +1679,7 @@ class Rprop(Optimizer):
         torch, which has no weight decay here. As in torch a NaN gradient counts as no sign.
     """
 
-    _rule = "rprop"
-    _beyond_torch = ("weight_decay",)
+    spec = Spec("rprop", beyond_torch=("weight_decay",))
 
     def __init__(
         self,

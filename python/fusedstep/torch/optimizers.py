@@ -19,7 +19,8 @@ from torch.optim import optimizer as torch_optimizer
 from fusedstep import _checkpoint, _core
 from fusedstep import optimizers as neutral
 from fusedstep._autograd import announcer
-from fusedstep._hypers import AT_LEAST_0, HYPERS, PAIRS, as_float, as_number, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, HYPERS, as_float, as_number, is_scheduled
+from fusedstep._spec import STATES, Spec
 from fusedstep._turn import Turn, new_turn
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
@@ -53,8 +54,6 @@ _KEPT = (*_HOW, "fused")  # which no checkpoint changes
 # given by name. Clients put keys of any optimizer into their groups, and torch's classes look only
 # at their own; so do ours, at theirs and these.
 _BEYOND = "fusedstep"
-
-_EVERY_STATE = {state for _, states, *_ in neutral._RULES.values() for state in states}
 
 # A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
 # where only the GPU knows it.
@@ -102,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
     `state_dict()`.
     """
 
-    _spec: ClassVar[type[neutral.Optimizer]]
+    _spec: ClassVar[Spec]
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where the constructor got them
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
@@ -123,14 +122,14 @@ class Optimizer(torch.optim.Optimizer):
         heard = {_BEYOND: beyond} if beyond else {}
         self._found = set()
         try:
-            super().__init__(params, {**self._spec._fixed, **self._given, **hypers, **heard})
+            super().__init__(params, {**self._spec.fixed, **self._given, **hypers, **heard})
         finally:
             self._found = None
         if self._begins_at_once:
             rows = self._current()
             helper = _Helper(self, self._counts_live(rows), rows)
             for params, native, group, _ in rows:
-                names = ["step", *self._spec._uses(native)]
+                names = ["step", *self._spec.uses(native)]
                 made = helper._begin([(param, group, names) for param in params])
                 self.state.update(zip(params, made, strict=True))
 
@@ -140,10 +139,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _opened(self, device: torch.device, live: bool = False) -> dict[str, Any]:
         """The compiled table for parameters on `device`, with counts there if `live`."""
-        scalars = [*(["step"] if self._spec._counts_steps else []), *self._spec._carried]
         gpu = gpu_of(device)
         index = 0 if gpu is None else device.index or 0
-        table = _core.TensorTable(self._spec._rule, scalars, _EXCHANGE, gpu, index)
+        table = _core.TensorTable(self._spec.rule, self._spec.scalars, _EXCHANGE, gpu, index)
         table.live = live
         return {"_table": table, "_gpu": gpu, "_device": device}
 
@@ -177,7 +175,7 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"differentiable must be False, got {group['differentiable']!r}: not supported"
             )
-        known = {**self._extra, **self._spec._fixed, **self._given, **group}
+        known = {**self._extra, **self._spec.fixed, **self._given, **group}
         heard = group.get(_BEYOND, ())
         known |= {n: value for n, value in self._extra.items() if n not in heard}
         return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
@@ -204,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
             if is_scheduled(value):
                 raise TypeError(f"{name} must be a number, got {value!r}: a schedule goes to"
                                 " fusedstep.torch.LRScheduler(optimizer, schedule)")  # fmt: skip
-            checked = self._spec._check(name, _plain(value, name))
+            checked = self._spec.check(name, _plain(value, name))
             if _is_fixed(value):
                 accepted[name] = value, checked
         return checked
@@ -242,7 +240,7 @@ class Optimizer(torch.optim.Optimizer):
             lr = None
         else:  # to read it would be to wait for the device
             known, lr = {**group, "lr": 0.0}, lr.detach()
-        row = (group["params"], self._spec._native(self._checked(known)), group, lr)
+        row = (group["params"], self._spec.native(self._checked(known)), group, lr)
         self._seen[k] = (values, copies, row)
         return row
 
@@ -250,7 +248,7 @@ class Optimizer(torch.optim.Optimizer):
         """Adds a group of parameters, as torch's; checks its hyperparameters first."""
         if isinstance(param_group, dict):
             # As in torch only here: a scheduler may cycle a momentum down to 0.
-            self._spec._check_together(self._checked({**self.defaults, **param_group}))
+            self._spec.check_together(self._checked({**self.defaults, **param_group}))
         before = len(getattr(self, "param_groups", ()))
         self._append(param_group)
         try:
@@ -502,17 +500,17 @@ class Optimizer(torch.optim.Optimizer):
         self._update([([param], native, group, lr)], i, j, free=True)
 
     def _is_array(self, name: str) -> bool:
-        return name in neutral._RULES[self._spec._rule][1]
+        return name in self._spec.states
 
     def _params(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
     def _divisors(self) -> list[tuple[Any, Any]]:
         """Each parameter with its `_divisor` under the present hyperparameters."""
-        self._spec._check_divides()
+        self._spec.check_divides(type(self).__name__)
         found: list[tuple[Any, Any]] = []
         for group in self.param_groups:
-            native = self._spec._native(self._checked(group))
+            native = self._spec.native(self._checked(group))
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 state = {
@@ -521,7 +519,7 @@ class Optimizer(torch.optim.Optimizer):
                     if self._is_array(name)
                 }
                 t = int(entry.get("step", 0))
-                found.append((param, self._spec._divisor(native, t, state)))
+                found.append((param, self._spec.divisor(native, t, state)))
         return found
 
     def share_memory(self) -> None:
@@ -535,7 +533,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _not_begun(self) -> list[int]:
         """The parameters whose states no update has filled: of skipped steps the GPU alone knew."""
-        if not self._table.live or self._spec._counts_steps:
+        if not self._table.live or self._spec.counts_steps:
             return []
         return self._table.not_begun(self._params())
 
@@ -578,14 +576,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def _uses(self, group: Mapping[str, Any]) -> list[str]:
         """The states that a step under a group's hyperparameters has."""
-        return self._spec._uses(self._spec._native(self._checked({**group, "lr": 0.0})))
+        return self._spec.uses(self._spec.native(self._checked({**group, "lr": 0.0})))
 
     @classmethod
     def _own_names(cls) -> list[str]:
         """What a parameter's state may have of the rule's."""
-        spec = cls._spec
-        scalars = [*(["step"] if spec._counts_steps else []), *spec._carried]
-        return [*scalars, *neutral._RULES[spec._rule][1]]
+        return [*cls._spec.scalars, *cls._spec.states]
 
     def __getstate__(self) -> dict[str, Any]:
         return self._turn.read(self._copied)
@@ -661,7 +657,7 @@ class Optimizer(torch.optim.Optimizer):
                 used = self._uses(self._completed(dict(group), self.param_groups[k], True))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from None
-            needed = [name for name in own_names if name in used or not self._is_array(name)]
+            needed = self._spec.required(used)
             required.update({id(param): needed for param in params})
         recordable = self._recordable()
         state: dict[Any, Any] = {}
@@ -683,7 +679,7 @@ class Optimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], known: Mapping[str, Any], loaded: bool
     ) -> dict[str, Any]:
         """`group` with what it lacks from `known`, checked."""
-        group.update(self._spec._fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
+        group.update(self._spec.fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
         for name, default in self._given.items():
             group.setdefault(name, known.get(name, default))
         for name in (*self._extra, _BEYOND):
@@ -752,7 +748,7 @@ class Optimizer(torch.optim.Optimizer):
         if required and not lacking:
             return
         begun = {name for name, value in entry.items() if value is not None}
-        begun &= _EVERY_STATE.union(own)
+        begun &= STATES.union(own)
         if begun and lacking:
             raise ValueError(f"{where} must have the key {lacking[0]!r}, got {list(entry)}")
         if begun and not begun.intersection(own):
@@ -780,8 +776,7 @@ class LookAhead(Optimizer):
         rows = self._current()
         if self._gpu is not None and recording(self._device):
             raise RuntimeError("lookahead must not be recorded in a CUDA graph")
-        names = self._spec._native_names()
-        numbers = [dict(zip(names, native, strict=True)) for _, native, _, _ in rows]
+        numbers = [self._spec.numbers(native) for _, native, _, _ in rows]
         for group, (*_, lr) in zip(numbers, rows, strict=True):
             if lr is not None:
                 group["lr"] = float(lr)
@@ -942,7 +937,7 @@ class _Helper:
             hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
             for name in names:
                 given = entry.get(name)
-                initial = 0.0 if name == "step" else opt._spec._initial(name, hypers)
+                initial = opt._spec.first(name, hypers)
                 if given is not None and (opt._is_array(name) or not _is_number(given)):
                     at = next(k for k, (other, *_) in enumerate(self._found()) if other is param)
                     label = self._label(self._first + at, name)
@@ -1066,7 +1061,7 @@ def _copied(value: Any) -> Any:
     return object()  # unlike all others: read again
 
 
-def _type_of(name: str) -> Any:
+def _type_of(spec: Spec, name: str) -> Any:
     """The annotation of an argument that torch's class has not, of the kind that torch gives."""
     if name == "params":
         return torch_optimizer.ParamsT
@@ -1074,8 +1069,8 @@ def _type_of(name: str) -> Any:
         return bool if name in _HOW else bool | None
     if name == "lr":
         return float | torch.Tensor
-    if name in PAIRS:
-        return tuple[float, float]
+    if name in spec.parts:
+        return types.GenericAlias(tuple, (float,) * len(spec.parts[name]))
     return bool if HYPERS[name].is_flag else float
 
 
@@ -1098,10 +1093,10 @@ class _InGroups:
         optimizer.__dict__[self._name] = value
 
 
-def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
+def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
-    name = spec.__name__
-    own = dict(inspect.signature(spec).parameters)
+    name, spec = one.__name__, one.spec
+    own = dict(inspect.signature(one).parameters)
     del own["groups"]
     peer = getattr(torch.optim, name, None)
     theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
@@ -1110,8 +1105,12 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     flags = {n: inspect.Parameter(n, keyword, default=value) for n, value in _FLAGS.items()}
     extra = {n: p for n, p in {**own, **flags}.items() if n not in parameters}
     parameters |= {n: p.replace(kind=keyword) for n, p in extra.items()}
-    signature = inspect.Signature(  # with types, by which configurations are parsed
-        [p if n in theirs else p.replace(annotation=_type_of(n)) for n, p in parameters.items()]
+    # With types, by which configurations are parsed.
+    signature = inspect.Signature(
+        [
+            p if n in theirs else p.replace(annotation=_type_of(spec, n))
+            for n, p in parameters.items()
+        ]
     )
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -1129,12 +1128,12 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
     )
     __init__.__annotations__ = {n: p.annotation for n, p in signature.parameters.items()}
     __init__.__annotations__["return"] = None
-    hypers = [n for n in signature.parameters if n in spec._hyper_table]
+    hypers = [n for n in signature.parameters if n in spec.table]
     return type(
         name,
-        (LookAhead if hasattr(spec, "lookahead") else Optimizer,),
+        (LookAhead if hasattr(one, "lookahead") else Optimizer,),
         {
-            "__doc__": _doc(spec, signature, peer is not None),
+            "__doc__": _doc(one, signature, peer is not None),
             "__init__": __init__,
             "__module__": "fusedstep.torch",
             "_spec": spec,
@@ -1146,16 +1145,16 @@ def drop_in(spec: type[neutral.Optimizer]) -> type[Optimizer]:
             "_extra": {n: p.default for n, p in extra.items()},
             # torch.optim.Adagrad's, which cannot load a checkpoint without them.
             "_begins_at_once": name == "Adagrad",
-            "_read": tuple(dict.fromkeys([*hypers, *spec._fixed, *_HOW])),
-            **{name: _InGroups() for name in (*hypers, *spec._fixed)},
+            "_read": tuple(dict.fromkeys([*hypers, *spec.fixed, *_HOW])),
+            **{name: _InGroups() for name in (*hypers, *spec.fixed)},
         },
     )
 
 
-def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: bool) -> str:
+def _doc(one: type[neutral.Optimizer], signature: inspect.Signature, has_peer: bool) -> str:
     """The neutral class's docstring with torch's arguments, and an example."""
-    name = spec.__name__
-    head, rest = (spec.__doc__ or "").split("Use:", 1)
+    name = one.__name__
+    head, rest = (one.__doc__ or "").split("Use:", 1)
     use, _, rest = rest.partition("Args:")
     tail = rest[rest.index("State:") :]
     before, _, after = tail.partition("Example:")
@@ -1164,7 +1163,7 @@ def _doc(spec: type[neutral.Optimizer], signature: inspect.Signature, has_peer: 
         [
             "Args:",
             "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
-            *spec._argument_docs(signature, schedules=False),
+            *one.spec.argument_docs(signature, schedules=False),
             "foreach: accepted, without effect.",
             "fused: True lets `GradScaler` leave unscaling and skipping to the step, which then",
             "    leaves gradients scaled, as torch's fused classes do (default None).",
