@@ -8,15 +8,12 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from fusedstep import _core, _runtime
+from fusedstep._types import Array, Key, Shapes
 
 __all__ = ["FlatBuffer"]
-
-Array = NDArray[Any]
-Key = str | int
-Shapes = Mapping[Key, tuple[int, ...]]
 
 # Elements between segment starts are a multiple of this: 64 bytes of the smallest type, so that one
 # layout is 64-byte aligned under every dtype and a parameter's states sit at its own offsets.

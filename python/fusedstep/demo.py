@@ -16,7 +16,7 @@ import numpy as np
 import fusedstep as fs
 from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
-from fusedstep.buffers import Array
+from fusedstep._types import Array
 
 # What is trained, with a learning rate that suits it here; names as in the lecture.
 OPTIMIZERS: dict[str, Callable[[fs.FlatBuffer], fs.Optimizer]] = {

@@ -33,20 +33,9 @@ from fusedstep._hypers import (
 )
 from fusedstep._spec import LR, Spec
 from fusedstep._turn import new_turn
-from fusedstep.buffers import Array, FlatBuffer, Key, as_array, as_dtype
+from fusedstep._types import Array, Betas, Changes, Grads, Key, Options, Pair, Params, Rate, States
+from fusedstep.buffers import FlatBuffer, as_array, as_dtype
 from fusedstep.schedules import Resumed, Schedule, plateaus, resumed, stored
-
-# A number, 0-d arrays and tensors included, or a schedule: a callable of the step, from 0.
-Rate = SupportsFloat | Callable[[int], SupportsFloat]
-Betas = tuple[Rate, Rate]
-Pair = tuple[float, float]
-Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
-Grads = Any  # as Params, with None for a tensor that sits the step out
-States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
-
-# The gradients' factor, maximal norm or None, whether to skip non-finite ones, the device's stream.
-_Asked = tuple[float, float | None, bool, int]
-_Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
 
 
 class StepReport(NamedTuple):
@@ -421,7 +410,7 @@ class Optimizer:
 
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
-    def _prepared(self) -> tuple[list[list[float]], States | None, _Changes]:
+    def _prepared(self) -> tuple[list[list[float]], States | None, Changes]:
         """What the step about to be taken goes by, but for the rates.
 
         The groups as the rule reads them, all states if some are to begin, and changes of the
@@ -429,7 +418,7 @@ class Optimizer:
         """
         natives: list[list[float]] = []
         wanted: list[tuple[str, int]] = []
-        read: _Changes = []
+        read: Changes = []
         for group in self._groups:
             hypers, native = group._last_read
             if hypers is not group._hypers:
@@ -542,17 +531,18 @@ class Optimizer:
             >>> w, opt.grad_norm
             (array([-3., -4.], dtype=float32), 50.0)
         """
-        asked = None
+        options = None
         measured = max_norm is not None or skip_nonfinite is not False
         plain = type(loss_scale) is float and loss_scale == 1.0
         if measured or not plain or self._index is not None:
-            asked = self._asked(max_norm, loss_scale, skip_nonfinite)
-        return self._turn.run(self._step, grads, asked)
+            options = self._options(max_norm, loss_scale, skip_nonfinite)
+        return self._turn.run(self._step, grads, options)
 
-    def _step(self, grads: Grads, asked: _Asked | None) -> StepReport:
+    def _step(self, grads: Grads, options: Options | None) -> StepReport:
         """A step, while nobody else has a turn."""
         natives, states, read = self._prepared()
         table = self._table
+        asked = options and options[:4]
         natives = self._with_rates(natives, table.steps)
         layout = None if self._buffer is None else self._buffer._layout
         # An exact type and an identity first: a small step takes a few microseconds in all.
@@ -568,8 +558,8 @@ class Optimizer:
             memory.update(known)
         return StepReport(steps, natives[0][LR], elements)
 
-    def _asked(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> _Asked:
-        """What a step is asked beside gradients and groups, checked."""
+    def _options(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> Options:
+        """A step's keywords, checked."""
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
         norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
@@ -578,7 +568,7 @@ class Optimizer:
             raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
         first = next(iter(self._params.values()), None)
         stream = 0 if self._index is None else _gpu.stream_of(first, self._index)
-        return 1 / scale, norm, skip_nonfinite, stream
+        return Options(1 / scale, norm, skip_nonfinite, stream)
 
     @property
     def grad_norm(self) -> float | None:
@@ -1127,7 +1117,7 @@ class SGD(Optimizer):
                 np.copyto(array, values)
             self._announce(announced)
 
-    def _prepared(self) -> tuple[list[list[float]], States | None, _Changes]:
+    def _prepared(self) -> tuple[list[list[float]], States | None, Changes]:
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
         return super()._prepared()

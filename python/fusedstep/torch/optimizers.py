@@ -22,6 +22,7 @@ from fusedstep._autograd import announcer
 from fusedstep._hypers import AT_LEAST_0, HYPERS, as_float, as_number, is_scheduled
 from fusedstep._spec import STATES, Spec
 from fusedstep._turn import Turn, new_turn
+from fusedstep._types import PLAIN, Options
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     any_dtensor,
@@ -62,9 +63,6 @@ _Row = tuple[list[Any], list[float], dict[str, Any], Any]
 # Where a parameter is: its group, its place there, and its number, counted over all groups as in
 # `state_dict`.
 Place = tuple[int, int, int]
-
-# What a step is asked beside gradients and groups, see TensorTable::step. Mostly nothing.
-_NOTHING = (1.0, None, False, 0, False, None, None, None)
 
 # What torch.amp.GradScaler sets for one step.
 _AMP = ("grad_scale", "found_inf")
@@ -432,18 +430,18 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
                                " stepped before they were checked")  # fmt: skip
         scale = self.__dict__.get("grad_scale")
-        asked: tuple[Any, ...] = _NOTHING
+        options = PLAIN
         if self._gpu is not None:
             live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
-            asked = self._asked_of_gpu(live, scale, found_inf, max_norm, skip_nonfinite)
+            options = self._gpu_options(live, scale, found_inf, max_norm, skip_nonfinite)
         elif not (scale is found_inf is max_norm is None and skip_nonfinite is False):
             bad = 0.0 if found_inf is None else float(found_inf)
             factor = 1.0 if scale is None else 1 / float(scale)
             found = torch.tensor(bad, dtype=torch.float32, device="cpu")
             norm = self._new_norm(max_norm, skip_nonfinite)
-            asked = (factor, max_norm, skip_nonfinite, 0, False, None, found, norm)
-        helper = _Helper(self, asked[4], groups, first, at)
-        self._table.step(groups, self.state, asked, first, free, helper)
+            options = Options(factor, max_norm, skip_nonfinite, found_inf=found, norm=norm)
+        helper = _Helper(self, options.live, groups, first, at)
+        self._table.step(groups, self.state, options, first, free, helper)
 
     def _counts_live(self, rows: list[_Row]) -> bool:
         """Whether the step counts are on the device: once there, they stay."""
@@ -459,10 +457,10 @@ class Optimizer(torch.optim.Optimizer):
             return None
         return torch.empty((), dtype=torch.float64, device=self._device)
 
-    def _asked_of_gpu(
+    def _gpu_options(
         self, live: bool, scale: Any, found_inf: Any, max_norm: Any, skip_nonfinite: bool
-    ) -> tuple[Any, ...]:
-        """What the table is asked for a step on a GPU: numbers it has are not waited for."""
+    ) -> Options:
+        """A step's options on a GPU: numbers that are there are not waited for."""
         norm = self._new_norm(max_norm, skip_nonfinite)
         factor = 1.0
         if scale is not None and not isinstance(scale, torch.Tensor):
@@ -477,7 +475,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         live = live or scale is not None
         stream = stream_of(self._device)
-        return factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm
+        return Options(factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm)
 
     def _places(self) -> dict[int, Place]:
         """Where each parameter is, by its `id`."""

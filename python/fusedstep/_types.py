@@ -1,0 +1,38 @@
+"""The types that several layers name in their signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, SupportsFloat
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Key = str | int
+Shapes = Mapping[Key, tuple[int, ...]]
+
+# A number, 0-d arrays and tensors included, or a schedule: a callable of the step, from 0.
+Rate = SupportsFloat | Callable[[int], SupportsFloat]
+Betas = tuple[Rate, Rate]
+Pair = tuple[float, float]
+Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
+Grads = Any  # as Params, with None for a tensor that sits the step out
+States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
+Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
+
+
+class Options(NamedTuple):
+    """Options of a step, in both layers: what it does to the gradients, and where."""
+
+    factor: float = 1.0  # of the gradients: 1 / loss_scale
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    stream: int = 0  # of the CUDA device; 0 on the CPU
+    # torch's, whose GradScaler leaves its verdict to the step:
+    live: bool = False  # whether the counts of steps are on the device
+    scale: Any = None  # the loss scale as a tensor on the device
+    found_inf: Any = None  # a tensor, not 0 where a gradient is known not to be finite
+    norm: Any = None  # the tensor that the norm is written to
+
+
+PLAIN = Options()
