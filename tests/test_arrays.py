@@ -14,7 +14,7 @@ import torch
 
 import fusedstep as fs
 from fusedstep import convergence
-from fusedstep.buffers import as_array
+from fusedstep._arrays import as_array
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 

@@ -15,9 +15,8 @@ import cuda_on_host
 import fusedstep as fs
 import fusedstep.torch as ft
 from cases import CASES, each_case, each_pair, make
-from fusedstep import _core, _gpu
-from fusedstep.buffers import as_dtype
-from fusedstep.optimizers import is_array
+from fusedstep import _arrays, _core, _gpu
+from fusedstep._arrays import as_dtype, is_array
 from fusedstep.torch import optimizers as torch_layer
 
 # Below, at and above a vector of each type, a tile (2048) and what three blocks sweep at a time.
@@ -45,8 +44,8 @@ def gpu(module, controls):
         with pytest.MonkeyPatch.context() as patch:
             if on:
                 patch.setattr(_gpu, "module", lambda: module)
-                patch.setattr(_gpu, "index_of", lambda a, *_: 0 if is_array(a) else None)
-                patch.setattr(_gpu, "stream_of", lambda array, index: to)
+                patch.setattr(_arrays, "index_of", lambda a, *_: 0 if is_array(a) else None)
+                patch.setattr(_arrays, "stream_of", lambda array, index: to)
                 patch.setattr(torch_layer, "gpu_of", lambda device: module.device())
                 patch.setattr(torch_layer, "stream_of", lambda device: to)
                 patch.setattr(torch_layer, "recording", lambda device: controls.recording(to) == 1)
@@ -424,7 +423,7 @@ def test_neutral_state_goes_from_gpu_to_cpu_and_back(gpu, name):
         opt, params = make_one()
         for k in range(3):
             opt.step(grads(k), skip_nonfinite=True)
-        assert isinstance(opt.state["w"][next(iter(opt.state["w"]))], _gpu.Array)
+        assert isinstance(opt.state["w"][next(iter(opt.state["w"]))], _arrays.Array)
         saved = opt.state_dict()
         again = pickle.loads(pickle.dumps(opt))
         copied = copy.deepcopy(opt)

@@ -15,7 +15,7 @@ import pytest
 import fusedstep as fs
 from cases import each_case, each_pair, make
 from fusedstep import _core
-from fusedstep.buffers import as_dtype
+from fusedstep._arrays import as_dtype
 
 # Below, at and above one register and one block; the last is more than four of the pieces that
 # threads take (32768 elements), so that pieces begin and end inside of it and of its neighbours.

@@ -15,7 +15,7 @@ import pytest
 
 import fusedstep as fs
 from fusedstep import _core
-from fusedstep.buffers import as_dtype
+from fusedstep._arrays import as_dtype
 
 LANES, BLOCK = 16, 512
 ALONE = 256 * BLOCK  # elements up to which one thread works alone

@@ -37,6 +37,10 @@ def layer(cls, **hypers):
     return step_on(cls(params, **hypers), 3)
 
 
+def packed():
+    return fs.FlatBuffer.pack(values(0))
+
+
 def groups_of():
     return [fs.Group(["b*"], weight_decay=0.0, lr=S.Linear(0.1, total=9))]
 
@@ -54,16 +58,16 @@ MAKERS = {
     "dict": lambda: neutral(fs.SGD, values(0), momentum=0.9, nesterov=True),
     "float64": lambda: neutral(fs.NAdam, values(0, np.float64), lr=0.1),
     "numbers": lambda: neutral(fs.ASGD, values(0), lr=0.1, t0=1.0),
-    "buffer": lambda: neutral(fs.RMSprop, fs.FlatBuffer.pack(values(0)), momentum=S.Step(0.9, every=2, factor=0.5)),
+    "buffer": lambda: neutral(fs.RMSprop, packed(), momentum=S.Step(0.9, every=2, factor=0.5)),
     "groups": lambda: neutral(
-        fs.AdamW, values(0), lr=S.Cosine(0.3, total=9).warmup(2), betas=(S.Linear(0.9, end=0.8, total=5), 0.99),
-        groups=groups_of(),
+        fs.AdamW, values(0), lr=S.Cosine(0.3, total=9).warmup(2),
+        betas=(S.Linear(0.9, end=0.8, total=5), 0.99), groups=groups_of(),
     ),
     "plateau": lambda: neutral(fs.Lion, values(0), lr=S.ReduceOnPlateau(0.1)),
     "torch AdamW": lambda: layer(ft.AdamW, lr=0.1, amsgrad=True),
     "torch SGD": lambda: layer(ft.SGD, lr=0.1, momentum=0.9),
     "torch ASGD": lambda: layer(ft.ASGD, lr=0.1, t0=1.0),
-    "FlatBuffer": lambda: fs.FlatBuffer.pack(values(0)),
+    "FlatBuffer": packed,
     "state_dict": lambda: MAKERS["groups"]().state_dict(),
     "param_groups": lambda: MAKERS["groups"]().param_groups,
     "Group": lambda: groups_of()[0],
@@ -150,9 +154,9 @@ def private_names(pickled):
     return {b"fusedstep." + name for name in names if b"fusedstep." + name in pickled}
 
 
-def test_checkpoint_of_a_pickle_is_taken(name="state_dict"):
+def test_checkpoint_of_a_pickle_is_taken():
     opt = MAKERS["groups"]()
-    opt.load_state_dict(pickle.loads(pickled(name)[0]))
+    opt.load_state_dict(pickle.loads(pickled("state_dict")[0]))
     assert bits(step_on(opt)) == pickled("groups")[1][1]
 
 

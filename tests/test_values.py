@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fusedstep as fs
 from cases import CASES, PAIRS, each_case, load, make
 from fusedstep import _core
-from fusedstep.buffers import as_dtype
+from fusedstep._arrays import as_dtype
 from reference import step
 
 N = 19  # a register of every set and a tail

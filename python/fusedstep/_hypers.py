@@ -6,13 +6,14 @@ One table for every optimizer: a name means the same and is checked the same whe
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fusedstep._arrays import as_float, as_index
 
 _FLAG = "True or False"
 
@@ -81,23 +82,6 @@ HYPERS: dict[str, Hyper] = {
 TUPLES = ("betas", "etas", "step_sizes")
 
 
-def as_float(value: Any) -> float | None:
-    """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
-    if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
-        value = value.detach()
-    dtype = str(getattr(value, "dtype", ""))
-    if "bool" in dtype or "complex" in dtype:
-        return None
-    if isinstance(value, str | bytes | bool | np.bool_ | list | tuple):
-        return None
-    try:
-        return None if np.ndim(value) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor without memory
-        return None
-    except OverflowError:
-        return math.inf
-
-
 def as_number(name: str, value: Any, hyper: Hyper) -> float:
     """`value` as a float that the rule accepts, or TypeError or ValueError."""
     number = value if type(value) is float else as_float(value)
@@ -111,16 +95,6 @@ def as_number(name: str, value: Any, hyper: Hyper) -> float:
 
 
 LAST = 2**53  # integers up to here are exact as doubles
-
-
-def as_index(value: Any) -> int | None:
-    """An integer of any kind as an int; None for a bool, an array or anything else."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
-        return None
-    try:
-        return None if getattr(value, "ndim", 0) else operator.index(value)
-    except TypeError:
-        return None
 
 
 def _rounding(number: Any, dtype: Any) -> Any:

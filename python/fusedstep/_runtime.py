@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedstep import _core
+from fusedstep import _core, _gpu
 from fusedstep._version import __version__
 
 _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
@@ -121,8 +121,6 @@ def info() -> dict[str, Any]:
     compiled, and `devices`, which it sees, with name, compute capability, bytes and
     multiprocessors.
     """
-    from fusedstep import _gpu  # which needs this module
-
     return {
         "version": __version__,
         "isa": isa(),

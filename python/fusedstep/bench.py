@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from fusedstep import _core, _runtime, optimizers
+from fusedstep._arrays import as_dtype
 from fusedstep._plot import canvas
-from fusedstep.buffers import FlatBuffer, as_dtype
+from fusedstep.buffers import FlatBuffer
 
 # What is measured: a name, the class (torch's has the same name), and its arguments.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {

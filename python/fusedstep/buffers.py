@@ -1,4 +1,4 @@
-"""FlatBuffer: many named arrays in one aligned allocation; and foreign arrays seen as NumPy's."""
+"""FlatBuffer: many named arrays in one aligned allocation."""
 
 from __future__ import annotations
 
@@ -11,70 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fusedstep import _core, _runtime
+from fusedstep._arrays import as_array, as_dtype, as_values, is_array
+from fusedstep._layout import Layout
 from fusedstep._types import Array, Key, Shapes
 
 __all__ = ["FlatBuffer"]
-
-# Elements between segment starts are a multiple of this: 64 bytes of the smallest type, so that one
-# layout is 64-byte aligned under every dtype and a parameter's states sit at its own offsets.
-_ALIGN_ELEMENTS = _core.ALIGNMENT // 2
-
-_DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
-    """`dtype` as NumPy's, `"bfloat16"` included; TypeError for one that no kernel takes."""
-    if isinstance(dtype, str) and dtype == "bfloat16":
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'",
-                name="ml_dtypes",
-            ) from error
-        dtype = ml_dtypes.bfloat16
-    if dtype is None:
-        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got None")
-    try:
-        result: np.dtype[Any] = np.dtype(dtype)
-    except TypeError:
-        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {dtype!r}") from None
-    if not result.isnative:
-        raise ValueError(f"{name} must be in native byte order, got {result!r}")
-    if result.name not in _DTYPES:
-        raise TypeError(f"{name} must be {', '.join(_DTYPES)}, got {result.name}")
-    return result
-
-
-def as_array(value: Any, name: str) -> Array:
-    """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy.
-
-    It is read-only where nothing says that the memory may be written.
-    """
-    array, is_bfloat16 = _core.array_of(value, name)
-    return array.view(as_dtype("bfloat16", name)) if is_bfloat16 else array
-
-
-class _Layout:
-    """Where each named array lies in a flat one, in elements; shared by buffers of one shape."""
-
-    __slots__ = ("n", "offsets", "shapes")
-
-    def __init__(self, shapes: Shapes) -> None:
-        self.shapes = dict(shapes)
-        self.offsets: list[int] = []
-        end = 0
-        for shape in self.shapes.values():
-            self.offsets.append(end)
-            end += -(-prod(shape) // _ALIGN_ELEMENTS) * _ALIGN_ELEMENTS
-        self.n = end
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Layout):
-            return NotImplemented
-        return self is other or list(self.shapes.items()) == list(other.shapes.items())
-
-    __hash__ = None  # type: ignore[assignment]  # equal by value, mutable parts inside
 
 
 def _as_shapes(shapes: Any, name: str) -> Shapes:
@@ -114,7 +55,7 @@ class FlatBuffer(Mapping[Key, Array]):
 
     __slots__ = ("_flat", "_layout", "_views")
 
-    _layout: _Layout
+    _layout: Layout
     _flat: Array
     _views: dict[Key, Array]
 
@@ -125,7 +66,7 @@ class FlatBuffer(Mapping[Key, Array]):
         )
 
     @classmethod
-    def _of(cls, layout: _Layout, flat: Array) -> FlatBuffer:
+    def _of(cls, layout: Layout, flat: Array) -> FlatBuffer:
         """A buffer of a layout and the memory that fits it."""
         self = cls.__new__(cls)
         self._layout = layout
@@ -154,7 +95,7 @@ class FlatBuffer(Mapping[Key, Array]):
         Raises:
             TypeError: something is not an array, or the dtypes differ or are not supported.
         """
-        if isinstance(arrays, np.ndarray) or hasattr(arrays, "__dlpack__"):
+        if is_array(arrays):
             raise TypeError("arrays must be a dict or a sequence of arrays, got one array")
         items = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
         given: dict[Key, Array] = {k: as_array(a, f"arrays[{k}]") for k, a in items}
@@ -189,11 +130,11 @@ class FlatBuffer(Mapping[Key, Array]):
             ModuleNotFoundError: bfloat16 without ml_dtypes.
             MemoryError: the system does not grant the bytes, which the message gives.
         """
-        return cls._allocate(_Layout(_as_shapes(shapes, "shapes")), as_dtype(dtype), huge_pages)
+        return cls._allocate(Layout(_as_shapes(shapes, "shapes")), as_dtype(dtype), huge_pages)
 
     @classmethod
     def _allocate(
-        cls, layout: _Layout, dtype: np.dtype[Any], huge_pages: bool | None = None
+        cls, layout: Layout, dtype: np.dtype[Any], huge_pages: bool | None = None
     ) -> FlatBuffer:
         nbytes = layout.n * dtype.itemsize
         huge = _runtime.huge_pages() if huge_pages is None else huge_pages
@@ -235,7 +176,7 @@ class FlatBuffer(Mapping[Key, Array]):
                 f"memory must be one-dimensional, contiguous and aligned, got shape {memory.shape}"
                 f" with strides {memory.strides}"
             )
-        layout = _Layout(_as_shapes(shapes, "shapes"))
+        layout = Layout(_as_shapes(shapes, "shapes"))
         address = memory.__array_interface__["data"][0]
         skip = -address % _core.ALIGNMENT // dtype.itemsize
         if memory.size < layout.n + skip:
@@ -248,7 +189,7 @@ class FlatBuffer(Mapping[Key, Array]):
     @staticmethod
     def n_for(shapes: Any) -> int:
         """The number of elements, gaps included, that a buffer of these shapes takes."""
-        return _Layout(_as_shapes(shapes, "shapes")).n
+        return Layout(_as_shapes(shapes, "shapes")).n
 
     def zeros_like(
         self, dtype: DTypeLike | None = None, *, huge_pages: bool | None = None
@@ -296,8 +237,7 @@ class FlatBuffer(Mapping[Key, Array]):
 
     def __setitem__(self, key: Key, value: Any) -> None:
         view = self[key]
-        foreign = isinstance(value, np.ndarray) or hasattr(value, "__dlpack__")
-        array = as_array(value, "value") if foreign else np.asarray(value)
+        array = as_values(value, "value")
         if array.ndim and array.shape != view.shape:
             raise ValueError(f"value for [{key}] must have shape {view.shape}, got {array.shape}")
         view[...] = array

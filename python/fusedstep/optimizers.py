@@ -10,18 +10,16 @@ import fnmatch
 import inspect
 import math
 import re
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from fusedstep import _checkpoint, _core, _gpu
-from fusedstep._autograd import announcer
+from fusedstep import _arrays, _checkpoint, _core, _gpu, _lookahead
+from fusedstep._arrays import announcer, as_array, as_dtype, in_order, is_tensor, name_params
 from fusedstep._hypers import (
     AT_LEAST_0,
     FINITE,
@@ -34,7 +32,7 @@ from fusedstep._hypers import (
 from fusedstep._spec import LR, Spec
 from fusedstep._turn import new_turn
 from fusedstep._types import Array, Betas, Changes, Grads, Key, Options, Pair, Params, Rate, States
-from fusedstep.buffers import FlatBuffer, as_array, as_dtype
+from fusedstep.buffers import FlatBuffer
 from fusedstep.schedules import Resumed, Schedule, plateaus, resumed, stored
 
 
@@ -195,75 +193,6 @@ def _assignments(hypers: Mapping[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value in hypers.items()]
 
 
-def is_array(thing: Any) -> bool:
-    """Whether it is one array or NumPy scalar, not several."""
-    exports = hasattr(thing, "__dlpack__") or hasattr(thing, "__cuda_array_interface__")
-    return isinstance(thing, np.ndarray | np.generic) or exports
-
-
-def name_params(params: Params) -> dict[Key, Any]:
-    """Parameters in any form that an optimizer takes, by name or number."""
-    if isinstance(params, Mapping):
-        named = dict(params.items())
-        _check_lasting(params, named, map(params.__getitem__, named))
-    elif is_array(params):
-        named = {0: params}
-    elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
-        once = iter(params)
-        named = dict(enumerate(once))
-        if once is not params:  # an iterator can be asked only once
-            _check_lasting(params, named, params)
-    else:
-        raise TypeError(
-            "params must be an array, a FlatBuffer, or a sequence or dict of arrays,"
-            f" got {type(params).__name__}"
-        )
-    if len({str(key) for key in named}) < len(named):
-        raise ValueError(f"params must have distinct names, got {list(named)[:8]}")
-    return named
-
-
-def _check_lasting(params: Params, named: Mapping[Key, Any], again: Iterable[Any]) -> None:
-    """Raises ValueError where `again` gives other arrays: training would move copies of ours.
-
-    So do `np.load` of an .npz file, `shelve`, and the rows of a dataset in a file.
-    """
-    for key, first, second in zip_longest(named, named.values(), again):
-        arrays = is_array(first) + is_array(second)
-        if second is first or not arrays:  # of what is none the core says so
-            continue
-        if arrays == 1 or _core.address_of(first) != _core.address_of(second):
-            kind = "dict" if isinstance(params, Mapping) else "list"
-            raise ValueError(
-                "params must give the same arrays each time it is asked, got a"
-                f" {type(params).__name__} that makes params[{key}] anew: train the arrays of"
-                f" {kind}(params), and store them afterwards"
-            )
-
-
-def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Sequence[Any]:
-    """Gradients in any form that `step` takes, as a sequence in the parameters' order."""
-    if isinstance(grads, Mapping):
-        if grads.keys() != params.keys():
-            missing = [key for key in params if key not in grads][:8]
-            extra = [key for key in grads if key not in params][:8]
-            raise ValueError(
-                f"{name} must have the names of params, got missing {missing}, unknown {extra}"
-            )
-        return [grads[key] for key in params]
-    if isinstance(grads, list | tuple):
-        return grads
-    shapes = [getattr(p, "shape", None) for p in params.values()] if len(params) == 1 else []
-    if grads is None or is_array(grads) or (type(grads) in (float, int) and shapes == [()]):
-        return [grads]
-    if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
-        return list(grads)
-    raise TypeError(
-        f"{name} must be an array, a FlatBuffer, or a sequence or dict of arrays,"
-        f" got {type(grads).__name__}"
-    )
-
-
 class Optimizer:
     """What all optimizers share: groups, state, steps and checkpoints.
 
@@ -358,7 +287,7 @@ class Optimizer:
         self._index = device = None
         if params and self._buffer is None:
             label = f"params[{self._names[0]}]"
-            self._index = _gpu.index_of(params[0], label)
+            self._index = _arrays.index_of(params[0], label)
         if self._index is not None:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
             device = _gpu.needed(label, **known).device()
@@ -367,9 +296,7 @@ class Optimizer:
         )
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
-        torch = sys.modules.get("torch")
-        kind = torch.Tensor if torch else ()
-        self._tensors = {i: p for i, p in enumerate(params) if isinstance(p, kind)}
+        self._tensors = {i: p for i, p in enumerate(params) if is_tensor(p)}
 
     @property
     def _states(self) -> States:
@@ -461,7 +388,7 @@ class Optimizer:
             buffer: Mapping[Key, Any] = (
                 FlatBuffer.zeros(shapes, dtype)
                 if self._index is None
-                else _gpu.packed(shapes, dtype, self._index)
+                else _arrays.packed(shapes, dtype, self._index)
             )
             for i in indices:
                 view = buffer[i]
@@ -567,7 +494,7 @@ class Optimizer:
         if math.isinf(1 / scale):
             raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
         first = next(iter(self._params.values()), None)
-        stream = 0 if self._index is None else _gpu.stream_of(first, self._index)
+        stream = 0 if self._index is None else _arrays.stream_of(first, self._index)
         return Options(1 / scale, norm, skip_nonfinite, stream)
 
     @property
@@ -655,27 +582,11 @@ class Optimizer:
             entry: dict[str, Any] = {"step": clock[0]} if self.spec.counts_steps else {}
             entry.update(zip(self.spec.carried, clock[1:], strict=False))
             entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
-            state[i] = self._as_torch(entry) if i in self._tensors else entry
+            state[i] = _arrays.as_tensors(entry) if i in self._tensors else entry
         groups = [stored for stored in groups if stored["params"]]
         whole = {"state": state, "param_groups": groups, "step": self.steps}
         schedules = [group._stored() for group in self._groups if group._params]
         return {**whole, "schedules": schedules} if any(schedules) else whole
-
-    @staticmethod
-    def _as_torch(entry: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state in tensors."""
-        torch = sys.modules["torch"]
-        result = {}
-        for name, value in entry.items():
-            if isinstance(value, np.ndarray):
-                result[name] = torch.from_numpy(value)
-            elif isinstance(value, _gpu.Array):
-                result[name] = torch.as_tensor(value, device=value.device)
-            else:  # torch's float32 where that is exact
-                exact = name == "step" and value <= 2**24
-                dtype = torch.float32 if exact else torch.float64
-                result[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
-        return result
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
@@ -907,7 +818,7 @@ class Optimizer:
             if name in self._states:
                 if value is None:  # torch before the first step with momentum
                     continue
-                array = as_array(_gpu.to_host(value), label)
+                array = as_array(_arrays.to_host(value), label)
                 if array.shape != self._shapes[i]:
                     raise ValueError(
                         f"{label} must have shape {self._shapes[i]}, got {array.shape}"
@@ -976,34 +887,6 @@ class Optimizer:
             head = f"group {k} ({len(group._params)}): " if len(self._groups) > 1 else ""
             lines.append(head + ", ".join(_assignments(group._hypers)))
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
-
-
-def _check_lookahead(groups: Iterable[Mapping[str, float]]) -> None:
-    """Raises ValueError where a look-ahead would not be Nesterov's method."""
-    groups = list(groups)
-    if any(group["nesterov"] for group in groups) or not any(g["momentum"] for g in groups):
-        given = [f"momentum={g['momentum']}, nesterov={bool(g['nesterov'])}" for g in groups]
-        raise ValueError(f"lookahead needs momentum > 0 and nesterov = False, got {given}")
-
-
-def step_along(moving: Iterable[tuple[Any, Any, float]]) -> None:
-    """Takes each (array, direction, rate) to array - rate * direction, by a step of plain SGD."""
-    together: dict[float, tuple[list[Any], list[Any]]] = {}
-    for array, direction, rate in moving:
-        arrays, directions = together.setdefault(rate, ([], []))
-        arrays.append(array)
-        directions.append(direction)
-    for rate, (arrays, directions) in together.items():
-        SGD(arrays, lr=rate).step(directions)
-
-
-def _look_ahead(moving: Sequence[tuple[Array, Array, float]]) -> None:
-    """Takes each array to its look-ahead point, in the type that steps compute in."""
-    wide = [(np.asarray(array, along.dtype), along, reach) for array, along, reach in moving]
-    step_along(wide)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN as in a step
-        for (array, *_), (moved, *_) in zip(moving, wide, strict=True):
-            np.copyto(array, moved, casting="same_kind")
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -1100,14 +983,16 @@ class SGD(Optimizer):
         """
         natives = self._current()
         numbers = list(map(self.spec.numbers, natives))
-        _check_lookahead(numbers)
+        _lookahead.check(numbers)
         arrays = [as_array(p, f"params[{key}]") for key, p in self._params.items()]
         moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
         announced = [i for i, _ in moving if i in self._tensors]
         reaches = [group["lr"] * group["momentum"] for group in numbers]
         try:
-            _look_ahead([(arrays[i], b, reaches[self._group_of[i]]) for i, b in moving])
+            _lookahead.look_ahead(
+                SGD, [(arrays[i], b, reaches[self._group_of[i]]) for i, b in moving]
+            )
             self._announce(announced)
             self._ahead = True
             yield

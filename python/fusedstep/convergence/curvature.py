@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedstep._hypers import POSITIVE, as_float, as_integer, check
-from fusedstep.buffers import as_array
+from fusedstep._arrays import as_array, as_float, in_order, is_tensor, loaded_torch, name_params
+from fusedstep._hypers import POSITIVE, as_integer, check
 from fusedstep.convergence.arrays import Array
-from fusedstep.optimizers import in_order, name_params
 
 # Up to this many parameters the whole Hessian is formed, of which nothing is left to estimate.
 _DENSE = 32
@@ -217,22 +215,17 @@ class _Hessian:
 
     def _begin(self, result: Any) -> None:
         """Looks at what `grad_fn` returns: the loss, or gradients."""
-        torch = sys.modules.get("torch")
+        torch = loaded_torch()
         shape = tuple(getattr(result, "shape", ()))
         is_gradient = shape != () and [shape] == self._shapes
-        if (
-            torch is not None
-            and isinstance(result, torch.Tensor)
-            and result.requires_grad
-            and not is_gradient
-        ):
+        if is_tensor(result) and result.requires_grad and not is_gradient:
             if shape:
                 raise ValueError(
                     "grad_fn must return a loss of no dimensions or gradients of the parameters'"
                     f" shapes, got {shape}"
                 )
             for key, one in self._named.items():
-                if not isinstance(one, torch.Tensor) or not one.requires_grad:
+                if not is_tensor(one) or not one.requires_grad:
                     kind = f"{type(one).__name__} with requires_grad=False"
                     raise TypeError(
                         f"params[{key}] must be a tensor that requires grad where grad_fn returns a"
@@ -272,7 +265,7 @@ class _Hessian:
         return result
 
     def _exact(self, v: Array) -> Array:
-        torch = sys.modules["torch"]
+        torch = loaded_torch()
         parts = [
             torch.as_tensor(part, dtype=tensor.dtype, device=tensor.device).reshape(tensor.shape)
             for part, tensor in zip(self._parts(v), self._tensors, strict=True)

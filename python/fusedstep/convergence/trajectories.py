@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fusedstep as fs
+from fusedstep._arrays import as_array
 from fusedstep._hypers import as_integer
-from fusedstep.buffers import as_array
 from fusedstep.convergence.arrays import as_finite
 
 

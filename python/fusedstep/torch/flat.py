@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusedstep._autograd import announcer
-from fusedstep.buffers import _Layout
+from fusedstep._arrays import announcer
+from fusedstep._layout import Layout
 from fusedstep.torch.tensors import (
     DTYPES,
     allocate,
@@ -35,7 +35,7 @@ class _Memory:
     """
 
     def __init__(self, like: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        layout = _Layout({i: (tensor.numel(),) for i, tensor in enumerate(like)})
+        layout = Layout({i: (tensor.numel(),) for i, tensor in enumerate(like)})
         self._whole = allocate(layout.n, dtype, like[0].device)
         self.views = [
             self._whole.as_strided(tensor.shape, dense_strides(tensor), at)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fusedstep._hypers import HYPERS, as_index, as_integer, at_step
+from fusedstep._arrays import as_index
+from fusedstep._hypers import HYPERS, as_integer, at_step
 from fusedstep.schedules import Resumed, plateaus, resumed, stored
 
 _Function = Callable[[int], Any]

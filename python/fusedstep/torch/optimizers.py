@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.optim import optimizer as torch_optimizer
 
-from fusedstep import _checkpoint, _core
+from fusedstep import _checkpoint, _core, _lookahead
 from fusedstep import optimizers as neutral
-from fusedstep._autograd import announcer
-from fusedstep._hypers import AT_LEAST_0, HYPERS, as_float, as_number, is_scheduled
+from fusedstep._arrays import announcer, as_float
+from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
 from fusedstep._spec import STATES, Spec
 from fusedstep._turn import Turn, new_turn
 from fusedstep._types import PLAIN, Options
@@ -778,7 +778,7 @@ class LookAhead(Optimizer):
         for group, (*_, lr) in zip(numbers, rows, strict=True):
             if lr is not None:
                 group["lr"] = float(lr)
-        neutral._check_lookahead(numbers)
+        _lookahead.check(numbers)
         moving = []
         for (params, *_), group in zip(rows, numbers, strict=True):
             for param in params:
@@ -821,7 +821,8 @@ def _look_ahead(moving: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
         plain = (local(t).detach().resolve_conj().resolve_neg() for t in (param, buffer))
         moved, along = (t.to(state_dtype(param)).contiguous() for t in plain)
         wide.append((moved, along, reach))
-    neutral.step_along((_as_reals(moved), _as_reals(along), reach) for moved, along, reach in wide)
+    reals = [(_as_reals(moved), _as_reals(along), reach) for moved, along, reach in wide]
+    _lookahead.step_along(neutral.SGD, reals)
     for (param, *_), (moved, *_) in zip(moving, wide, strict=True):
         local(param).copy_(moved)
     announcer()([param for param, *_ in moving])  # a shard's own writes are not its DTensor's

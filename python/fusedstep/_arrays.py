@@ -1,0 +1,371 @@
+"""Arrays of NumPy, torch, CuPy, Numba and whatever exports DLPack.
+
+Outside fusedstep.torch the only module that knows them apart.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from itertools import zip_longest
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fusedstep import _core, _gpu
+from fusedstep._layout import Layout
+from fusedstep._types import Grads, Key, Params
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")  # that the kernels take
+
+_CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
+
+# -- one number -----------------------------------------------------------------------------------
+
+
+def as_float(value: Any) -> float | None:
+    """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
+    if hasattr(value, "detach"):  # a torch tensor, which warns when one under autograd is read
+        value = value.detach()
+    dtype = str(getattr(value, "dtype", ""))
+    if "bool" in dtype or "complex" in dtype:
+        return None
+    if isinstance(value, str | bytes | bool | np.bool_ | list | tuple):
+        return None
+    try:
+        return None if np.ndim(value) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor without memory
+        return None
+    except OverflowError:
+        return math.inf
+
+
+def as_index(value: Any) -> int | None:
+    """An integer of any kind as an int; None for a bool, an array or anything else."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return None if getattr(value, "ndim", 0) else operator.index(value)
+    except TypeError:
+        return None
+
+
+# -- arrays in the CPU's memory -------------------------------------------------------------------
+
+
+def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
+    """`dtype` as NumPy's, `"bfloat16"` included; TypeError for one that no kernel takes."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'",
+                name="ml_dtypes",
+            ) from error
+        dtype = ml_dtypes.bfloat16
+    if dtype is None:
+        raise TypeError(f"{name} must be {', '.join(DTYPES)}, got None")
+    try:
+        result: np.dtype[Any] = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {dtype!r}") from None
+    if not result.isnative:
+        raise ValueError(f"{name} must be in native byte order, got {result!r}")
+    if result.name not in DTYPES:
+        raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {result.name}")
+    return result
+
+
+def as_array(value: Any, name: str) -> NDArray[Any]:
+    """A NumPy view of `value`, a NumPy array, torch CPU tensor or DLPack exporter; never a copy.
+
+    It is read-only where nothing says that the memory may be written.
+    """
+    array, is_bfloat16 = _core.array_of(value, name)
+    return array.view(as_dtype("bfloat16", name)) if is_bfloat16 else array
+
+
+def as_values(value: Any, name: str) -> NDArray[Any]:
+    """`as_array` of an array, NumPy's conversion of anything else."""
+    exports = isinstance(value, np.ndarray) or hasattr(value, "__dlpack__")
+    return as_array(value, name) if exports else np.asarray(value)
+
+
+def is_array(thing: Any) -> bool:
+    """Whether it is one array or NumPy scalar, not several."""
+    exports = hasattr(thing, "__dlpack__") or hasattr(thing, "__cuda_array_interface__")
+    return isinstance(thing, np.ndarray | np.generic) or exports
+
+
+def name_params(params: Params) -> dict[Key, Any]:
+    """Parameters in any form that an optimizer takes, by name or number."""
+    if isinstance(params, Mapping):
+        named = dict(params.items())
+        _check_lasting(params, named, map(params.__getitem__, named))
+    elif is_array(params):
+        named = {0: params}
+    elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
+        once = iter(params)
+        named = dict(enumerate(once))
+        if once is not params:  # an iterator can be asked only once
+            _check_lasting(params, named, params)
+    else:
+        raise TypeError(
+            "params must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+            f" got {type(params).__name__}"
+        )
+    if len({str(key) for key in named}) < len(named):
+        raise ValueError(f"params must have distinct names, got {list(named)[:8]}")
+    return named
+
+
+def _check_lasting(params: Params, named: Mapping[Key, Any], again: Iterable[Any]) -> None:
+    """Raises ValueError where `again` gives other arrays: training would move copies of ours.
+
+    So do `np.load` of an .npz file, `shelve`, and the rows of a dataset in a file.
+    """
+    for key, first, second in zip_longest(named, named.values(), again):
+        arrays = is_array(first) + is_array(second)
+        if second is first or not arrays:  # of what is none the core says so
+            continue
+        if arrays == 1 or _core.address_of(first) != _core.address_of(second):
+            kind = "dict" if isinstance(params, Mapping) else "list"
+            raise ValueError(
+                "params must give the same arrays each time it is asked, got a"
+                f" {type(params).__name__} that makes params[{key}] anew: train the arrays of"
+                f" {kind}(params), and store them afterwards"
+            )
+
+
+def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Sequence[Any]:
+    """Gradients in any form that `step` takes, as a sequence in the parameters' order."""
+    if isinstance(grads, Mapping):
+        if grads.keys() != params.keys():
+            missing = [key for key in params if key not in grads][:8]
+            extra = [key for key in grads if key not in params][:8]
+            raise ValueError(
+                f"{name} must have the names of params, got missing {missing}, unknown {extra}"
+            )
+        return [grads[key] for key in params]
+    if isinstance(grads, list | tuple):
+        return grads
+    shapes = [getattr(p, "shape", None) for p in params.values()] if len(params) == 1 else []
+    if grads is None or is_array(grads) or (type(grads) in (float, int) and shapes == [()]):
+        return [grads]
+    if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
+        return list(grads)
+    raise TypeError(
+        f"{name} must be an array, a FlatBuffer, or a sequence or dict of arrays,"
+        f" got {type(grads).__name__}"
+    )
+
+
+# -- torch's tensors ------------------------------------------------------------------------------
+
+
+def loaded_torch() -> Any:
+    """torch where it has been imported, as it is where there is a tensor; else None."""
+    return sys.modules.get("torch")
+
+
+def is_tensor(thing: Any) -> bool:
+    """Whether it is a torch tensor."""
+    torch = loaded_torch()
+    return torch is not None and isinstance(thing, torch.Tensor)
+
+
+def as_tensors(entry: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state in tensors."""
+    torch = loaded_torch()
+    result = {}
+    for name, value in entry.items():
+        if isinstance(value, np.ndarray):
+            result[name] = torch.from_numpy(value)
+        elif isinstance(value, Array):
+            result[name] = torch.as_tensor(value, device=value.device)
+        else:  # torch's float32 where that is exact
+            exact = name == "step" and value <= 2**24
+            dtype = torch.float32 if exact else torch.float64
+            result[name] = torch.tensor(float(value), dtype=dtype, device="cpu")
+    return result
+
+
+@cache
+def announcer() -> Callable[[list[Any]], None]:
+    """torch's function that raises the version of tensors, so that a stale backward raises.
+
+    The one in C where there is: no signal's handler runs inside it.
+    """
+    torch = loaded_torch()
+    public = torch.autograd.graph.increment_version
+    for found in (getattr(torch._C, "_increment_version", public), public):
+        try:
+            found([])
+        except TypeError:  # torch before 2.6 takes one tensor at a time
+            continue
+        return found  # type: ignore[no-any-return]  # torch is not followed
+
+    def one_by_one(tensors: list[Any]) -> None:
+        for tensor in tensors:
+            public(tensor)
+
+    return one_by_one
+
+
+# -- arrays in a GPU's memory ---------------------------------------------------------------------
+
+
+def index_of(array: Any, label: str = "params") -> int | None:
+    """The CUDA device whose memory an array, which errors call `label`, is in; else None."""
+    if isinstance(array, np.ndarray | Array):
+        return None if isinstance(array, np.ndarray) else array.index
+    if hasattr(array, "__dlpack_device__"):
+        try:
+            kind, index = array.__dlpack_device__()
+        except (ValueError, BufferError):  # unknown to DLPack, as torch's meta
+            return None
+        return int(index) if int(kind) in _CUDA else None
+    try:
+        address = array.__cuda_array_interface__["data"][0]
+    except (AttributeError, KeyError, TypeError):  # none, or one that the core says is wrong
+        return None
+    return int(_gpu.needed(label, "of a GPU").index_of(address)) if address else 0
+
+
+def stream_of(array: Any, index: int) -> int:
+    """The stream on which the array's own library works at the moment; 0 is CUDA's default."""
+    cupy = sys.modules.get("cupy")
+    if is_tensor(array):
+        return int(loaded_torch().cuda.current_stream(index).cuda_stream)
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        with cupy.cuda.Device(index):
+            return int(cupy.cuda.get_current_stream().ptr)
+    shown = getattr(array, "__cuda_array_interface__", None)
+    stream = shown.get("stream") if isinstance(shown, dict) else None
+    return 0 if stream in (None, 1) else int(stream)
+
+
+def to_host(value: Any) -> Any:
+    """The values of an array on a GPU as NumPy's; anything else as it is."""
+    if isinstance(value, Array):
+        return np.asarray(value)
+    if isinstance(value, np.ndarray) or index_of(value) is None:
+        return value
+    if hasattr(value, "detach"):
+        return value.detach().cpu()
+    if hasattr(value, "get"):
+        return value.get()  # CuPy
+    if hasattr(value, "copy_to_host"):
+        return value.copy_to_host()  # Numba
+    raise TypeError(
+        f"value must be a NumPy, torch, CuPy or Numba array, got {type(value).__name__}"
+    )
+
+
+class Array:
+    """An array in a GPU's memory, which fusedstep allocated: an optimizer's state.
+
+    `cupy.asarray(a)` and `torch.as_tensor(a)` are views of it, through `__cuda_array_interface__`,
+    for use on the stream that steps run on. `numpy.asarray(a)` is a copy in the CPU's memory, and
+    `a[...] = x` copies into it; both wait for the device.
+    """
+
+    __array_priority__ = 1
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, index: int, memory: Any = None, offset: int = 0
+    ) -> None:
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.dtype, self.index = np.dtype(dtype), index
+        self._offset = offset  # in bytes
+        nbytes = prod(self.shape) * self.dtype.itemsize
+        self._memory = _gpu.needed("state").Allocation(nbytes, index) if memory is None else memory
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return int(self.size * self.dtype.itemsize)
+
+    @property
+    def device(self) -> str:
+        """Its device, as `cuda:0`."""
+        return f"cuda:{self.index}"
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self._memory.address + self._offset, False),
+            "strides": None,
+            "version": 3,
+            "stream": None,
+        }
+
+    def view(self, offset: int, shape: tuple[int, ...]) -> Array:
+        """Elements from `offset` on of this one-dimensional array, seen with a shape."""
+        at = self._offset + offset * self.dtype.itemsize
+        return Array(shape, self.dtype, self.index, self._memory, at)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy is False:
+            raise ValueError("copy must not be False: the array is in a GPU's memory")
+        result = np.empty(self.shape, self.dtype)
+        self._memory.read(self._offset, result)
+        return result if dtype is None else result.astype(dtype)
+
+    def astype(self, dtype: Any) -> np.ndarray[Any, Any]:
+        """Its values in the CPU's memory."""
+        return np.asarray(self).astype(dtype)
+
+    def copy(self) -> np.ndarray[Any, Any]:
+        """Its values in the CPU's memory."""
+        return np.asarray(self)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key is not Ellipsis:
+            raise TypeError(f"key must be ..., got {key!r}: the array is in a GPU's memory")
+        values = np.empty(self.shape, self.dtype)
+        np.copyto(values, to_host(value), casting="same_kind")
+        self._memory.write(self._offset, values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Array:
+        result = Array(self.shape, self.dtype, self.index)
+        result[...] = self
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (np.asarray(self), self.index)
+
+    def __repr__(self) -> str:
+        return f"Array({np.asarray(self)!r}, {self.device})"
+
+
+def packed(shapes: dict[Any, tuple[int, ...]], dtype: Any, index: int) -> dict[Any, Array]:
+    """Zeroed arrays of these shapes, laid out as a FlatBuffer's in one allocation on a device."""
+    layout = Layout(shapes)
+    flat = Array((layout.n,), dtype, index)
+    return {
+        key: flat.view(at, shape)
+        for (key, shape), at in zip(shapes.items(), layout.offsets, strict=True)
+    }
+
+
+def _restored(values: np.ndarray[Any, Any], index: int) -> Array:
+    result = Array(values.shape, values.dtype, index)
+    result[...] = values
+    return result
+
+
+_gpu._restored = _restored  # type: ignore[attr-defined]  # where pickles of 0.1.0 look for it

@@ -1,0 +1,102 @@
+"""Who may import whom in the package, and who may know array libraries: read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "python" / "fusedstep"
+
+
+def module_of(path):
+    parts = ["fusedstep", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {module_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+COMPILED = ("fusedstep._core", "fusedstep._cuda")
+
+# Imported when they are called for, as each takes longer to import than all that a step needs.
+LAZY = {
+    "fusedstep.__main__": {
+        *("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery")
+    },
+    "fusedstep.gallery": {"fusedstep.gallery.page"},
+}
+
+# Where torch itself is what is measured, drawn or trained.
+OF_TORCH = ("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery.")
+
+
+def imports_of(node):
+    """The modules of ours that import statements below a node name, and what they take of each."""
+    for one in ast.walk(node):
+        if isinstance(one, ast.Import):
+            yield from ((alias.name, None) for alias in one.names)
+        elif isinstance(one, ast.ImportFrom):
+            for alias in one.names:
+                whole = f"{one.module}.{alias.name}"
+                is_module = whole in TREES or whole in COMPILED
+                yield (whole, None) if is_module else (one.module, alias.name)
+
+
+def ours(node):
+    return {name for name, _ in imports_of(node) if name.split(".")[0] == "fusedstep"}
+
+
+def functions(tree):
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def at_once(name):
+    """What a module imports as it is imported itself."""
+    tree, later = TREES[name], set()
+    for node in functions(tree):
+        later |= set(ast.walk(node)) - {node}
+    for node in ast.walk(tree):  # `if TYPE_CHECKING:`
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            later |= set(ast.walk(node)) - {node}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return {one for node in found if node not in later for one in ours(node)}
+
+
+def test_imports_make_no_circle():
+    # The package's own name stands for its modules: `from fusedstep import _core`.
+    graph = {name: at_once(name) & TREES.keys() - {"fusedstep"} for name in TREES}
+    while done := {name for name, needed in graph.items() if not needed & graph.keys()}:
+        graph = {name: needed for name, needed in graph.items() if name not in done}
+    assert not graph
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_inside_functions_are_the_listed_ones(name):
+    found = {one for node in functions(TREES[name]) for one in ours(node)}
+    assert found == LAZY.get(name, set())
+
+
+@pytest.mark.parametrize("name", [name for name in TREES if name.startswith("fusedstep.torch")])
+def test_torch_layer_takes_nothing_private_of_the_neutral_classes(name):
+    for module, member in imports_of(TREES[name]):
+        assert module not in ("fusedstep._optimizer", "fusedstep._groups")
+        assert module != "fusedstep.optimizers" or not (member or "").startswith("_")
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            owner = ast.unparse(node.value).split(".")[-1]
+            assert owner not in ("neutral", "_neutral", "spec", "_spec"), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_array_libraries_are_known_in_one_module(name):
+    if name == "fusedstep._arrays" or name.startswith(("fusedstep.torch", *OF_TORCH)):
+        return
+    libraries = {"torch", "cupy", "numba", "ml_dtypes", "jax", "tensorflow"}
+    assert not libraries & {one.split(".")[0] for one, _ in imports_of(TREES[name])}
+    tree = TREES[name]
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    words = ("__dlpack", "__cuda_array_interface__", "sys.modules")
+    for node in ast.walk(tree):
+        text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
+        if isinstance(node, ast.Constant) and not isinstance(parents[node], ast.Expr):
+            text = str(node.value)
+        assert not any(word in text for word in words), text
