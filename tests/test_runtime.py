@@ -227,7 +227,7 @@ def test_core_stub_agrees_with_the_module(tmp_path):
     # pybind11's classes have a metaclass of its own, which is not worth a place in the stub. The
     # class's members are still compared.
     allowed = tmp_path / "allowed"
-    allowed.write_text("fusedstep._core.StepTable\nfusedstep._core.TensorTable\n")
+    allowed.write_text("fusedstep._core.ArrayTable\nfusedstep._core.TensorTable\n")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mypy.stubtest", "fusedstep._core"),

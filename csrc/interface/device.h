@@ -6,6 +6,7 @@
 
 #include "clock.h"
 #include "group.h"
+#include "options.h"
 
 namespace fusedstep {
 
@@ -19,55 +20,17 @@ struct Place {
   void* stream = nullptr;
 };
 
-// A number in device memory, float32 or float64; null where there is none.
-struct Live {
-  void* at;
-  DType dtype;
-  int padding = 0;  // tables are compared as bytes
-};
-
-// What a step is asked beside gradients and hyperparameters.
-struct Control {
-  double factor = 1;                  // multiplies the gradients, before their norm is taken
-  bool measure = false;               // the global norm of the gradients is wanted
-  double max_norm = __builtin_inf();  // to which it is clipped
-  bool skip_nonfinite = false;        // an infinite or NaN gradient: nothing changes at all
-
-  // On a device only. With live counts the device alone knows how many updates a tensor has had, and
-  // prepares the scalars: a skipped step does not count, and a recorded one counts when replayed.
-  void* stream = nullptr;
-  bool live = false;
-  Live scale = {nullptr, DType::f32};      // the gradients were multiplied by it
-  Live found_inf = {nullptr, DType::f32};  // not 0: nothing changes at all
-  Live norm = {nullptr, DType::f64};       // where the norm is to be written
-};
-
-// What follows from the gradients' norm.
-struct Verdict {
-  double norm, factor;  // the factor clips too
-  int skip;
-};
-
 constexpr int kCounts = 1 + sizeof(Clock::carry) / sizeof(double);
 
+// One tensor of a step on a device.
 struct DeviceTensor {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];
-  int64_t n;
-  int pair;       // in kTypePairs
-  unsigned uses;  // bit i: the step has state i
-  int row;        // in DeviceStep's rows, or with live counts in its groups
+  Segment segment;  // its row with live counts: its group
   // With live counts:
   int64_t slot;  // where the device keeps the tensor's clock, one for each tensor
-  bool enters;   // and `clock` is to be put there first
+  int enters;    // whether `clock` is to be put there first
+  int padding = 0;
   Clock clock;
-  Live shown[kCounts];  // numbers that show the clock, and that the user may set
-};
-
-struct DeviceGroup {
-  Group group;
-  Live lr;  // in place of the group's, if there
+  Stream shown[kCounts];  // numbers that show the clock, and that the user may set
 };
 
 struct DeviceStep {
@@ -76,9 +39,9 @@ struct DeviceStep {
   size_t n_tensors;
   const Row* rows;
   size_t n_rows;
-  const DeviceGroup* groups;
+  const Group* groups;
   size_t n_groups;
-  Control control;
+  Options options;
 };
 
 // Every function but `close` returns null, or what went wrong, which is said until the thread's next

@@ -10,13 +10,7 @@ struct Group {
   int maximize, decoupled;  // flags; ints leave no padding, as tables are compared as bytes
   double weight_decay;
   double hypers[kMaxHypers];  // in the rule's order, lr first
-};
-
-// What an update multiplies by, in double; a kernel rounds each once, to the type it computes in.
-struct Row {
-  double scalars[kMaxScalars];  // [0] gradient factor, [1] decay, [2...] the rule's own
-  int variant;
-  Decay decay;
+  Stream lr = {};             // in the device's memory, in place of the first hyperparameter
 };
 
 }  // namespace fusedstep

@@ -4,31 +4,81 @@
 
 #include <cstdint>
 
+#include "format.h"
+
 namespace fusedstep {
 
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-enum class DType : int { f32, f64, bf16, f16 };
-constexpr int kDTypes = 4;
-
-constexpr int kMaxStates = 3;    // AMSGrad and RMSprop (centered, momentum) have the most
-constexpr int kMaxVariants = 4;  // RMSprop: centered or not, momentum or not
+constexpr int kMaxStates = 6;    // of a rule; its list of states is refused if it is longer
+constexpr int kMaxVariants = 8;  // of a rule: RMSprop has 4, centered or not, with momentum or not
 constexpr int kMaxScalars = 16;  // per-step constants of one rule, the two common ones included
 constexpr int kMaxHypers = 16;
 
+// A set of a rule's states, bit i for state i of its list.
+using StateMask = unsigned;
+
+// What a rule keeps for each element between steps.
+enum class Sign : int { kAny, kPositive };  // kPositive: never below 0, as a mean of squares
+struct State {
+  const char* name;  // torch's key in a state_dict
+  Sign sign;
+};
+struct StateList {
+  State state[kMaxStates];  // those there are come first
+};
+
+// The streams of one tensor, in this order everywhere.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kStreams = kState + kMaxStates;
+
+// One contiguous run of elements that share a row: a tensor, or a whole flat buffer.
+struct Segment {
+  Stream stream[kStreams];  // a tensor without a gradient sits the step out
+  int64_t n = 0;            // elements
+  int row = 0;              // in the step's rows
+  int padding = 0;
+};
+
 // How weight decay enters: kCoupled adds weight_decay*p to the gradient; kScaled multiplies p by
 // scalars[1], which is 1 - lr*weight_decay, or 1 where there is no decay at all.
-enum Decay : int { kScaled, kCoupled, kDecays };
+enum Decay : int { kScaled, kCoupled };
 
-struct Segment;
+// What an update multiplies by, in double; a kernel rounds each once, to the type it computes in.
+struct Row {
+  double scalars[kMaxScalars];  // [0] gradient factor, [1] decay, [2...] the rule's own
+  int variant;
+  Decay decay;
+};
 
-// Updates elements [begin, end) of a segment.
-using Kernel = void (*)(const Segment& segment, int64_t begin, int64_t end);
+// What a kernel takes as it lies in memory. Anything else goes through blocks in the first-level
+// cache, in the first shape for float32 or the second for float64, which is how every segment's tail
+// goes. A line that is not one of these two is there because staging was measured to be slower.
+struct Shape {
+  Format param, grad, state;
+};
+constexpr Shape kShapeList[] = {
+    {Format::kF32, Format::kF32, Format::kF32},   {Format::kF64, Format::kF64, Format::kF64},
+    {Format::kBf16, Format::kBf16, Format::kF32}, {Format::kF16, Format::kF16, Format::kF32},
+    {Format::kF32, Format::kBf16, Format::kF32},  {Format::kF32, Format::kF16, Format::kF32},
+};
+constexpr int kShapes = sizeof(kShapeList) / sizeof(kShapeList[0]);
+
+// Updates n elements, whole registers, of streams in a shape's formats that begin at `at`.
+using Update = void (*)(const Row& row, void* const* at, int64_t n);
+
+struct RuleKernels {
+  Update update[kMaxVariants][kShapes];  // null where a rule has fewer variants
+  StateMask states[kMaxVariants];        // that the variant has
+};
+
+// Elements [at, at + n) of a stream to or from floats or doubles; decode pads them with zeros to
+// whole registers.
+struct Codec {
+  void (*decode)(const Stream& stream, int64_t at, int64_t n, void* to);
+  void (*encode)(const Stream& stream, int64_t at, int64_t n, const void* from);
+};
+
+// Updates elements [begin, end) of a segment in any formats.
+using Sweep = void (*)(int rule, const Segment& segment, const Row& row, int64_t begin,
+                       int64_t end);
 
 // The gradients' sum of squares: blocks of kNormBlock elements, each in kNormLanes partial sums.
 constexpr int kNormLanes = 16;
@@ -38,33 +88,13 @@ constexpr int kNormBlock = 512;
 // sums[b - begin] and returns whether all elements read are finite.
 using Squares = bool (*)(const void* grad, int64_t n, int64_t begin, int64_t end, double* sums);
 
-// One contiguous run of elements that share their scalars: a tensor, or a whole flat buffer.
-struct Segment {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];  // null where the variant has no such state
-  int64_t n;                // elements
-  const double* scalars;    // [0] gradient factor, [1] decay, [2...] the rule's own
-  Kernel kernel;
-};
-
-// Parameter and gradient types that are compiled in, in the order of Kernels::find's last index.
-struct TypePair {
-  DType param, grad;
-};
-constexpr TypePair kTypePairs[] = {
-    {DType::f32, DType::f32}, {DType::f64, DType::f64},  {DType::bf16, DType::bf16},
-    {DType::f16, DType::f16}, {DType::f32, DType::bf16}, {DType::f32, DType::f16},
-};
-constexpr int kPairs = sizeof(kTypePairs) / sizeof(kTypePairs[0]);
-
-constexpr int kRules = 12;  // the length of rules/registry.h, checked there
-
 // Everything one instruction set offers.
 struct Kernels {
-  Kernel find[kRules][kMaxVariants][kDecays][kPairs];  // null where a rule has fewer variants
-  Squares squares[kDTypes];                            // by the gradient's DType
-  int lanes;                                           // float32 elements per register
+  const RuleKernels* rules;  // by the rule's number
+  Sweep sweep;
+  Codec codec[kFormats][2];   // to and from float, double
+  Squares squares[kFormats];  // by the gradient's format
+  int lanes;                  // float32 elements per register
 };
 
 }  // namespace fusedstep

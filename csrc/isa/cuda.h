@@ -3,8 +3,6 @@
 
 #include <cuda_fp16.h>
 
-#include "interface/kernels.h"
-
 #define FN __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 
@@ -43,31 +41,28 @@ struct F64 {
   FN friend F64 select_gt(F64 a, F64 b, F64 x, F64 y) { return a.v > b.v ? x : y; }
 };
 
+// As for a CPU's registers (lanes.h), of one lane.
 template <class V>
-FN V load(const float* from) {
+FN V load(const decltype(V::v)* from) {
   return *from;
-}
-template <class V>
-FN V load(const double* from) {
-  return *from;
-}
-template <class V>
-FN V load(const bf16* from) {
-  return __uint_as_float(static_cast<uint32_t>(from->bits) << 16);
-}
-template <class V>
-FN V load(const f16* from) {
-  return __half2float(__half(__half_raw{from->bits}));
 }
 FN void store(float* to, F32 x) { *to = x.v; }
 FN void store(double* to, F64 x) { *to = x.v; }
-FN void store(bf16* to, F32 x) {
-  const uint32_t word = __float_as_uint(x.v);
-  const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
-  to->bits = static_cast<uint16_t>(nan ? (word >> 16) | 0x40u : rounded);
+FN uint32_t words_of(F32 x) { return __float_as_uint(x.v); }
+template <int N>
+FN F32 float_of(uint32_t word) {
+  return __uint_as_float(word);
 }
-FN void store(f16* to, F32 x) { to->bits = __half_raw(__float2half_rn(x.v)).x; }
+template <int N>
+FN uint32_t load_high(const uint16_t* from) {
+  return static_cast<uint32_t>(*from) << 16;
+}
+template <int N>
+FN void store_high(uint16_t* to, uint32_t x) {
+  *to = static_cast<uint16_t>(x >> 16);
+}
+FN F32 load_f16(const uint16_t* from) { return __half2float(__half(__half_raw{*from})); }
+FN void store_f16(uint16_t* to, F32 x) { *to = __half_raw(__float2half_rn(x.v)).x; }
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

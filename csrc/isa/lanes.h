@@ -4,8 +4,6 @@
 
 #include <stdint.h>
 
-#include "interface/kernels.h"
-
 #define FN [[gnu::always_inline]] inline
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -88,7 +86,7 @@ struct Lanes {
   }
 };
 
-// load<V> and store convert between a storage type and V, one overload per type; fp16 is the set's.
+// A register in memory.
 template <class V>
 FN V load(const typename V::Scalar* from) {
   return V::of(*reinterpret_cast<const typename V::Unaligned*>(from));
@@ -98,31 +96,41 @@ FN void store(T* to, Lanes<T, N> x) {
   *reinterpret_cast<typename Lanes<T, N>::Unaligned*>(to) = x.v;
 }
 
-// N sixteen-bit patterns in memory, for bf16 and fp16.
+// The bits of floats as words, and words of which only the upper half is in memory.
 template <int N>
-FN vector<uint16_t, N> load_halves(const void* from) {
-  return *static_cast<const typename Vector<uint16_t, N>::unaligned*>(from);
+FN vector<uint32_t, N> words_of(Lanes<float, N> x) {
+  return bits<vector<uint32_t, N>>(x.v);
 }
 template <int N>
-FN void store_halves(void* to, vector<uint16_t, N> x) {
-  *static_cast<typename Vector<uint16_t, N>::unaligned*>(to) = x;
+FN Lanes<float, N> float_of(vector<uint32_t, N> word) {
+  return Lanes<float, N>::of(bits<vector<float, N>>(word));
+}
+template <int N>
+FN vector<uint32_t, N> load_high(const uint16_t* from) {
+  const auto halves = *reinterpret_cast<const typename Vector<uint16_t, N>::unaligned*>(from);
+  return convert<uint32_t, uint16_t, N>(halves) << 16;
+}
+template <int N>
+FN void store_high(uint16_t* to, vector<uint32_t, N> x) {
+  *reinterpret_cast<typename Vector<uint16_t, N>::unaligned*>(to) =
+      convert<uint16_t, uint32_t, N>(x >> 16);
 }
 
+// Floats as doubles, exactly, and doubles rounded to floats. One value at a time: GCC makes
+// whole-register conversions of these loops, but puts __builtin_convertvector together from halves.
+template <int N>
+FN void widen(Lanes<float, N> x, double* to) {
+  float lanes[N];
+  store(lanes, x);
+  UNROLL
+  for (int l = 0; l < N; ++l) to[l] = lanes[l];
+}
 template <class V>
-FN V load(const bf16* from) {
-  const auto halves = convert<uint32_t, uint16_t, V::kWidth>(load_halves<V::kWidth>(from));
-  return V::of(bits<typename V::Register>(halves << 16));
-}
-
-// Round to nearest, ties to even, in integers: the AVX-512 bf16 instruction would flush denormals.
-template <int N>
-FN void store(bf16* to, Lanes<float, N> x) {
-  const auto word = bits<vector<uint32_t, N>>(x.v);
-  const auto rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-  const auto quiet = (word >> 16) | 0x40u;  // rounding could carry a NaN's payload into infinity
-  const auto magnitude = word & 0x7fffffffu;
-  const auto half = magnitude > 0x7f800000u ? quiet : rounded;
-  store_halves<N>(to, convert<uint16_t, uint32_t, N>(half));
+FN V narrow(const double* from) {
+  float lanes[V::kWidth];
+  UNROLL
+  for (int l = 0; l < V::kWidth; ++l) lanes[l] = static_cast<float>(from[l]);
+  return load<V>(lanes);
 }
 
 }  // namespace FUSEDSTEP_TARGET

@@ -16,13 +16,10 @@ FN F64 fma(F64 a, F64 b, F64 c) { return F64::of(vfmaq_f64(c.v, a.v, b.v)); }
 FN F32 sqrt(F32 a) { return F32::of(vsqrtq_f32(a.v)); }
 FN F64 sqrt(F64 a) { return F64::of(vsqrtq_f64(a.v)); }
 
-template <class V>
-FN V load(const f16* from) {
-  return F32::of(vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)load_halves<4>(from))));
+FN F32 load_f16(const uint16_t* from) {
+  return F32::of(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
 }
-FN void store(f16* to, F32 x) {
-  store_halves<4>(to, (vector<uint16_t, 4>)vreinterpret_u16_f16(vcvt_f16_f32(x.v)));
-}
+FN void store_f16(uint16_t* to, F32 x) { vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(x.v))); }
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

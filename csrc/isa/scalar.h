@@ -16,9 +16,8 @@ FN F32 sqrt(F32 a) { return __builtin_sqrtf(a.v); }
 FN F64 sqrt(F64 a) { return __builtin_sqrt(a.v); }
 
 // fp16 by bit fields: sign 1, exponent 5 (bias 15), fraction 10.
-template <class V>
-FN V load(const f16* from) {
-  const uint32_t half = load_halves<1>(from);
+FN F32 load_f16(const uint16_t* from) {
+  const uint32_t half = *from;
   const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u;
   const uint32_t fraction = half & 0x3ffu;
   if (exponent == 0) {  // zero or denormal: fraction * 2^-24, exact in float32
@@ -28,7 +27,7 @@ FN V load(const f16* from) {
   const uint32_t rebiased = exponent == 31 ? 255u : exponent + 112u;
   return bits<float>(sign | rebiased << 23 | fraction << 13);
 }
-FN void store(f16* to, F32 x) {
+FN void store_f16(uint16_t* to, F32 x) {
   const uint32_t word = bits<uint32_t>(x.v), magnitude = word & 0x7fffffffu;
   uint32_t half;
   if (magnitude > 0x7f800000u) {  // NaN stays NaN
@@ -40,7 +39,7 @@ FN void store(f16* to, F32 x) {
   } else {  // denormal: the addition rounds to a multiple of 2^-24, to nearest even
     half = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
   }
-  store_halves<1>(to, static_cast<uint16_t>(half | ((word >> 16) & 0x8000u)));
+  *to = static_cast<uint16_t>(half | ((word >> 16) & 0x8000u));
 }
 
 }  // namespace FUSEDSTEP_TARGET

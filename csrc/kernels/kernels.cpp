@@ -1,4 +1,5 @@
-// Every rule, variant and type, compiled once for the instruction set that FUSEDSTEP_TARGET names.
+// Every rule, variant and shape, and every format, compiled once for the instruction set that
+// FUSEDSTEP_TARGET names.
 #include "interface/kernels.h"
 
 #include "squares.h"
@@ -6,43 +7,64 @@
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
+
+extern const Kernels kernels;
+
 namespace {
 
-template <class Rule, int kVariant, int kDecay, int kPair = 0>
-constexpr void add_types(Kernel (&kernels)[kPairs]) {
-  kernels[kPair] = sweep<Rule, kVariant, kDecay, kPair>;
-  if constexpr (kPair + 1 < kPairs) add_types<Rule, kVariant, kDecay, kPair + 1>(kernels);
+template <class Rule, int kVariant, int kShape = 0>
+constexpr void add_shapes(RuleKernels& rule) {
+  rule.update[kVariant][kShape] = update<Rule, kVariant, kShape>;
+  if constexpr (kShape + 1 < kShapes) add_shapes<Rule, kVariant, kShape + 1>(rule);
 }
 
 template <class Rule, int kVariant = 0>
-constexpr void add_variants(Kernel (&kernels)[kMaxVariants][kDecays][kPairs]) {
-  static_assert(Rule::kVariants <= kMaxVariants, "kernels.h sizes its table by kMaxVariants");
-  add_types<Rule, kVariant, kScaled>(kernels[kVariant][kScaled]);
-  add_types<Rule, kVariant, kCoupled>(kernels[kVariant][kCoupled]);
-  if constexpr (kVariant + 1 < Rule::kVariants) add_variants<Rule, kVariant + 1>(kernels);
+constexpr void add_variants(RuleKernels& rule) {
+  static_assert(Rule::kVariants <= kMaxVariants, "interface/kernels.h: kMaxVariants");
+  add_shapes<Rule, kVariant>(rule);
+  rule.states[kVariant] = states_of<Rule, typename Rule::template Step<F32, kVariant>>(0);
+  if constexpr (kVariant + 1 < Rule::kVariants) add_variants<Rule, kVariant + 1>(rule);
 }
 
-template <int kType = 0>
-constexpr void add_squares(Squares (&table)[kDTypes]) {
-  table[kType] = squares<typename Storage<static_cast<DType>(kType)>::type>;
-  if constexpr (kType + 1 < kDTypes) add_squares<kType + 1>(table);
+template <int kNumber = 1>
+constexpr void add_formats(Kernels& all) {
+  constexpr auto kFormat = static_cast<Format>(kNumber);
+  all.codec[kNumber][0] = {decode<kFormat, float>, encode<kFormat, float>};
+  all.codec[kNumber][1] = {decode<kFormat, double>, encode<kFormat, double>};
+  all.squares[kNumber] = squares<kFormat>;
+  if constexpr (kNumber + 1 < kFormats) add_formats<kNumber + 1>(all);
 }
+
+struct Rules {
+  RuleKernels rule[Registry::kSize];
+};
 
 template <class... Rule>
-constexpr Kernels make(List<Rule...>) {
-  Kernels kernels = {};
-  int rule = 0;
-  (add_variants<Rule>(kernels.find[rule++]), ...);
-  add_squares(kernels.squares);
-  kernels.lanes = F32::kWidth;
-  return kernels;
+constexpr Rules make_rules(List<Rule...>) {
+  Rules all = {};
+  int number = 0;
+  (add_variants<Rule>(all.rule[number++]), ...);
+  return all;
+}
+constexpr Rules rules = make_rules(Registry{});
+
+void sweep_any(int rule, const Segment& segment, const Row& row, int64_t begin, int64_t end) {
+  sweep(kernels, rule, segment, row, begin, end);
+}
+
+constexpr Kernels make() {
+  Kernels all = {};
+  all.rules = rules.rule;
+  all.sweep = sweep_any;
+  add_formats(all);
+  all.lanes = F32::kWidth;
+  return all;
 }
 
 }  // namespace
 
 // Constant-initialized: loading the library runs no code of this set.
-extern const Kernels kernels;
-constexpr Kernels kernels = make(Registry{});
+constexpr Kernels kernels = make();
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

@@ -1,6 +1,8 @@
 // The sum of squares of a gradient's blocks, in an order that no register width can change.
 #pragma once
 
+#include "formats/formats.h"
+#include "interface/kernels.h"
 #include "update.h"
 
 namespace fusedstep {
@@ -8,24 +10,19 @@ namespace FUSEDSTEP_TARGET {
 
 constexpr int kNormRegisters = kNormLanes / F64::kWidth;
 
-// A row of kNormLanes elements as doubles, exactly. One value at a time: GCC makes whole-register
-// conversions of these loops, but puts __builtin_convertvector together from halves.
-template <class T>
-FN void load_row(const T* from, F64 (&row)[kNormRegisters]) {
-  double wide[kNormLanes];
-  for (int l = 0; l < kNormLanes; ++l) wide[l] = load<Lanes<float, 1>>(from + l).v;
-  UNROLL
-  for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
-}
-FN void load_row(const f16* from, F64 (&row)[kNormRegisters]) {
-  float narrow[kNormLanes];
-  UNROLL
-  for (int l = 0; l < kNormLanes; l += F32::kWidth) store(narrow + l, load<F32>(from + l));
-  load_row(narrow, row);
-}
-FN void load_row(const double* from, F64 (&row)[kNormRegisters]) {
-  UNROLL
-  for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(from + r * F64::kWidth);
+// A row of kNormLanes elements as doubles, exactly.
+template <class F>
+FN void load_row(const typename F::Element* from, F64 (&row)[kNormRegisters]) {
+  if constexpr (kDouble<typename F::Register>) {
+    UNROLL
+    for (int r = 0; r < kNormRegisters; ++r) row[r] = F::load(from + r * F64::kWidth);
+  } else {
+    double wide[kNormLanes];
+    UNROLL
+    for (int l = 0; l < kNormLanes; l += F32::kWidth) widen(F::load(from + l), wide + l);
+    UNROLL
+    for (int r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
+  }
 }
 
 // fma where a*b is exact, so that two operations round as one does: the scalar set's fma may be a
@@ -38,13 +35,14 @@ FN F64 fma_exact(F64 a, F64 b, F64 c) {
   }
 }
 
-template <class T>
-FN void add_row(const T* from, F64 (&sum)[kNormRegisters], F64 (&bad)[kNormRegisters]) {
+template <class F>
+FN void add_row(const typename F::Element* from, F64 (&sum)[kNormRegisters],
+                F64 (&bad)[kNormRegisters]) {
   F64 x[kNormRegisters];
-  load_row(from, x);
+  load_row<F>(from, x);
   UNROLL
   for (int r = 0; r < kNormRegisters; ++r) {
-    if constexpr (sizeof(T) == sizeof(double)) {
+    if constexpr (kDouble<typename F::Register>) {
       sum[r] = fma(x[r], x[r], sum[r]);
       bad[r] = fma_exact(x[r], F64(0.0), bad[r]);  // NaN from infinity or NaN, else zero
     } else {
@@ -71,27 +69,29 @@ FN double combine(F64 (&sum)[kNormRegisters]) {
   return lanes[0];
 }
 
-template <class T>
+template <Format kFormat>
 bool squares(const void* grad, int64_t n, int64_t begin, int64_t end, double* sums) {
+  using F = In<kFormat>;
+  using Element = typename F::Element;
   bool finite = true;
   for (int64_t block = begin; block < end; ++block) {
-    const T* from = static_cast<const T*>(grad) + block * kNormBlock;
+    const Element* from = static_cast<const Element*>(grad) + block * kNormBlock;
     const int64_t rest = n - block * kNormBlock;
     const int64_t count = rest < kNormBlock ? rest : kNormBlock;
     F64 sum[kNormRegisters], bad[kNormRegisters];
     UNROLL
     for (int r = 0; r < kNormRegisters; ++r) sum[r] = bad[r] = F64(0.0);
     int64_t at = 0;
-    for (; at + kNormLanes <= count; at += kNormLanes) add_row(from + at, sum, bad);
+    for (; at + kNormLanes <= count; at += kNormLanes) add_row<F>(from + at, sum, bad);
     if (at < count) {
-      T tail[kNormLanes] = {};
-      __builtin_memcpy(tail, from + at, (count - at) * sizeof(T));
-      add_row(tail, sum, bad);
+      Element tail[kNormLanes] = {};
+      __builtin_memcpy(tail, from + at, (count - at) * sizeof(Element));
+      add_row<F>(tail, sum, bad);
     }
     const double total = combine(sum);
     sums[block - begin] = total;
     // Squares of finite doubles may overflow; those of floats, 512 of them, do not in double.
-    const double witness = sizeof(T) == sizeof(double) ? combine(bad) : total;
+    const double witness = kDouble<typename F::Register> ? combine(bad) : total;
     finite &= witness * 0 == 0;
   }
   return finite;

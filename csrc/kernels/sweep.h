@@ -1,51 +1,188 @@
-// The loop that every rule shares: read each stream once, update, write each changed stream once.
+// The loop that every rule shares, and how streams of any format come to it: read each stream once,
+// update, write each changed stream once.
 #pragma once
 
+#include "interface/kernels.h"
 #include "update.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-template <class Rule, int kVariant, int kDecay, int kPair>
-void sweep(const Segment& segment, int64_t begin, int64_t end) {
-  using V = typename Types<kPair>::V;
-  using P = typename Types<kPair>::Param;
-  using G = typename Types<kPair>::Grad;
-  using S = typename Types<kPair>::State;
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
+// Whole registers of streams in a shape's formats.
+template <class Rule, int kVariant, int kShape>
+void update(const Row& row, void* const* at, int64_t n) {
+  using P = In<kShapeList[kShape].param>;
+  using G = In<kShapeList[kShape].grad>;
+  using S = In<kShapeList[kShape].state>;
+  using V = typename Computing<kShapeList[kShape].param>::type;
   using Step = typename Rule::template Step<V, kVariant>;
-  constexpr int kStates = Step::kStates;
+  constexpr int kCount = count(Rule::kStates);
+  constexpr StateMask kStates = states_of<Rule, Step>(0);
 
-  const Step step = broadcast<Step, V, S>(segment.scalars + 2);
-  const V factor(static_cast<S>(segment.scalars[0])), decay(static_cast<S>(segment.scalars[1]));
-  P* param = static_cast<P*>(segment.param);
-  const G* grad = static_cast<const G*>(segment.grad);
-  S* state[kRoom<Step>];
-  for (int i = 0; i < kStates; ++i) state[i] = static_cast<S*>(segment.state[i]);
-
-  int64_t at = begin;
-  for (; at + V::kWidth <= end; at += V::kWidth) {
-    S* here[kRoom<Step>];
-    for (int i = 0; i < kStates; ++i) here[i] = has_state<Step>(i) ? state[i] + at : nullptr;
-    update<kDecay>(step, factor, decay, param + at, grad + at, here);
+  const Step step = broadcast<Step, V>(row.scalars + 2);
+  const V factor(static_cast<typename V::Scalar>(row.scalars[0]));
+  const V decay(static_cast<typename V::Scalar>(row.scalars[1]));
+  auto* param = static_cast<typename P::Element*>(at[kParam]);
+  const auto* grad = static_cast<const typename G::Element*>(at[kGrad]);
+  typename S::Element* state[kCount + 1];  // there are no empty arrays
+  for (int s = 0; s < kCount; ++s) {
+    state[s] = static_cast<typename S::Element*>(at[kState + s]);
   }
-  if (at == end) return;
-
-  // The tail goes through the same update on padded copies.
-  const int64_t rest = end - at;
-  P tail_param[V::kWidth] = {};
-  G tail_grad[V::kWidth] = {};
-  S tail_state[kRoom<Step>][V::kWidth] = {};
-  S* here[kRoom<Step>];
-  __builtin_memcpy(tail_param, param + at, rest * sizeof(P));
-  __builtin_memcpy(tail_grad, grad + at, rest * sizeof(G));
-  for (int i = 0; i < kStates; ++i) {
-    here[i] = tail_state[i];
-    if (has_state<Step>(i)) __builtin_memcpy(tail_state[i], state[i] + at, rest * sizeof(S));
+  const auto loop = [&](auto coupled) {
+    _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) {
+      V p = P::load(param + i), states[kCount + 1];
+      const V g = G::load(grad + i);
+      UNROLL
+      for (int s = 0; s < kCount; ++s) {
+        if (has(kStates, s)) states[s] = S::load(state[s] + i);
+      }
+      advance<Rule>(step, factor, decay, coupled.value, p, g, states);
+      P::store(param + i, p);
+      UNROLL
+      for (int s = 0; s < kCount; ++s) {
+        if (has(kStates, s)) S::store(state[s] + i, states[s]);
+      }
+    }
+  };
+  if (row.decay == kCoupled) {
+    loop(Constant<true>());
+  } else {
+    loop(Constant<false>());
   }
-  update<kDecay>(step, factor, decay, tail_param, tail_grad, here);
-  __builtin_memcpy(param + at, tail_param, rest * sizeof(P));
-  for (int i = 0; i < kStates; ++i) {
-    if (has_state<Step>(i)) __builtin_memcpy(state[i] + at, tail_state[i], rest * sizeof(S));
+}
+
+// Registers of a format's own width from and to floats or doubles.
+template <class F>
+FN void decode_register(const typename F::Element* from, float* to) {
+  if constexpr (kDouble<typename F::Register>) {
+    store(to, narrow<F32>(from));
+  } else {
+    store(to, F::load(from));
+  }
+}
+template <class F>
+FN void decode_register(const typename F::Element* from, double* to) {
+  if constexpr (kDouble<typename F::Register>) {
+    for (int l = 0; l < F32::kWidth; l += F64::kWidth) store(to + l, F::load(from + l));
+  } else {
+    widen(F::load(from), to);
+  }
+}
+template <class F>
+FN void encode_register(const float* from, typename F::Element* to) {
+  if constexpr (kDouble<typename F::Register>) {
+    widen(load<F32>(from), to);
+  } else {
+    F::store(to, load<F32>(from));
+  }
+}
+template <class F>
+FN void encode_register(const double* from, typename F::Element* to) {
+  if constexpr (kDouble<typename F::Register>) {
+    for (int l = 0; l < F32::kWidth; l += F64::kWidth) F::store(to + l, load<F64>(from + l));
+  } else {
+    F::store(to, narrow<F32>(from));
+  }
+}
+
+template <Format kFormat, class T>
+void decode(const Stream& stream, int64_t at, int64_t n, void* to) {
+  using F = In<kFormat>;
+  const auto* from = static_cast<const typename F::Element*>(stream.data) + at;
+  auto* result = static_cast<T*>(to);
+  int64_t i = 0;
+  _Pragma("GCC unroll 4") for (; i + F32::kWidth <= n; i += F32::kWidth) {
+    decode_register<F>(from + i, result + i);
+  }
+  if (i == n) return;
+  typename F::Element tail[F32::kWidth] = {};
+  __builtin_memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
+  decode_register<F>(tail, result + i);
+}
+
+template <Format kFormat, class T>
+void encode(const Stream& stream, int64_t at, int64_t n, const void* from) {
+  using F = In<kFormat>;
+  auto* to = static_cast<typename F::Element*>(stream.data) + at;
+  const auto* values = static_cast<const T*>(from);
+  int64_t i = 0;
+  _Pragma("GCC unroll 4") for (; i + F32::kWidth <= n; i += F32::kWidth) {
+    encode_register<F>(values + i, to + i);
+  }
+  if (i == n) return;
+  typename F::Element tail[F32::kWidth];
+  encode_register<F>(values + i, tail);
+  __builtin_memcpy(to + i, tail, (n - i) * sizeof(tail[0]));
+}
+
+// Elements that are staged at a time, and the bytes between two streams of them: an odd number of
+// cache lines, so that rows and arrays do not meet in the same sets.
+constexpr int64_t kBlock = 512;
+constexpr int64_t kStride = kBlock * sizeof(double) + 64;
+
+// The shape that a segment's streams are in as they lie, or none.
+FN int shape_of(const Segment& segment, StateMask states) {
+  for (int shape = 0; shape < kShapes; ++shape) {
+    const Shape& formats = kShapeList[shape];
+    bool fits = segment.stream[kParam].format == formats.param &&
+                segment.stream[kGrad].format == formats.grad;
+    for (int s = 0; fits && s < kMaxStates; ++s) {
+      fits = !has(states, s) || segment.stream[kState + s].format == formats.state;
+    }
+    if (fits) return shape;
+  }
+  return -1;
+}
+
+FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Row& row,
+              int64_t begin, int64_t end) {
+  const StateMask states = kernels.rules[rule].states[row.variant];
+  const Update(&update)[kShapes] = kernels.rules[rule].update[row.variant];
+  const bool wide = segment.stream[kParam].format == Format::kF64;
+  const Format computing = wide ? Format::kF64 : Format::kF32;
+  const int64_t width = wide ? F64::kWidth : F32::kWidth;
+
+  void* at[kStreams] = {};
+  const auto point = [&](int k) {
+    const Stream& stream = segment.stream[k];
+    at[k] = static_cast<char*>(stream.data) +
+            begin * kFormatInfo[static_cast<int>(stream.format)].bytes;
+  };
+  const int shape = shape_of(segment, states);
+  if (const int64_t whole = (end - begin) / width * width; shape >= 0 && whole > 0) {
+    for (int k = 0; k < kStreams; ++k) {
+      if (k < kState || has(states, k - kState)) point(k);
+    }
+    update[shape](row, at, whole);
+    begin += whole;
+  }
+
+  alignas(64) char staged[kStreams][kStride];
+  while (begin < end) {
+    int64_t n = end - begin < kBlock ? end - begin : kBlock;
+    if (n > width) n -= n % width;  // the tail comes last, by itself
+    for (int k = 0; k < kStreams; ++k) {
+      const Stream& stream = segment.stream[k];
+      if (k >= kState && !has(states, k - kState)) continue;
+      if (stream.format == computing && n % width == 0) {
+        point(k);
+      } else {
+        kernels.codec[static_cast<int>(stream.format)][wide].decode(stream, begin, n, staged[k]);
+        at[k] = staged[k];
+      }
+    }
+    update[wide](row, at, (n + width - 1) / width * width);
+    for (int k = 0; k < kStreams; ++k) {
+      const Stream& stream = segment.stream[k];
+      if (k == kGrad || at[k] != staged[k]) continue;
+      kernels.codec[static_cast<int>(stream.format)][wide].encode(stream, begin, n, staged[k]);
+    }
+    begin += n;
   }
 }
 

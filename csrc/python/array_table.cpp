@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "commit.h"
+#include "step/rules.h"
 #include "unlocked.h"
 
 namespace py = pybind11;
@@ -31,7 +32,7 @@ ArrayTable::ArrayTable(const std::string& rule, std::vector<std::string> names,
       place_{device_of(device), index, nullptr},
       names_(std::move(names)),
       groups_(std::move(groups)),
-      table_(rule_, [this](size_t i) { return names_[i]; }, place_.device, index) {
+      stepper_(rule_, [this](size_t i) { return names_[i]; }, place_.device, index) {
   if (params.size() != names_.size() || groups_.size() != names_.size()) {
     throw py::value_error("names, params and groups must agree in length");
   }
@@ -61,8 +62,11 @@ ArrayTable::States ArrayTable::staged(const py::dict& states,
   States found;
   for (size_t i = 0; i < params_.size(); ++i) {
     const View& param = params_[i].view;
-    found.tensors.push_back({param.data, param.dtype, param.n, {}, groups_[i], clocks[i]});
-    found.tensors.back().slot = static_cast<int64_t>(i);
+    Tensor& tensor = found.tensors.emplace_back();
+    tensor.segment.stream[kParam] = {param.data, param.format};
+    tensor.segment.n = param.n;
+    tensor.counted = {groups_[i], clocks[i]};
+    tensor.slot = static_cast<int64_t>(i);
   }
   for (size_t s = 0; s < rule_states.size(); ++s) {
     const py::sequence arrays = states[py::str(rule_states[s])];
@@ -77,11 +81,11 @@ ArrayTable::States ArrayTable::staged(const py::dict& states,
       View state = view_of(array, label, place_);
       check_writable(state, label);
       check_shape(state, param, label);
-      if (state.dtype != state_dtype(param.dtype)) {
-        throw py::type_error(label.text() + " must be " + dtype_name(state_dtype(param.dtype)) +
-                             ", got " + dtype_name(state.dtype));
+      if (state.format != state_format(param.format)) {
+        throw py::type_error(label.text() + " must be " + format_name(state_format(param.format)) +
+                             ", got " + format_name(state.format));
       }
-      found.tensors[i].state[s] = state.data;
+      found.tensors[i].segment.stream[kState + s] = {state.data, state.format};
       found.views.push_back(std::move(state));
     }
   }
@@ -94,7 +98,7 @@ void ArrayTable::load(const py::dict& states, const std::vector<ClockTuple>& clo
   for (const auto& [t, first, second] : clocks) converted.push_back({t, {first, second}});
   States found = staged(states, converted);
   Changes all(changes);
-  table_.set_tensors(found.tensors);
+  stepper_.set_tensors(found.tensors);
   views_ = std::move(found.views);
   states_ = states;
   steps_ = steps;
@@ -106,7 +110,7 @@ std::vector<ArrayTable::ClockTuple> ArrayTable::clocks() {
   std::vector<Clock> clocks;
   {
     const Unlocked unlocked;  // a device may be waited for
-    clocks = table_.clocks();
+    clocks = stepper_.clocks();
   }
   std::vector<ClockTuple> all;
   for (const Clock& c : clocks) all.emplace_back(c.t, c.carry[0], c.carry[1]);
@@ -117,7 +121,7 @@ void ArrayTable::check_param(size_t i, const Place& place) const {
   const Label label{"params", &names_[i]};
   const View now = view_of(params_[i].array, label, place);
   const View& then = params_[i].view;
-  if (now.data != then.data || now.dtype != then.dtype || !same_shape(now, then)) {
+  if (now.data != then.data || now.format != then.format || !same_shape(now, then)) {
     throw py::value_error(label.text() +
                           " must stay where it was when the optimizer was made, got another"
                           " address, shape or dtype: make a new optimizer");
@@ -160,15 +164,16 @@ std::vector<View> ArrayTable::read(const py::tuple& grads, const Place& place) c
 
 ArrayTable::Taken ArrayTable::step(const py::sequence& grads,
                                    const std::vector<std::vector<double>>& groups,
-                                   const Asked& asked, const py::object& states,
+                                   const py::object& options, const py::object& states,
                                    const py::object& announce) {
+  const Options own = as_options(options);
   const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
   const size_t given = fixed.size();
   if (given != params_.size()) {
     throw py::value_error("grads must have one entry per parameter (" +
                           std::to_string(params_.size()) + "), got " + std::to_string(given));
   }
-  const Place place = place_for(asked);
+  const Place place = place_for(own);
   const AtPlace at(place);
   const std::vector<View> views =
       read(fixed, place);  // DLPack capsules live until the sweep is done
@@ -177,26 +182,27 @@ ArrayTable::Taken ArrayTable::step(const py::sequence& grads,
                                            [](py::handle a, py::handle b) { return a.is(b); })) {
     throw py::value_error("grads must stay as given while it is read, got a list that changed");
   }
-  std::vector<Grad> converted(given);
+  std::vector<Stream> converted(given);
   py::list written;
   for (size_t i = 0; i < given; ++i) {
     if (!views[i].owner) continue;
-    converted[i] = {views[i].data, views[i].dtype, true};
+    converted[i] = {views[i].data, views[i].format};
     if (!announce.is_none() && is_torch_tensor(params_[i].array)) written.append(params_[i].array);
   }
-  const Taken taken = run(converted, groups, asked, states);
+  const Taken taken = run(converted, groups, own, states);
   if (taken.second) announce_to(announce, written);
   return taken;
 }
 
 ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
                                         const std::vector<std::vector<double>>& groups,
-                                        const Asked& asked, const py::object& states) {
-  const Place place = place_for(asked);
+                                        const py::object& options, const py::object& states) {
+  const Options own = as_options(options);
+  const Place place = place_for(own);
   const AtPlace at(place);
   read(py::tuple(), place);  // of a flat buffer, whose arrays run no code
   const View view = view_of(grads, Label{"grads"}, place);
-  std::vector<Grad> converted;
+  std::vector<Stream> converted;
   if (offsets.size() != params_.size()) {
     throw py::value_error("grads must have one segment per parameter (" +
                           std::to_string(params_.size()) + "), got " +
@@ -208,73 +214,61 @@ ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int6
                             std::to_string(offsets[i] + params_[i].view.n) + " elements, got " +
                             std::to_string(view.n));
     }
-    char* data = static_cast<char*>(view.data) + offsets[i] * dtype_bytes(view.dtype);
-    converted.push_back({data, view.dtype, true});
+    char* data = static_cast<char*>(view.data) + offsets[i] * format_bytes(view.format);
+    converted.push_back({data, view.format});
   }
-  return run(converted, groups, asked, states);
+  return run(converted, groups, own, states);
 }
 
 // With the stream of this call, which a device's exporters are asked to let wait for theirs.
-Place ArrayTable::place_for(const Asked& asked) const {
+Place ArrayTable::place_for(const Options& options) const {
   Place place = place_;
-  if (asked) place.stream = reinterpret_cast<void*>(std::get<3>(*asked));
+  place.stream = options.stream;
   return place;
 }
 
-ArrayTable::Taken ArrayTable::run(const std::vector<Grad>& grads,
+ArrayTable::Taken ArrayTable::run(const std::vector<Stream>& grads,
                                   const std::vector<std::vector<double>>& groups,
-                                  const Asked& asked, const py::object& states) {
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (!grads[i].given) continue;
-    check_grad_dtype(Label{"grads", &names_[i]}, params_[i].view.dtype, grads[i].dtype);
-  }
-  std::vector<DeviceGroup> converted;
+                                  const Options& options, const py::object& states) {
+  std::vector<Group> converted;
   const int needed = groups_.empty() ? 0 : *std::max_element(groups_.begin(), groups_.end()) + 1;
   if (groups.size() < static_cast<size_t>(needed)) {
     throw py::value_error("groups must have at least " + std::to_string(needed) + " entries, got " +
                           std::to_string(groups.size()));
   }
   for (const std::vector<double>& values : groups) {
-    converted.push_back({as_group(values, rule_), {nullptr, DType::f32}});
+    converted.push_back(as_group(values, rule_));
   }
-  Control control;
-  control.stream = place_for(asked).stream;
-  if (asked) {
-    const auto& [factor, max_norm, skip_nonfinite, stream] = *asked;
-    control.factor = factor;
-    control.measure = max_norm.has_value() || skip_nonfinite;
-    if (max_norm) control.max_norm = *max_norm;
-    control.skip_nonfinite = skip_nonfinite;
-    control.live = place_.device && skip_nonfinite;  // whether it counts, only the device knows
-  }
+  Options own = options;
+  own.live = place_.device && options.skip_nonfinite;  // whether it counts, only the device knows
   std::vector<std::vector<double>> used = groups;
 
   // States that begin with this step are the table's from here on, unless it is not taken.
   std::vector<Tensor> before;
   std::vector<View> views;
   if (!states.is_none()) {
-    before = table_.tensors();
+    before = stepper_.tensors();
     std::vector<Clock> clocks;
-    for (const Tensor& tensor : before) clocks.push_back(tensor.clock);
+    for (const Tensor& tensor : before) clocks.push_back(tensor.counted.clock);
     States found = staged(states, clocks);
     for (size_t i = 0; i < before.size(); ++i) found.tensors[i].entered = before[i].entered;
-    table_.set_tensors(found.tensors);
+    stepper_.set_tensors(found.tensors);
     views = std::move(found.views);
   }
   const auto put_back = [&] {
-    if (!states.is_none()) table_.set_tensors(before);
+    if (!states.is_none()) stepper_.set_tensors(before);
   };
   Outcome outcome;
   try {
     const Unlocked unlocked;
-    outcome = table_.step(grads, converted, control);
+    outcome = stepper_.step(grads, converted, own);
   } catch (...) {
     put_back();
     throw;
   }
 
   // The commit: all of it, and nothing on the way that Python could interrupt.
-  measured_ = control.measure;
+  measured_ = options.measure;
   norm_ = outcome.norm;
   if (outcome.skipped) {
     put_back();
@@ -292,7 +286,17 @@ std::optional<double> ArrayTable::norm() const {
   if (!measured_) return std::nullopt;
   if (!place_.device) return norm_;
   const Unlocked unlocked;
-  return table_.device_norm();
+  return stepper_.device_norm();
+}
+
+std::optional<std::vector<std::optional<std::pair<double, bool>>>> ArrayTable::norms() const {
+  if (!measured_) return std::nullopt;
+  const Unlocked unlocked;
+  std::vector<std::optional<std::pair<double, bool>>> all;
+  for (const std::optional<Norm>& one : stepper_.norms()) {
+    all.push_back(one ? std::optional(std::pair(one->norm, one->finite)) : std::nullopt);
+  }
+  return all;
 }
 
 std::vector<py::tuple> ArrayTable::shapes() const {
@@ -303,7 +307,7 @@ std::vector<py::tuple> ArrayTable::shapes() const {
 
 std::vector<std::string> ArrayTable::dtypes() const {
   std::vector<std::string> all;
-  for (const Param& param : params_) all.emplace_back(dtype_name(param.view.dtype));
+  for (const Param& param : params_) all.emplace_back(format_name(param.view.format));
   return all;
 }
 

@@ -1,4 +1,4 @@
-// A StepTable whose tensors and gradients are Python's arrays.
+// A Stepper whose tensors and gradients are Python's arrays.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "options.h"
 #include "step/stepper.h"
 
 namespace fusedstep {
@@ -37,25 +38,26 @@ class ArrayTable {
   void load(const pybind11::dict& states, const std::vector<ClockTuple>& clocks, int64_t steps,
             std::vector<std::vector<double>> used, const pybind11::list& changes);
 
-  // (gradients' factor, maximal norm or None, skip non-finite ones, device's stream) or None.
-  using Asked = std::optional<std::tuple<double, std::optional<double>, bool, uintptr_t>>;
-
   // (steps taken, elements updated)
   using Taken = std::pair<int64_t, int64_t>;
 
   // One entry per tensor, an array or None. Each group is (maximize, decoupled, weight_decay,
-  // hyperparameters in the rule's order). `states` is None, or replaces the states, some of which
+  // hyperparameters in the rule's order). `options` is None or Python's Options. `states` is
+  // None, or replaces the states, some of which
   // begin with this step. `announce` is None or called with the parameters that were written to.
   Taken step(const pybind11::sequence& grads, const std::vector<std::vector<double>>& groups,
-             const Asked& asked, const pybind11::object& states, const pybind11::object& announce);
+             const pybind11::object& options, const pybind11::object& states,
+             const pybind11::object& announce);
 
   // The same with all gradients in one flat array, tensor i's at element offsets[i] of it.
   Taken step_flat(pybind11::handle grads, const std::vector<int64_t>& offsets,
-                  const std::vector<std::vector<double>>& groups, const Asked& asked,
+                  const std::vector<std::vector<double>>& groups, const pybind11::object& options,
                   const pybind11::object& states);
 
-  // Of the gradients of the last step, if it was asked for; waits for a device.
+  // Of the gradients of the last step, if it measured them; waits for a device.
   std::optional<double> norm() const;
+  // Of each tensor's, with whether it is finite; None for one that had none.
+  std::optional<std::vector<std::optional<std::pair<double, bool>>>> norms() const;
 
   // Shapes and dtype names of the parameters.
   std::vector<pybind11::tuple> shapes() const;
@@ -78,16 +80,16 @@ class ArrayTable {
   void check_param(size_t i, const Place& place) const;
   std::vector<View> read(const pybind11::tuple& grads, const Place& place) const;
   States staged(const pybind11::dict& states, const std::vector<Clock>& clocks) const;
-  Taken run(const std::vector<Grad>& grads, const std::vector<std::vector<double>>& groups,
-            const Asked& asked, const pybind11::object& states);
-  Place place_for(const Asked& asked) const;
+  Taken run(const std::vector<Stream>& grads, const std::vector<std::vector<double>>& groups,
+            const Options& options, const pybind11::object& states);
+  Place place_for(const Options& options) const;
 
   int rule_;
   Place place_;
   std::vector<std::string> names_;
   std::vector<Param> params_;
   std::vector<int> groups_;
-  StepTable table_;
+  Stepper stepper_;
 
   pybind11::dict states_;
   std::vector<View> views_;

@@ -12,7 +12,8 @@
 #include <vector>
 
 #include "dlpack.h"
-#include "step/stepper.h"
+#include "machine/dispatch.h"
+#include "step/engine.h"
 
 namespace py = pybind11;
 
@@ -51,8 +52,8 @@ void* memory_at(void* data, int64_t n, const Label& label) {
   throw py::value_error(label.text() + " must have memory for its elements, got none");
 }
 
-void check_aligned(const void* data, int64_t n, DType dtype, const Label& label) {
-  if (n == 0 || reinterpret_cast<uintptr_t>(data) % dtype_bytes(dtype) == 0) return;
+void check_aligned(const void* data, int64_t n, Format format, const Label& label) {
+  if (n == 0 || reinterpret_cast<uintptr_t>(data) % format_bytes(format) == 0) return;
   throw py::value_error(label.text() + " must be aligned to its item size, got an unaligned array");
 }
 
@@ -111,29 +112,23 @@ bool c_contiguous(const DLTensor& t) {
   return true;
 }
 
-// NumPy's built-in dtypes are singletons, so a pointer comparison settles the common case; the rest
-// (copies, foreign byte order, ml_dtypes.bfloat16) is looked at by name.
-DType numpy_dtype(const py::array& array, const Label& label) {
-  static const py::handle f32 = py::dtype::of<float>().release();
-  static const py::handle f64 = py::dtype::of<double>().release();
-  static const py::handle f16 = py::dtype("float16").release();
-  static py::handle seen_bf16;
+// NumPy's dtypes are mostly singletons, so a pointer comparison settles the common case; the rest
+// (copies, foreign byte order, what is seen first) is looked at by name.
+Format numpy_format(const py::array& array, const Label& label) {
+  static py::handle seen[kFormats];
   const py::handle descr = py::detail::array_proxy(array.ptr())->descr;
-  if (descr.is(f32)) return DType::f32;
-  if (descr.is(seen_bf16)) return DType::bf16;
-  if (descr.is(f64)) return DType::f64;
-  if (descr.is(f16)) return DType::f16;
+  for (int i = 1; i < kFormats; ++i) {
+    if (descr.is(seen[i])) return static_cast<Format>(i);
+  }
   const auto text = py::str(py::getattr(descr, "name")).cast<std::string>();
   if (!py::getattr(descr, "isnative").cast<bool>()) {
     throw py::value_error(label.text() + " must be in native byte order, got dtype " +
                           py::repr(descr).cast<std::string>());
   }
-  if (text == "float32") return DType::f32;
-  if (text == "float64") return DType::f64;
-  if (text == "float16") return DType::f16;
-  if (text == "bfloat16") {
-    if (!seen_bf16) seen_bf16 = py::reinterpret_borrow<py::object>(descr).release();
-    return DType::bf16;
+  for (int i = 1; i < kFormats; ++i) {
+    if (text != kFormatInfo[i].name) continue;
+    if (!seen[i]) seen[i] = py::reinterpret_borrow<py::object>(descr).release();
+    return static_cast<Format>(i);
   }
   wrong_dtype(label, text);
 }
@@ -141,7 +136,7 @@ DType numpy_dtype(const py::array& array, const Label& label) {
 View numpy_view(const py::array& array, const Label& label) {
   static_assert(sizeof(py::ssize_t) == sizeof(int64_t), "a 64-bit system");
   const auto* proxy = py::detail::array_proxy(array.ptr());
-  const DType dtype = numpy_dtype(array, label);
+  const Format format = numpy_format(array, label);
   if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) not_contiguous(label);
   if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
     throw py::value_error(label.text() +
@@ -151,7 +146,7 @@ View numpy_view(const py::array& array, const Label& label) {
   const bool writable = (proxy->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
   const int64_t n = count(shape, proxy->nd);
   void* data = memory_at(proxy->data, n, label);
-  return {data, dtype, proxy->nd, shape, n, writable ? nullptr : kReadOnly, array};
+  return {data, format, proxy->nd, shape, n, writable ? nullptr : kReadOnly, array};
 }
 
 // DLPack's device type and index; type 0 for one that DLPack does not know, such as torch's meta.
@@ -311,12 +306,12 @@ View dlpack_view(py::handle object, const Label& label, const Place& place) {
   check_place(object, label, place);
   const Exported seen = exported(object, label, place);
   const DLTensor& t = *seen.tensor;
-  DType dtype;
-  if (!dlpack_dtype(t, dtype)) wrong_dtype(label, dtype_text(object));
+  Format format;
+  if (!dlpack_format(t, format)) wrong_dtype(label, dtype_text(object));
   if (!c_contiguous(t)) not_contiguous(label);
   const int64_t n = count(t.shape, t.ndim);
-  check_aligned(seen.data, n, dtype, label);
-  return {seen.data, dtype, t.ndim, t.shape, n, seen.fixed, seen.capsule};
+  check_aligned(seen.data, n, format, label);
+  return {seen.data, format, t.ndim, t.shape, n, seen.fixed, seen.capsule};
 }
 
 // A tensor as the NumPy array that torch makes of it, several times faster than through DLPack.
@@ -412,15 +407,12 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
     throw py::type_error(label.text() + " must be a plain array, got a masked one");
   auto* data = reinterpret_cast<void*>(address);
   View view = {};
-  if (typestr == "<f4") {
-    view.dtype = DType::f32;
-  } else if (typestr == "<f8") {
-    view.dtype = DType::f64;
-  } else if (typestr == "<f2") {
-    view.dtype = DType::f16;
-  } else {
-    wrong_dtype(label, typestr);
+  for (int i = 1; i < kFormats; ++i) {
+    const FormatInfo& info = kFormatInfo[i];
+    const bool real = info.dlpack_code == kFloat;
+    if (real && typestr == "<f" + std::to_string(info.bytes)) view.format = static_cast<Format>(i);
   }
+  if (view.format == Format::kNone) wrong_dtype(label, typestr);
   // Owns the shape, and holds on to the array.
   struct Held {
     std::vector<int64_t> shape;
@@ -430,14 +422,14 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
   view.ndim = static_cast<int>(shape.size());
   view.shape = held->shape.data();
   view.n = count(view.shape, view.ndim);
-  int64_t expected = dtype_bytes(view.dtype);
+  int64_t expected = format_bytes(view.format);
   for (int i = view.ndim - 1; strided && view.n > 0 && i >= 0; --i) {
     if (shape[i] != 1 && strides[i] != expected) not_contiguous(label);
     expected *= shape[i];
   }
   view.fixed = read_only ? kReadOnly : nullptr;
   if (!place.device) elsewhere(label, place, "a GPU's memory");
-  check_aligned(data, view.n, view.dtype, label);
+  check_aligned(data, view.n, view.format, label);
   view.data = memory_at(data, view.n, label);
   int index = place.index;
   if (view.n) check_device(place.device->index_of(data, &index));
@@ -488,7 +480,7 @@ View view_of(py::handle object, const Label& label, const Place& place) {
       check_settled(object, label);
       view = dlpack_view(object, label, place);
     }
-    check_storage(object, view.n, dtype_bytes(view.dtype), label);
+    check_storage(object, view.n, format_bytes(view.format), label);
     return view;
   }
   if (is_numpy_scalar(object)) {
@@ -510,21 +502,20 @@ View grad_of(py::handle object, const Label& label, const Place& place, const Vi
   const double value = PyFloat_AsDouble(object.ptr());
   if (PyErr_Occurred()) {  // an integer beyond all doubles
     PyErr_Clear();
-    throw py::value_error(label.text() + " must fit in " + dtype_name(param.dtype) + ", got " +
+    throw py::value_error(label.text() + " must fit in " + format_name(param.format) + ", got " +
                           py::repr(object).cast<std::string>());
   }
   // NumPy rounds it, in the way it rounds a number that meets an array; but has no bfloat16.
-  const bool bf16 = param.dtype == DType::bf16;
-  const char* type = bf16 ? "float32" : dtype_name(param.dtype);
+  const bool bf16 = param.format == Format::kBf16;
+  const char* type = bf16 ? "float32" : format_name(param.format);
   py::array array = py::module_::import("numpy").attr("asarray")(value, type);
   if (bf16) {
-    uint32_t bits;
-    std::memcpy(&bits, array.data(), sizeof bits);
-    if (!std::isnan(value)) bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
-    array = py::array_t<uint16_t>(std::vector<py::ssize_t>{});
-    *static_cast<uint16_t*>(array.mutable_data()) = static_cast<uint16_t>(bits >> 16);
+    const auto rounded = py::array_t<uint16_t>(std::vector<py::ssize_t>{});
+    const Stream stream = {const_cast<uint16_t*>(rounded.data()), param.format};
+    kernels().codec[static_cast<int>(param.format)][0].encode(stream, 0, 1, array.data());
+    array = rounded;
   }
-  return {array.mutable_data(), param.dtype, 0, nullptr, 1, nullptr, array};
+  return {array.mutable_data(), param.format, 0, nullptr, 1, nullptr, array};
 }
 
 void check_writable(const View& view, const Label& label) {
@@ -593,13 +584,6 @@ bool is_torch_tensor(py::handle object) {
 bool is_plain_tensor(py::handle object) {
   static Imported tensor("torch", "Tensor"), parameter("torch.nn", "Parameter");
   return tensor.is_class_of(object) || parameter.is_class_of(object);
-}
-
-void check_grad_dtype(const Label& label, DType param, DType grad) {
-  if (type_pair(param, grad) >= 0) return;
-  throw py::type_error(label.text() + " must be " +
-                       (param == DType::f32 ? "float32, bfloat16 or float16" : dtype_name(param)) +
-                       " for a " + dtype_name(param) + " parameter, got " + dtype_name(grad));
 }
 
 std::string Label::text() const {

@@ -14,7 +14,7 @@ namespace fusedstep {
 
 struct View {
   void* data;
-  DType dtype;
+  Format format;
   int ndim;
   const int64_t* shape;    // the exporter's, alive while `owner` is
   int64_t n;               // elements
@@ -76,9 +76,6 @@ class AtPlace {
 
 // "CPU memory" or "cuda:0".
 std::string place_text(const Place& place);
-
-// Throws TypeError unless there is a kernel for the two types together.
-void check_grad_dtype(const Label& label, DType param, DType grad);
 
 std::string shape_text(const int64_t* shape, int ndim);  // "(3, 4)"
 

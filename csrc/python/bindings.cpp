@@ -14,7 +14,7 @@
 #include "machine/pages.h"
 #include "machine/parallel.h"
 #include "rules/power.h"
-#include "step/norm.h"
+#include "step/engine.h"
 #include "step/rules.h"
 #include "torch/tensor_table.h"
 #include "turn.h"
@@ -54,7 +54,7 @@ Doubles divisors(const std::string& name, const std::vector<double>& hypers, int
     throw py::value_error("states must have " + std::to_string(rule.states.size()) +
                           " entries, got " + std::to_string(states.size()));
   }
-  const unsigned uses = used_states(rule, hypers.data());
+  const StateMask uses = rule.states_of(hypers.data());
   const Doubles* first = nullptr;
   std::vector<const double*> data;
   for (size_t s = 0; s < states.size(); ++s) {
@@ -75,26 +75,27 @@ Doubles divisors(const std::string& name, const std::vector<double>& hypers, int
 // The states that a rule has under these hyperparameters.
 std::vector<bool> used_states(const std::string& name, const std::vector<double>& hypers) {
   const Rule& rule = rule_for(name, hypers);
-  const unsigned uses = used_states(rule, hypers.data());
+  const StateMask uses = rule.states_of(hypers.data());
   std::vector<bool> used;
   for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(uses >> s & 1);
   return used;
 }
 
-// (sum, finite) over the arrays as runs, in their order.
+// (sum, finite) over the arrays as tensors, in their order.
 std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
   const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
   std::vector<py::object> owners;
-  std::vector<Run> runs;
+  std::vector<Segment> segments(fixed.size());
   for (size_t i = 0; i < fixed.size(); ++i) {
     const std::string item = std::to_string(i);
     View view = view_of(fixed[i], Label{"grads", &item});
-    runs.push_back({view.data, view.n, view.dtype});
+    segments[i].stream[kGrad] = {view.data, view.format};
+    segments[i].n = view.n;
     owners.push_back(std::move(view.owner));
   }
   const Unlocked unlocked;
   const FloatMode mode;
-  const Squared squared = sum_of_squares(runs);
+  const Squared squared = measure(segments).all;
   return {squared.sum, squared.finite};
 }
 
@@ -159,11 +160,19 @@ PYBIND11_MODULE(_core, m) {
   m.def("cospi", cospi, py::arg("x"));
   m.def("cospi", py::vectorize(cospi), py::arg("x"));
 
+  m.def("formats", [] {
+    py::dict all;  // bytes by name
+    for (int i = 1; i < kFormats; ++i) all[kFormatInfo[i].name] = kFormatInfo[i].bytes;
+    return all;
+  });
   m.def("rules", [] {
-    py::dict all;
-    for (const Rule& rule : rules())
+    py::dict all;  // (hyperparameters, states, whether it divides, which states are never negative)
+    for (const Rule& rule : rules()) {
+      std::vector<bool> positive;
+      for (const Sign sign : rule.signs) positive.push_back(sign == Sign::kPositive);
       all[py::str(rule.name)] =
-          py::make_tuple(rule.hypers, rule.states, rule.divisors[0] != nullptr);
+          py::make_tuple(rule.hypers, rule.states, rule.divisors[0] != nullptr, positive);
+    }
     return all;
   });
   m.def("divisors",
@@ -180,7 +189,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("turn", turn);
 
-  py::class_<ArrayTable>(m, "StepTable")
+  py::class_<ArrayTable>(m, "ArrayTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,
                     const py::object&, int>(),
            py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"),
@@ -192,11 +201,12 @@ PYBIND11_MODULE(_core, m) {
       .def("load", &ArrayTable::load, py::arg("states"), py::arg("clocks"), py::arg("steps"),
            py::arg("used"), py::arg("changes"))
       .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"),
-           py::arg("asked") = py::none(), py::arg("states") = py::none(),
+           py::arg("options") = py::none(), py::arg("states") = py::none(),
            py::arg("announce") = py::none())
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
-           py::arg("groups"), py::arg("asked") = py::none(), py::arg("states") = py::none())
+           py::arg("groups"), py::arg("options") = py::none(), py::arg("states") = py::none())
       .def("norm", &ArrayTable::norm)
+      .def("norms", &ArrayTable::norms)
       .def("shapes", &ArrayTable::shapes)
       .def("dtypes", &ArrayTable::dtypes);
 
@@ -205,7 +215,7 @@ PYBIND11_MODULE(_core, m) {
                     int>(),
            py::arg("rule"), py::arg("scalars"), py::arg("exchange"), py::arg("device"),
            py::arg("index"))
-      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("asked"),
+      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("options"),
            py::arg("first"), py::arg("free"), py::arg("owner"))
       .def("not_begun", &TensorTable::not_begun, py::arg("params"))
       .def_property_readonly("norm", &TensorTable::norm)

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "interface/kernels.h"
+#include "interface/format.h"
 
 namespace fusedstep {
 
@@ -54,13 +54,15 @@ enum { kCuda = 2, kCudaManaged = 13 };             // with a GPU's
 enum { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
 // False for a type that no kernel takes.
-inline bool dlpack_dtype(const DLTensor& t, DType& dtype) {
-  if (t.dtype.lanes != 1) return false;
-  const int code = t.dtype.code, bits = t.dtype.bits;
-  if (code == kFloat && bits == 32) return dtype = DType::f32, true;
-  if (code == kFloat && bits == 64) return dtype = DType::f64, true;
-  if (code == kFloat && bits == 16) return dtype = DType::f16, true;
-  if (code == kBfloat && bits == 16) return dtype = DType::bf16, true;
+inline bool dlpack_format(const DLTensor& t, Format& format) {
+  for (int i = 1; i < kFormats; ++i) {
+    const FormatInfo& info = kFormatInfo[i];
+    if (t.dtype.lanes != 1 || t.dtype.code != info.dlpack_code || t.dtype.bits != 8 * info.bytes) {
+      continue;
+    }
+    format = static_cast<Format>(i);
+    return true;
+  }
   return false;
 }
 

@@ -11,7 +11,8 @@ namespace FUSEDSTEP_TARGET {
 struct Adadelta {
   static constexpr const char* kName = "adadelta";
   static constexpr const char* kHypers = "lr rho eps";
-  static constexpr const char* kStates = "square_avg acc_delta";
+  static constexpr StateList kStates = {
+      {{"square_avg", Sign::kPositive}, {"acc_delta", Sign::kPositive}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr, rho, eps;
@@ -19,8 +20,6 @@ struct Adadelta {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 2;
-    static constexpr unsigned kHas = 3;
     V lr, eps;
     SquareAverage<V> average;
 

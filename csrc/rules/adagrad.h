@@ -10,7 +10,7 @@ namespace FUSEDSTEP_TARGET {
 struct Adagrad {
   static constexpr const char* kName = "adagrad";
   static constexpr const char* kHypers = "lr lr_decay eps";
-  static constexpr const char* kStates = "sum";
+  static constexpr StateList kStates = {{{"sum", Sign::kPositive}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr, lr_decay, eps;
@@ -18,8 +18,6 @@ struct Adagrad {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 1;
-    static constexpr unsigned kHas = 1;
     V clr, eps, slowdown;
 
     FN void operator()(V& p, V g, V& s) const {

@@ -13,7 +13,9 @@ namespace FUSEDSTEP_TARGET {
 struct Adam {
   static constexpr const char* kName = "adam";
   static constexpr const char* kHypers = "lr beta1 beta2 eps amsgrad bias_correction";
-  static constexpr const char* kStates = "exp_avg exp_avg_sq max_exp_avg_sq";
+  static constexpr StateList kStates = {{{"exp_avg", Sign::kAny},
+                                         {"exp_avg_sq", Sign::kPositive},
+                                         {"max_exp_avg_sq", Sign::kPositive}}};
   enum Variant { kPlain, kAmsgrad, kVariants };
   struct Hypers {
     double lr, beta1, beta2, eps, amsgrad, bias_correction;
@@ -21,8 +23,7 @@ struct Adam {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 3;
-    static constexpr unsigned kHas = 3 | (kVariant == kAmsgrad ? 4 : 0);
+    static constexpr StateMask kHas = 3 | (kVariant == kAmsgrad ? 4 : 0);
     Average<V> average;
     SquareAverage<V> square_average;
     V step_size, rsqrt_bias2, eps;
@@ -39,7 +40,7 @@ struct Adam {
     }
   };
 
-  FN static int variant(const Hypers& h) { return h.amsgrad != 0 ? kAmsgrad : kPlain; }
+  FN static StateMask states(const Hypers& h) { return h.amsgrad != 0 ? 7 : 3; }
 
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool correct = h.bias_correction != 0;
@@ -47,7 +48,7 @@ struct Adam {
     const double bias2 = correct ? 1 - power(h.beta2, clock.t) : 1;
     s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), h.lr / bias1,
          1 / __builtin_sqrt(bias2), h.eps};
-    return variant(h);
+    return h.amsgrad != 0 ? kAmsgrad : kPlain;
   }
 };
 

@@ -10,7 +10,7 @@ namespace FUSEDSTEP_TARGET {
 struct Adamax {
   static constexpr const char* kName = "adamax";
   static constexpr const char* kHypers = "lr beta1 beta2 eps";
-  static constexpr const char* kStates = "exp_avg exp_inf";
+  static constexpr StateList kStates = {{{"exp_avg", Sign::kAny}, {"exp_inf", Sign::kPositive}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr, beta1, beta2, eps;
@@ -18,8 +18,6 @@ struct Adamax {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 2;
-    static constexpr unsigned kHas = 3;
     Average<V> average;
     V beta2, step_size, eps;
 

@@ -11,7 +11,7 @@ namespace FUSEDSTEP_TARGET {
 struct Asgd {
   static constexpr const char* kName = "asgd";
   static constexpr const char* kHypers = "lr lambd alpha t0";
-  static constexpr const char* kStates = "ax";
+  static constexpr StateList kStates = {{{"ax", Sign::kAny}}};
   enum Variant { kAveraging, kCopying, kVariants };
   struct Hypers {
     double lr, lambd, alpha, t0;
@@ -19,8 +19,6 @@ struct Asgd {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 1;
-    static constexpr unsigned kHas = 1;
     V eta, keep, mu;
 
     FN void operator()(V& p, V g, V& ax) const {

@@ -10,7 +10,8 @@ namespace FUSEDSTEP_TARGET {
 struct Ceiling {
   static constexpr const char* kName = "ceiling";
   static constexpr const char* kHypers = "states";
-  static constexpr const char* kStates = "first second third";
+  static constexpr StateList kStates = {
+      {{"first", Sign::kAny}, {"second", Sign::kAny}, {"third", Sign::kAny}}};
   static constexpr int kVariants = 4;  // the number of states
   struct Hypers {
     double states;
@@ -18,8 +19,7 @@ struct Ceiling {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 3;
-    static constexpr unsigned kHas = (1 << kVariant) - 1;
+    static constexpr StateMask kHas = (1 << kVariant) - 1;
     V nothing;
 
     FN void operator()(V& p, V g, V& first, V& second, V& third) const {
@@ -30,11 +30,11 @@ struct Ceiling {
     }
   };
 
-  FN static int variant(const Hypers& h) { return static_cast<int>(h.states); }
+  FN static StateMask states(const Hypers& h) { return (1 << static_cast<int>(h.states)) - 1; }
 
   FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {0};
-    return variant(h);
+    return static_cast<int>(h.states);
   }
 };
 

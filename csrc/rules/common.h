@@ -1,14 +1,16 @@
 // What several rules share. A rule is a struct with
-//   kName, kHypers, kStates  its name, hyperparameters and states, named as in torch's state_dict
-//   Hypers                   the hyperparameters as doubles, in the order of kHypers
-//   Step<V, variant>         the per-step scalars, all V; kHas, whose bit i says that the variant
-//                            has state i; and the equation. V is a register on a CPU, one lane in
-//                            CUDA, double on the host
-//   divisor                  in Step, of the states, where the rule divides: what it divides by,
-//                            for the whole of lr; convergence.safe_lr asks for it
-//   variant                  which variant the hyperparameters choose, where they decide on states
-//   prepare                  computes the scalars of update number clock.t and picks the variant, of
-//                            those with the same states
+//   kName, kHypers    its name and its hyperparameters, as Python calls them
+//   kStates           its states, up to kMaxStates, named as in torch's state_dict
+//   Hypers            the hyperparameters as doubles, in the order of kHypers
+//   Step<V, variant>  the per-step scalars, all V; the equation, over all states; and kHas, the
+//                     states that the variant has, where it lacks some. V is a register on a CPU,
+//                     one lane in CUDA, double on the host
+//   divisor           in Step, of the states, where the rule divides: what it divides by, for the
+//                     whole of lr; convergence.safe_lr asks for it
+//   states            which states there are under some hyperparameters; not needed where all
+//                     variants have the same
+//   prepare           computes the scalars of update number clock.t and picks the variant, of those
+//                     with these states
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.
 #pragma once
 
@@ -19,6 +21,29 @@
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
+
+FN constexpr int count(const StateList& states) {
+  int n = 0;
+  while (n < kMaxStates && states.state[n].name) ++n;
+  return n;
+}
+FN constexpr bool has(StateMask mask, int state) { return mask >> state & 1; }
+
+// The states that a variant has: its kHas, or all of the rule's.
+template <class Rule, class Step>
+FN constexpr auto states_of(int) -> decltype(Step::kHas) {
+  static_assert(Step::kHas >> count(Rule::kStates) == 0, "kHas: states that the rule has");
+  return Step::kHas;
+}
+template <class Rule, class Step>
+FN constexpr StateMask states_of(long) {
+  return (1u << count(Rule::kStates)) - 1;
+}
+
+template <class... Rule>
+struct List {
+  static constexpr int kSize = sizeof...(Rule);
+};
 
 template <class V>
 FN V fnma(V a, V b, V c) {  // c - a*b

@@ -10,7 +10,7 @@ namespace FUSEDSTEP_TARGET {
 struct Lion {
   static constexpr const char* kName = "lion";
   static constexpr const char* kHypers = "lr beta1 beta2";
-  static constexpr const char* kStates = "exp_avg";
+  static constexpr StateList kStates = {{{"exp_avg", Sign::kAny}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr, beta1, beta2;
@@ -18,8 +18,6 @@ struct Lion {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 1;
-    static constexpr unsigned kHas = 1;
     V lr;
     Average<V> direction, average;
 

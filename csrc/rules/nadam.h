@@ -12,7 +12,7 @@ namespace FUSEDSTEP_TARGET {
 struct NAdam {
   static constexpr const char* kName = "nadam";
   static constexpr const char* kHypers = "lr beta1 beta2 eps momentum_decay";
-  static constexpr const char* kStates = "exp_avg exp_avg_sq";
+  static constexpr StateList kStates = {{{"exp_avg", Sign::kAny}, {"exp_avg_sq", Sign::kPositive}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr, beta1, beta2, eps, momentum_decay;
@@ -20,8 +20,6 @@ struct NAdam {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 2;
-    static constexpr unsigned kHas = 3;
     Average<V> average;
     SquareAverage<V> square_average;
     V rsqrt_bias2, eps, grad_size, mean_size;

@@ -13,7 +13,7 @@ namespace FUSEDSTEP_TARGET {
 struct RAdam {
   static constexpr const char* kName = "radam";
   static constexpr const char* kHypers = "lr beta1 beta2 eps";
-  static constexpr const char* kStates = "exp_avg exp_avg_sq";
+  static constexpr StateList kStates = {{{"exp_avg", Sign::kAny}, {"exp_avg_sq", Sign::kPositive}}};
   enum Variant { kUnrectified, kRectified, kVariants };
   struct Hypers {
     double lr, beta1, beta2, eps;
@@ -21,8 +21,6 @@ struct RAdam {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 2;
-    static constexpr unsigned kHas = 3;
     Average<V> average;
     SquareAverage<V> square_average;
     V step_size, eps, rectifier;

@@ -17,11 +17,6 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-template <class... Rule>
-struct List {
-  static constexpr int kSize = sizeof...(Rule);
-};
-
 using Registry = List<  //
     Sgd,                //
     Adagrad,            //
@@ -35,8 +30,6 @@ using Registry = List<  //
     Rprop,              //
     Lion,               //
     Ceiling>;
-
-static_assert(Registry::kSize == kRules, "kernels.h sizes its table by kRules");
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

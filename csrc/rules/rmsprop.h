@@ -13,7 +13,8 @@ namespace FUSEDSTEP_TARGET {
 struct RmsProp {
   static constexpr const char* kName = "rmsprop";
   static constexpr const char* kHypers = "lr alpha eps momentum centered";
-  static constexpr const char* kStates = "square_avg momentum_buffer grad_avg";
+  static constexpr StateList kStates = {
+      {{"square_avg", Sign::kPositive}, {"momentum_buffer", Sign::kAny}, {"grad_avg", Sign::kAny}}};
   enum Option { kMomentum = 1, kCentered = 2, kVariants = 4 };
   struct Hypers {
     double lr, alpha, eps, momentum, centered;
@@ -21,8 +22,8 @@ struct RmsProp {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 3;
-    static constexpr unsigned kHas = 1 | kVariant << 1;  // the options are the bits of their states
+    static constexpr StateMask kHas = 1 | kVariant
+                                              << 1;  // the options are the bits of their states
     V lr, eps, mu;
     SquareAverage<V> square_average;
     Average<V> average;
@@ -42,13 +43,16 @@ struct RmsProp {
     }
   };
 
-  FN static int variant(const Hypers& h) {
-    return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
-  }
+  FN static StateMask states(const Hypers& h) { return 1 | options(h) << 1; }
 
   FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, h.eps, h.momentum, SquareAverage<double>::of(h.alpha), Average<double>::of(h.alpha)};
-    return variant(h);
+    return static_cast<int>(options(h));
+  }
+
+ private:
+  FN static StateMask options(const Hypers& h) {
+    return (h.momentum != 0 ? kMomentum : 0) | (h.centered != 0 ? kCentered : 0);
   }
 };
 

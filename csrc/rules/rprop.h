@@ -11,7 +11,7 @@ namespace FUSEDSTEP_TARGET {
 struct Rprop {
   static constexpr const char* kName = "rprop";
   static constexpr const char* kHypers = "lr eta_minus eta_plus step_size_min step_size_max";
-  static constexpr const char* kStates = "prev step_size";
+  static constexpr StateList kStates = {{{"prev", Sign::kAny}, {"step_size", Sign::kPositive}}};
   enum Variant { kLater, kFirst, kVariants };
   struct Hypers {
     double lr, eta_minus, eta_plus, step_size_min, step_size_max;
@@ -19,8 +19,6 @@ struct Rprop {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 2;
-    static constexpr unsigned kHas = 3;
     V lr, eta_minus, eta_plus, smallest, largest;
 
     FN void operator()(V& p, V g, V& prev, V& size) const {

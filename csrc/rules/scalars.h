@@ -1,7 +1,8 @@
 // A step's scalars, all in double: computed on the host, or on a GPU where only it knows the step.
 #pragma once
 
-#include "interface/device.h"
+#include "interface/group.h"
+#include "interface/options.h"
 #include "registry.h"
 
 namespace fusedstep {
@@ -10,7 +11,7 @@ namespace FUSEDSTEP_TARGET {
 template <class Rule>
 FN typename Rule::Hypers hypers_of(const double* values) {
   typename Rule::Hypers hypers;
-  static_assert(sizeof(hypers) / sizeof(double) <= kMaxHypers, "kernels.h: kMaxHypers");
+  static_assert(sizeof(hypers) / sizeof(double) <= kMaxHypers, "interface/kernels.h: kMaxHypers");
   __builtin_memcpy(&hypers, values, sizeof(hypers));
   return hypers;
 }
@@ -21,7 +22,8 @@ template <class Rule>
 FN Row prepare(const Group& group, Clock& clock, double factor) {
   Row row = {};
   typename Rule::template Step<double, 0> step;
-  static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars, "kernels.h: kMaxScalars");
+  static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars,
+                "interface/kernels.h: kMaxScalars");
   ++clock.t;
   row.decay = group.weight_decay != 0 && !group.decoupled ? kCoupled : kScaled;
   row.variant = Rule::prepare(hypers_of<Rule>(group.hypers), clock, step);
@@ -44,11 +46,11 @@ FN double clip_factor(double norm, double max_norm) {
 
 // What becomes of gradients of this sum of squares, which are to be multiplied by `factor`.
 FN Verdict judge(double sum, bool nonfinite, bool found_inf, double factor,
-                 const Control& control) {
+                 const Options& options) {
   Verdict verdict = {__builtin_sqrt(sum) * factor, factor, 0};
-  verdict.skip = (control.skip_nonfinite && nonfinite) || found_inf;
-  if (control.max_norm < __builtin_inf()) {  // inf only measures
-    verdict.factor = factor * clip_factor(verdict.norm, control.max_norm);
+  verdict.skip = (options.skip_nonfinite && nonfinite) || found_inf;
+  if (options.max_norm < __builtin_inf()) {  // inf only measures
+    verdict.factor = factor * clip_factor(verdict.norm, options.max_norm);
   }
   return verdict;
 }

@@ -11,7 +11,7 @@ namespace FUSEDSTEP_TARGET {
 struct Sgd {
   static constexpr const char* kName = "sgd";
   static constexpr const char* kHypers = "lr momentum dampening nesterov";
-  static constexpr const char* kStates = "momentum_buffer";
+  static constexpr StateList kStates = {{{"momentum_buffer", Sign::kAny}}};
   enum Variant { kPlain, kMomentum, kNesterov, kVariants };
   struct Hypers {
     double lr, momentum, dampening, nesterov;
@@ -19,8 +19,7 @@ struct Sgd {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr int kStates = 1;
-    static constexpr unsigned kHas = kVariant != kPlain ? 1 : 0;
+    static constexpr StateMask kHas = kVariant != kPlain ? 1 : 0;
     V lr, mu, keep, take;
 
     FN void operator()(V& p, V g, V& b) const {
@@ -31,16 +30,14 @@ struct Sgd {
     }
   };
 
-  FN static int variant(const Hypers& h) {
-    if (h.momentum == 0) return kPlain;
-    return h.nesterov != 0 ? kNesterov : kMomentum;
-  }
+  FN static StateMask states(const Hypers& h) { return h.momentum != 0 ? 1 : 0; }
 
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool first = clock.carry[0] == 0;  // of the buffer, which may come later than t = 1
     s = {h.lr, h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening};
-    if (h.momentum != 0) clock.carry[0] = 1;
-    return variant(h);
+    if (h.momentum == 0) return kPlain;
+    clock.carry[0] = 1;
+    return h.nesterov != 0 ? kNesterov : kMomentum;
   }
 };
 

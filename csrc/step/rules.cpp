@@ -42,25 +42,25 @@ constexpr Rule::Divisors divisors_over(std::index_sequence<kState...>) {
   return divide<Step, kState...>;
 }
 
-template <class Step>
+template <class R, class Step>
 auto divisors_of(int) -> decltype(&Step::divisor, Rule::Divisors{}) {
-  return divisors_over<Step>(std::make_index_sequence<Step::kStates>{});
+  return divisors_over<Step>(std::make_index_sequence<host::count(R::kStates)>{});
 }
-template <class Step>
+template <class R, class Step>
 Rule::Divisors divisors_of(long) {  // the rule has none
   return nullptr;
 }
 
-// Whether hyperparameters choose among the rule's variants.
+// Whether hyperparameters decide on the rule's states.
 template <class R, class = void>
-constexpr bool kChooses = false;
+constexpr bool kDecide = false;
 template <class R>
-constexpr bool kChooses<R, std::void_t<decltype(&R::variant)>> = true;
+constexpr bool kDecide<R, std::void_t<decltype(&R::states)>> = true;
 
 template <class R>
-int variant(const double* hypers) {
-  if constexpr (kChooses<R>) return R::variant(host::hypers_of<R>(hypers));
-  return 0;
+StateMask states_of(const double* hypers) {
+  if constexpr (kDecide<R>) return R::states(host::hypers_of<R>(hypers));
+  return host::states_of<R, typename R::template Step<double, 0>>(0);
 }
 
 template <class R, int kVariant = 0>
@@ -68,12 +68,9 @@ void add_variants(Rule& rule) {
   using Step = typename R::template Step<double, kVariant>;
   using First = typename R::template Step<double, 0>;
   static_assert(sizeof(Step) == sizeof(First), "the same scalars");
-  static_assert(Step::kStates == count_words(R::kStates), "kStates: as many as have names");
-  static_assert(Step::kStates <= kMaxStates, "kernels.h sizes its tables by kMaxStates");
-  static_assert(Step::kHas >> Step::kStates == 0, "kHas: states that the rule has");
-  static_assert(kChooses<R> || Step::kHas == First::kHas, "variant() says which states there are");
-  rule.uses.push_back(Step::kHas);
-  rule.divisors.push_back(divisors_of<Step>(0));
+  static_assert(kDecide<R> || host::states_of<R, Step>(0) == host::states_of<R, First>(0),
+                "states() says which states there are");
+  rule.divisors.push_back(divisors_of<R, Step>(0));
   if constexpr (kVariant + 1 < R::kVariants) add_variants<R, kVariant + 1>(rule);
 }
 
@@ -81,7 +78,11 @@ template <class R>
 Rule describe() {
   static_assert(count_words(R::kHypers) * sizeof(double) == sizeof(typename R::Hypers),
                 "kHypers and Hypers: the same hyperparameters");
-  Rule rule{R::kName, words(R::kHypers), words(R::kStates), {}, variant<R>, host::prepare<R>, {}};
+  Rule rule{R::kName, words(R::kHypers), {}, {}, states_of<R>, host::prepare<R>, {}};
+  for (int s = 0; s < host::count(R::kStates); ++s) {
+    rule.states.emplace_back(R::kStates.state[s].name);
+    rule.signs.push_back(R::kStates.state[s].sign);
+  }
   add_variants<R>(rule);
   return rule;
 }
@@ -105,12 +106,8 @@ const std::vector<Rule>& rules() {
   return *all;
 }
 
-Verdict judge(double sum, bool nonfinite, bool found_inf, const Control& control) {
-  return host::judge(sum, nonfinite, found_inf, control.factor, control);
-}
-
-unsigned used_states(const Rule& rule, const double* hypers) {
-  return rule.uses[rule.variant(hypers)];
+Verdict judge(double sum, bool nonfinite, bool found_inf, const Options& options) {
+  return host::judge(sum, nonfinite, found_inf, options.factor, options);
 }
 
 void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,

@@ -4,18 +4,19 @@
 #include <string>
 #include <vector>
 
-#include "interface/device.h"
+#include "interface/clock.h"
+#include "interface/group.h"
+#include "interface/options.h"
 
 namespace fusedstep {
 
 struct Rule {
   std::string name;
   std::vector<std::string> hypers, states;
-  std::vector<unsigned> uses;  // per variant, bit i: it has state i
+  std::vector<Sign> signs;  // of the states
 
-  // The variant that these hyperparameters choose. The step's number may choose another one, which
-  // has the same states.
-  int (*variant)(const double* hypers);
+  // The states that there are under these hyperparameters.
+  StateMask (*states_of)(const double* hypers);
 
   // The row of the update that follows `clock`, which is advanced to it.
   Row (*prepare)(const Group& group, Clock& clock, double factor);
@@ -27,14 +28,11 @@ struct Rule {
   std::vector<Divisors> divisors;
 };
 
-// In registry order, so that the place is the rule's number in Kernels::find.
+// In registry order, so that the place is the rule's number in Kernels::rules.
 const std::vector<Rule>& rules();
 
 // What becomes of gradients of this sum of squares.
-Verdict judge(double sum, bool nonfinite, bool found_inf, const Control& control);
-
-// Bit s: the rule has state s under these hyperparameters.
-unsigned used_states(const Rule& rule, const double* hypers);
+Verdict judge(double sum, bool nonfinite, bool found_inf, const Options& options);
 
 // What update number t of n elements divided by, under these hyperparameters. The rule divides.
 void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,

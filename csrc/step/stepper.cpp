@@ -2,86 +2,25 @@
 #include "stepper.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <stdexcept>
+#include <utility>
 
-#include "machine/dispatch.h"
 #include "machine/float_mode.h"
-#include "machine/parallel.h"
-#include "norm.h"
+#include "rules.h"
 
 namespace fusedstep {
 namespace {
 
-// Pieces of a segment start at multiples of this many elements, whole registers and cache lines.
-constexpr int64_t kPiece = 64;
-
-// Elements that one thread takes at a time: a few dozen pieces for each, so that a slow core takes
-// fewer, within these bounds. A step below kAlone, some 40 us long, is over on the calling thread
-// before another has woken up.
-constexpr int64_t kLeastGrain = 1 << 15, kMostGrain = 1 << 18, kAlone = 1 << 17;
-
-int64_t grain_for(int64_t n) {
-  if (n < kAlone) return n;
-  return std::max(kLeastGrain, std::min(kMostGrain, n / num_threads() / 32 / kPiece * kPiece));
-}
-
-void check(const char* error) {  // of a device
+void check_device(const char* error) {
   if (error) throw std::runtime_error(error);
 }
 
-// Whether two clocks are the same, as bytes: NaN is NaN.
-// NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): it has no padding
-bool same(const Clock& a, const Clock& b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
-
-// Spread over all 64 bits of which the low ones are used.
-uint64_t hash(int group, const Clock& clock) {
-  uint64_t words[sizeof(clock) / sizeof(uint64_t)], result = static_cast<uint64_t>(group);
-  std::memcpy(words, &clock, sizeof(clock));
-  for (const uint64_t word : words) {
-    result = (result ^ word) * 0x9e3779b97f4a7c15u;  // 2^64 / the golden ratio, as Knuth has it
-    result ^= result >> 32;
-  }
-  return result;
-}
-
-int64_t round_up(int64_t at, int64_t n) { return std::min(n, (at + kPiece - 1) / kPiece * kPiece); }
-
-// All segments end to end: [starts[i], starts[i+1]) are segment i's elements.
-void sweep(const std::vector<Segment>& segments, std::vector<int64_t>& starts) {
-  starts.assign(1, 0);
-  for (const Segment& segment : segments) starts.push_back(starts.back() + segment.n);
-  parallel_for(starts.back(), grain_for(starts.back()), [&](int64_t begin, int64_t end) {
-    auto i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-    for (; i < static_cast<int64_t>(segments.size()) && starts[i] < end; ++i) {
-      const Segment& segment = segments[i];
-      const int64_t from = round_up(std::max<int64_t>(0, begin - starts[i]), segment.n);
-      const int64_t to = round_up(std::min(segment.n, end - starts[i]), segment.n);
-      if (from < to) segment.kernel(segment, from, to);
-    }
-  });
+bool same_place(const Stream& a, const Stream& b) {
+  return a.data == b.data && a.format == b.format;
 }
 
 }  // namespace
-
-const char* dtype_name(DType dtype) {
-  constexpr const char* names[] = {"float32", "float64", "bfloat16", "float16"};
-  return names[static_cast<int>(dtype)];
-}
-
-int64_t dtype_bytes(DType dtype) {
-  constexpr int64_t bytes[] = {4, 8, 2, 2};
-  return bytes[static_cast<int>(dtype)];
-}
-
-DType state_dtype(DType param) { return param == DType::f64 ? DType::f64 : DType::f32; }
-
-int type_pair(DType param, DType grad) {
-  for (int i = 0; i < kPairs; ++i) {
-    if (kTypePairs[i].param == param && kTypePairs[i].grad == grad) return i;
-  }
-  return -1;
-}
 
 Group as_group(const std::vector<double>& values, int rule) {
   const size_t hypers = rules()[rule].hypers.size();
@@ -90,48 +29,51 @@ Group as_group(const std::vector<double>& values, int rule) {
                                 std::to_string(hypers) + " hyperparameters, got " +
                                 std::to_string(values.size()) + " values");
   }
-  Group group = {values[0] != 0, values[1] != 0, values[2], {}};
+  Group group = {values[0] != 0, values[1] != 0, values[2], {}, {}};
   std::copy(values.begin() + 3, values.end(), group.hypers);
   return group;
 }
 
-StepTable::StepTable(int rule, std::function<std::string(size_t)> name_of, const Device* device,
-                     int index)
+Stepper::Stepper(int rule, std::function<std::string(size_t)> name_of, const Device* device,
+                 int index)
     : rule_(rule), name_of_(std::move(name_of)), device_(device) {
-  if (device_) check(device_->open(index, &memory_));
+  if (device_) check_device(device_->open(index, &memory_));
 }
 
-StepTable::~StepTable() {
+Stepper::~Stepper() {
   if (memory_) device_->close(memory_);
 }
 
-std::string StepTable::describe(size_t tensor, int stream) const {
-  if (stream < 0) return "params[" + name_of_(tensor) + "]";
-  return "state[" + name_of_(tensor) + "]['" + rules()[rule_].states[stream] + "']";
+std::string Stepper::describe(size_t tensor, int stream) const {
+  if (stream == kParam) return "params[" + name_of_(tensor) + "]";
+  return "state[" + name_of_(tensor) + "]['" + rules()[rule_].states[stream - kState] + "']";
 }
 
-bool StepTable::in_place(const std::vector<Tensor>& tensors) const {
+bool Stepper::in_place(const std::vector<Tensor>& tensors) const {
   return std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(),
                     [](const Tensor& a, const Tensor& b) {
-                      return a.param == b.param && a.n == b.n && a.dtype == b.dtype &&
-                             a.state == b.state;
+                      bool same = a.segment.n == b.segment.n;
+                      for (int k = 0; same && k < kStreams; ++k) {
+                        same = k == kGrad || same_place(a.segment.stream[k], b.segment.stream[k]);
+                      }
+                      return same;
                     });
 }
 
-void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
+void Stepper::set_tensors(const std::vector<Tensor>& tensors) {
   if (in_place(tensors)) {
     tensors_ = tensors;
     return;
   }
   std::vector<Range> written;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Tensor& t = tensors[i];
-    const auto add = [&](void* data, DType dtype, int stream) {
-      const auto begin = reinterpret_cast<uintptr_t>(data);
-      if (data && t.n > 0) written.push_back({begin, begin + t.n * dtype_bytes(dtype), i, stream});
-    };
-    add(t.param, t.dtype, -1);
-    for (int s = 0; s < kMaxStates; ++s) add(t.state[s], state_dtype(t.dtype), s);
+    const Segment& segment = tensors[i].segment;
+    for (int k = 0; k < kStreams && segment.n > 0; ++k) {
+      const Stream& stream = segment.stream[k];
+      if (k == kGrad || stream.format == Format::kNone) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(stream.data);
+      written.push_back({begin, begin + segment.n * format_bytes(stream.format), i, k});
+    }
   }
   std::sort(written.begin(), written.end(),
             [](const Range& a, const Range& b) { return a.begin < b.begin; });
@@ -149,11 +91,11 @@ void StepTable::set_tensors(const std::vector<Tensor>& tensors) {
   }
   tensors_ = tensors;
   written_ = std::move(written);
-  clear_.assign(tensors.size(), Grad{});
+  clear_.assign(tensors.size(), Stream{});
 }
 
 // Brings home the clocks that the device alone has advanced.
-void StepTable::fetch_clocks() {
+void Stepper::fetch_clocks() {
   std::vector<size_t> entered;
   std::vector<int64_t> slots;
   for (size_t i = 0; i < tensors_.size(); ++i) {
@@ -164,41 +106,55 @@ void StepTable::fetch_clocks() {
   if (slots.empty()) return;
   const std::vector<Clock> clocks = device_clocks(slots);
   for (size_t k = 0; k < entered.size(); ++k) {
-    tensors_[entered[k]].clock = clocks[k];
+    tensors_[entered[k]].counted.clock = clocks[k];
     tensors_[entered[k]].entered = false;
   }
 }
 
-std::vector<Clock> StepTable::clocks() {
+std::vector<Clock> Stepper::clocks() {
   fetch_clocks();
   std::vector<Clock> all;
-  for (const Tensor& t : tensors_) all.push_back(t.clock);
+  for (const Tensor& t : tensors_) all.push_back(t.counted.clock);
   return all;
 }
 
-std::vector<Clock> StepTable::device_clocks(const std::vector<int64_t>& slots) const {
+std::vector<Clock> Stepper::device_clocks(const std::vector<int64_t>& slots) const {
   std::vector<Clock> clocks(slots.size());
-  check(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
+  check_device(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
   return clocks;
 }
 
-double StepTable::device_norm() const {
+double Stepper::device_norm() const {
   double norm;
-  check(device_->read_norm(memory_, &norm));
+  check_device(device_->read_norm(memory_, &norm));
   return norm;
 }
 
-void StepTable::check_overlap(const std::vector<Grad>& grads) {
+// Nothing is written before all of it holds.
+void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& groups) {
+  const Rule& rule = rules()[rule_];
+  segments_.resize(tensors_.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    const Tensor& t = tensors_[i];
-    const Grad& grad = grads[i];
-    if (!grad.given || t.n == 0) continue;
+    Segment& segment = segments_[i];
+    segment = tensors_[i].segment;
+    segment.stream[kGrad] = grads[i];
+    const Stream& grad = grads[i];
+    if (!takes_part(segment) || segment.n == 0) continue;
+    const StateMask states = rule.states_of(groups[tensors_[i].counted.group].hypers);
+    for (size_t s = 0; s < rule.states.size(); ++s) {
+      const int stream = kState + static_cast<int>(s);
+      if (!(states >> s & 1)) {
+        segment.stream[stream] = {};
+      } else if (segment.stream[stream].format == Format::kNone) {
+        throw std::logic_error(describe(i, stream) + " is missing");
+      }
+    }
     if (!grad.data) {
       throw std::invalid_argument("grads[" + name_of_(i) + "] must have memory, got none");
     }
-    if (grad.data == clear_[i].data && grad.dtype == clear_[i].dtype) continue;
+    if (same_place(grad, clear_[i])) continue;
     const auto begin = reinterpret_cast<uintptr_t>(grad.data);
-    const uintptr_t end = begin + t.n * dtype_bytes(grad.dtype);
+    const uintptr_t end = begin + segment.n * format_bytes(grad.format);
     const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
                                        [](uintptr_t at, const Range& r) { return at < r.end; });
     if (next != written_.end() && next->begin < end) {
@@ -211,134 +167,90 @@ void StepTable::check_overlap(const std::vector<Grad>& grads) {
 }
 
 // What becomes of the gradients, from their norm where that is wanted.
-Verdict StepTable::measure(const std::vector<Grad>& grads, const Control& control) const {
-  const auto* found_inf = static_cast<const float*>(control.found_inf.at);  // on the CPU
+Verdict Stepper::measure(const Options& options) {
+  const auto* found_inf = static_cast<const float*>(options.found_inf.data);  // on the CPU
   const bool found = found_inf && *found_inf != 0;
-  if (!control.measure) return {0, control.factor, found};
-  std::vector<Run> runs;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    if (grads[i].given) runs.push_back({grads[i].data, tensors_[i].n, grads[i].dtype});
-  }
-  const Squared squared = sum_of_squares(runs);
-  return judge(squared.sum, !squared.finite, found, control);
+  if (!options.measure) return {0, options.factor, found};
+  measured_ = fusedstep::measure(segments_);
+  factor_ = options.factor;
+  return judge(measured_.all.sum, !measured_.all.finite, found, options);
 }
 
-// The row of a tensor: one for each group and clock, in whatever order the tensors come.
-int StepTable::row_of(const Tensor& tensor, const Group& group, double factor) {
-  size_t at = hash(tensor.group, tensor.clock);
-  for (;; ++at) {
-    int& row = row_at_[at &= row_at_.size() - 1];
-    if (row < 0) {
-      row = static_cast<int>(rows_.size());
-      Prepared& made = prepared_.emplace_back(Prepared{tensor.group, tensor.clock, tensor.clock});
-      rows_.push_back(rules()[rule_].prepare(group, made.after, factor));
-      return row;
-    }
-    if (prepared_[row].group == tensor.group && same(prepared_[row].before, tensor.clock)) {
-      return row;
-    }
+std::vector<std::optional<Norm>> Stepper::norms() const {
+  std::vector<std::optional<Norm>> all;
+  for (const std::optional<Squared>& squared : measured_.each) {
+    all.push_back(squared ? std::optional(Norm{std::sqrt(squared->sum) * factor_, squared->finite})
+                          : std::nullopt);
   }
+  return all;
 }
 
-// Which tensors the step has, and their rows, unless the device is to prepare those.
-void StepTable::plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
-                     bool live, double factor) {
-  const Rule& rule = rules()[rule_];
-  parts_.clear();
-  rows_.clear();
-  prepared_.clear();
-  size_t places = 1;
-  while (places < 2 * tensors_.size()) places *= 2;
-  row_at_.assign(live ? 0 : places, -1);
-  advanced_.resize(tensors_.size());
-  for (size_t i = 0; i < tensors_.size(); ++i) {
-    const Tensor& t = tensors_[i];
-    advanced_[i] = t.clock;
-    if (!grads[i].given) continue;
-    const Group& group = groups[t.group].group;
-    Part part = {i, t.group, used_states(rule, group.hypers)};
-    if (!live) {
-      part.row = row_of(t, group, factor);
-      advanced_[i] = prepared_[part.row].after;
-    }
-    for (int s = 0; s < kMaxStates && t.n > 0; ++s) {
-      if (part.uses >> s & 1 && !t.state[s]) throw std::logic_error(describe(i, s) + " is missing");
-    }
-    parts_.push_back(part);
-  }
+void Stepper::prepare(const std::vector<Group>& groups, double factor) {
+  counted_.clear();
+  for (const Tensor& tensor : tensors_) counted_.push_back(tensor.counted);
+  plan_.make(rule_, counted_, groups, factor, segments_);
 }
 
-void StepTable::sweep_here(const std::vector<Grad>& grads) {
-  const auto& kernel_of = kernels().find[rule_];
-  segments_.clear();
-  for (const Part& part : parts_) {
-    const Tensor& t = tensors_[part.tensor];
-    const Grad& grad = grads[part.tensor];
-    if (t.n == 0) continue;
-    const Row& row = rows_[part.row];
-    Segment segment = {
-        t.param, grad.data,   {},
-        t.n,     row.scalars, kernel_of[row.variant][row.decay][type_pair(t.dtype, grad.dtype)]};
-    for (int s = 0; s < kMaxStates; ++s) {
-      if (part.uses >> s & 1) segment.state[s] = t.state[s];
-    }
-    segments_.push_back(segment);
-  }
-  sweep(segments_, starts_);
-}
-
-void StepTable::sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
-                            const Control& control) {
+void Stepper::sweep_there(const std::vector<Group>& groups, const Options& options) {
   there_.clear();
-  for (const Part& part : parts_) {
-    const Tensor& t = tensors_[part.tensor];
-    const Grad& grad = grads[part.tensor];
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (!takes_part(segments_[i])) continue;
+    const Tensor& t = tensors_[i];
     DeviceTensor& there = there_.emplace_back();
-    there = {t.param, grad.data,  {},      t.n, type_pair(t.dtype, grad.dtype), part.uses, part.row,
-             t.slot,  !t.entered, t.clock, {}};
-    std::copy(t.state.begin(), t.state.end(), there.state);
+    there.segment = segments_[i];
+    if (options.live) there.segment.row = t.counted.group;
+    there.slot = t.slot;
+    there.enters = !t.entered;
+    there.clock = t.counted.clock;
     std::copy(t.shown.begin(), t.shown.end(), there.shown);
   }
+  const std::vector<Row> none;
+  const std::vector<Row>& rows = options.live ? none : plan_.rows();
   const DeviceStep step = {rule_,
                            there_.data(),
                            there_.size(),
-                           rows_.data(),
-                           rows_.size(),
+                           rows.data(),
+                           rows.size(),
                            groups.data(),
-                           control.live ? groups.size() : 0,
-                           control};
-  check(device_->step(memory_, &step));
-  for (const Part& part : parts_) tensors_[part.tensor].entered = control.live;
+                           options.live ? groups.size() : 0,
+                           options};
+  check_device(device_->step(memory_, &step));
 }
 
-Outcome StepTable::step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
-                        const Control& control) {
+void Stepper::commit(bool live, Outcome& outcome) {
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (!takes_part(segments_[i])) continue;
+    if (!live) tensors_[i].counted.clock = plan_.after(segments_[i]);
+    tensors_[i].entered = live;
+    outcome.elements += tensors_[i].segment.n;
+  }
+}
+
+Outcome Stepper::step(const std::vector<Stream>& grads, const std::vector<Group>& groups,
+                      const Options& options) {
   // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
   // pthread_create).
   const FloatMode mode;
-  check_overlap(grads);
-  Outcome outcome = {0, false, 0};
-  double factor = control.factor;
-  if (device_) {
-    if (!control.live) fetch_clocks();
-    if (control.live || control.measure) factor = 1;  // the device multiplies
-  } else {
-    const Verdict verdict = measure(grads, control);
+  check(grads, groups);
+  Outcome outcome;
+  double factor = options.factor;
+  if (!device_) {
+    const Verdict verdict = measure(options);
     outcome.norm = verdict.norm;
     outcome.skipped = verdict.skip != 0;
     if (outcome.skipped) return outcome;
     factor = verdict.factor;
+  } else {  // which measures, and then multiplies, itself
+    if (!options.live) fetch_clocks();
+    if (options.live || options.measure) factor = 1;
   }
-  plan(grads, groups, control.live, factor);
+  if (!options.live) prepare(groups, factor);
   if (device_) {
-    sweep_there(grads, groups, control);
+    sweep_there(groups, options);
   } else {
-    sweep_here(grads);
+    run(rule_, segments_, plan_.rows());
   }
-  for (const Part& part : parts_) {
-    if (!control.live) tensors_[part.tensor].clock = advanced_[part.tensor];
-    outcome.elements += tensors_[part.tensor].n;
-  }
+  commit(options.live, outcome);
   return outcome;
 }
 

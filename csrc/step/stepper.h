@@ -1,67 +1,56 @@
-// One optimizer's tensors as a table, and the step that sweeps them all in one parallel region.
+// One optimizer's tensors from step to step: what may be written, their clocks, and the five stages of
+// a step: check, measure, prepare, sweep, commit.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "engine.h"
 #include "interface/device.h"
-#include "interface/kernels.h"
-#include "rules.h"
 
 namespace fusedstep {
-
-const char* dtype_name(DType dtype);
-int64_t dtype_bytes(DType dtype);
-DType state_dtype(DType param);  // float64 under float64, else float32
-
-// The place of a combination in kTypePairs, or -1 where no kernel takes it.
-int type_pair(DType param, DType grad);
 
 // A group from (maximize, decoupled, weight_decay, then the rule's hyperparameters in its order);
 // throws std::invalid_argument if there are more or fewer.
 Group as_group(const std::vector<double>& values, int rule);
 
-struct Grad {
-  const void* data = nullptr;
-  DType dtype = DType::f32;
-  bool given = false;  // if not, its tensor sits the step out
-};
-
 struct Tensor {
-  void* param;
-  DType dtype;
-  int64_t n;
-  std::array<void*, kMaxStates> state;  // null where there is none
-  int group;
-  Clock clock;
+  Segment segment;  // but for the gradient and the row, which are a step's
+  Counted counted;
 
   // On a device, with live counts:
-  int64_t slot = 0;                      // where the device keeps the clock
-  bool entered = false;                  // and whether it has it
-  std::array<Live, kCounts> shown = {};  // numbers in its memory that show the clock
+  int64_t slot = 0;                        // where the device keeps the clock
+  bool entered = false;                    // and whether it has it
+  std::array<Stream, kCounts> shown = {};  // numbers in its memory that show the clock
 };
 
-// What a step did. A device is not waited for: it alone knows whether it skipped, and the norm.
+// What a step did. A device is not waited for: it alone knows whether it skipped, and the norms.
 struct Outcome {
-  int64_t elements;  // updated
-  bool skipped;      // for a gradient that is not finite
-  double norm;       // of the gradients, where it was to be measured
+  int64_t elements = 0;  // updated
+  bool skipped = false;  // for a gradient that is not finite
+  double norm = 0;       // of the gradients, where it was to be measured
+};
+
+// The norm of one tensor's gradient, and whether its elements are finite.
+struct Norm {
+  double norm;
+  bool finite;
 };
 
 // One call at a time: the caller holds the optimizer's Turn (turn.h).
-class StepTable {
+class Stepper {
  public:
   // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.
   // Memory is the CPU's, or that of a device's number `index`.
-  StepTable(int rule, std::function<std::string(size_t)> name_of, const Device* device = nullptr,
-            int index = 0);
-  ~StepTable();
-  StepTable(const StepTable&) = delete;
-  StepTable& operator=(const StepTable&) = delete;
+  Stepper(int rule, std::function<std::string(size_t)> name_of, const Device* device = nullptr,
+          int index = 0);
+  ~Stepper();
+  Stepper(const Stepper&) = delete;
+  Stepper& operator=(const Stepper&) = delete;
 
   // Replaces all tensors. Their memory must not overlap: throws std::invalid_argument naming two
   // that do, and keeps what it had. Costs little where all memory is where it was.
@@ -73,13 +62,17 @@ class StepTable {
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
   // Of one tensor. After a step with live counts it is of no use.
-  const Clock& clock(size_t tensor) const { return tensors_[tensor].clock; }
+  const Clock& clock(size_t tensor) const { return tensors_[tensor].counted.clock; }
 
-  // Updates every tensor that has a gradient. There is one gradient per tensor, of a type that goes
-  // with the parameter's. Throws std::invalid_argument before it has written anything if a gradient
-  // lies over memory that the step writes.
-  Outcome step(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
-               const Control& control = {});
+  // Updates every tensor that has a gradient: grads[i] is tensor i's, of format kNone for one that
+  // sits the step out. Throws std::invalid_argument before it has written anything if a gradient lies
+  // over memory that the step writes.
+  Outcome step(const std::vector<Stream>& grads, const std::vector<Group>& groups,
+               const Options& options = {});
+
+  // Of each tensor's gradient in the last step that measured them, times Options::factor; none for
+  // one that had no gradient. Waits for the device.
+  std::vector<std::optional<Norm>> norms() const;
 
   // The clocks that the device has at these slots; waits for it.
   std::vector<Clock> device_clocks(const std::vector<int64_t>& slots) const;
@@ -91,47 +84,35 @@ class StepTable {
   struct Range {
     uintptr_t begin, end;
     size_t tensor;
-    int stream;  // -1 the parameter, else the state
+    int stream;
   };
   bool in_place(const std::vector<Tensor>& tensors) const;
   std::string describe(size_t tensor, int stream) const;
-  void check_overlap(const std::vector<Grad>& grads);
-  Verdict measure(const std::vector<Grad>& grads, const Control& control) const;
-  int row_of(const Tensor& tensor, const Group& group, double factor);
-  void plan(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups, bool live,
-            double factor);
-  void sweep_here(const std::vector<Grad>& grads);
-  void sweep_there(const std::vector<Grad>& grads, const std::vector<DeviceGroup>& groups,
-                   const Control& control);
+
+  void check(const std::vector<Stream>& grads, const std::vector<Group>& groups);
+  Verdict measure(const Options& options);
+  void prepare(const std::vector<Group>& groups, double factor);
+  void sweep_there(const std::vector<Group>& groups, const Options& options);
+  void commit(bool live, Outcome& outcome);
   void fetch_clocks();
 
   int rule_;
   std::function<std::string(size_t)> name_of_;
   std::vector<Tensor> tensors_;
   std::vector<Range> written_;  // by address
-  std::vector<Grad> clear_;     // gradients known to lie outside written_
+  std::vector<Stream> clear_;   // gradients known to lie outside written_
 
   const Device* device_;
   void* memory_ = nullptr;  // the device's
 
   // Of the step being taken; members so that their memory is there for the next one.
-  struct Part {
-    size_t tensor;
-    int row;        // in rows_, or with live counts the group
-    unsigned uses;  // bit i: the step has state i
-  };
-  std::vector<Part> parts_;
-  std::vector<Row> rows_;
-  struct Prepared {  // what a row was prepared from, and the clock that follows
-    int group;
-    Clock before, after;
-  };
-  std::vector<Prepared> prepared_;  // of rows_
-  std::vector<int> row_at_;         // by hash, or -1: rows_ found again; its size is a power of two
   std::vector<Segment> segments_;
-  std::vector<int64_t> starts_;
-  std::vector<Clock> advanced_;
+  std::vector<Counted> counted_;
+  Plan plan_;
   std::vector<DeviceTensor> there_;
+
+  Measured measured_;
+  double factor_ = 1;  // of the gradients that were measured
 };
 
 }  // namespace fusedstep

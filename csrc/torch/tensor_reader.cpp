@@ -8,7 +8,7 @@
 #include <string>
 
 #include "python/arrays.h"
-#include "step/stepper.h"
+#include "step/engine.h"
 
 namespace py = pybind11;
 
@@ -17,23 +17,23 @@ namespace {
 
 char nothing;  // the address of all that is empty
 
-// What TensorReader::dtypes_ are in kernels.
-struct TypeOf {
+// torch's complex dtypes: two numbers of a format each.
+struct Complex {
   const char* name;
-  DType dtype;
-  int reals;
+  Format format;
 };
-constexpr TypeOf kTypes[] = {{"float32", DType::f32, 1},   {"float64", DType::f64, 1},
-                             {"bfloat16", DType::bf16, 1}, {"float16", DType::f16, 1},
-                             {"complex64", DType::f32, 2}, {"complex128", DType::f64, 2}};
+constexpr Complex kComplexes[] = {{"complex64", Format::kF32}, {"complex128", Format::kF64}};
 
 bool real_dtype(const DLTensor& t, TensorView& view) {
   view.reals = 1;
-  if (dlpack_dtype(t, view.dtype)) return true;
+  if (dlpack_format(t, view.format)) return true;
   if (t.dtype.code != kComplex || t.dtype.lanes != 1) return false;
   view.reals = 2;
-  view.dtype = t.dtype.bits == 64 ? DType::f32 : DType::f64;
-  return t.dtype.bits == 64 || t.dtype.bits == 128;
+  for (const Complex& complex : kComplexes) {
+    view.format = complex.format;
+    if (t.dtype.bits == 16 * format_bytes(complex.format)) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -77,7 +77,8 @@ TensorReader::TensorReader(bool exchange) {
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
   strided_ = torch.attr("strided");
-  for (const TypeOf& type : kTypes) dtypes_.append(torch.attr(type.name));
+  for (int i = 1; i < kFormats; ++i) dtypes_.append(torch.attr(kFormatInfo[i].name));
+  for (const Complex& complex : kComplexes) dtypes_.append(torch.attr(complex.name));
   // Both stay with their class, which the members above keep.
   const py::object is_neg = tensor_.attr("is_neg"), grad = tensor_.attr("grad");
   if (Py_TYPE(is_neg.ptr()) == &PyMethodDescr_Type) {
@@ -122,13 +123,13 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Pl
   const std::string text = place.device && place.device->kind != kCpu ? place_text(place) : "cpu";
   if (py::str(py::getattr(tensor, "device")).cast<std::string>() != text) return false;
   const py::object dtype = py::getattr(tensor, "dtype");
-  size_t k = 0;
+  size_t k = 0;  // the formats, but for none of them, then kComplexes
   while (k < dtypes_.size() && !py::object(dtypes_[k]).is(dtype)) ++k;
   if (k == dtypes_.size()) return false;
   const auto shape = py::getattr(tensor, "shape").cast<std::vector<int64_t>>();
   const auto strides = py::getattr(tensor, "stride")().cast<std::vector<int64_t>>();
-  view.dtype = kTypes[k].dtype;
-  view.reals = kTypes[k].reals;
+  view.reals = k + 1 < kFormats ? 1 : 2;
+  view.format = view.reals == 1 ? static_cast<Format>(k + 1) : kComplexes[k + 1 - kFormats].format;
   view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
   view.held = shape;
   view.held.insert(view.held.end(), strides.begin(), strides.end());
@@ -150,7 +151,7 @@ bool TensorReader::finish(py::handle tensor, TensorView& view) const {
   const auto at = reinterpret_cast<uintptr_t>(view.data);
   if (view.n == 0 || at >= kLow) return true;
   const auto offset = py::getattr(tensor, storage_offset)().cast<int64_t>();
-  return at != static_cast<uintptr_t>(offset * view.reals * dtype_bytes(view.dtype));
+  return at != static_cast<uintptr_t>(offset * view.reals * format_bytes(view.format));
 }
 
 bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
@@ -167,7 +168,7 @@ bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
   auto end = ask(tensor, storage_offset).cast<int64_t>() + 1;
   for (int i = 0; i < view.ndim; ++i) end += (view.shape[i] - 1) * view.strides[i];
   return ask(ask(tensor, untyped_storage), nbytes).cast<int64_t>() >=
-         end * view.reals * dtype_bytes(view.dtype);
+         end * view.reals * format_bytes(view.format);
 }
 
 const void* TensorReader::address(py::handle tensor) const {

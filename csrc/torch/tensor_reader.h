@@ -13,7 +13,7 @@ namespace fusedstep {
 
 struct TensorView {
   void* data;
-  DType dtype;
+  Format format;
   int reals;  // 1, or 2 where an element is a complex number
   int ndim;
   const int64_t *shape, *strides;  // the tensor's own, alive while nobody changes it
@@ -67,7 +67,7 @@ class TensorReader {
   const DLPackExchangeAPI* api_ = nullptr;
   pybind11::object tensor_, parameter_;  // the classes
   pybind11::object strided_;             // torch.strided
-  pybind11::list dtypes_;                // torch's, in the order of kTypes in the source
+  pybind11::list dtypes_;                // torch's, one for each format, then the complex ones
 
   // What the two classes inherit, called without a lookup of its name; null where torch has
   // another kind of attribute there.

@@ -7,6 +7,7 @@
 
 #include "python/arrays.h"
 #include "python/unlocked.h"
+#include "step/rules.h"
 
 namespace py = pybind11;
 
@@ -41,12 +42,12 @@ class Ordered {
   Py_ssize_t at_ = 0;
 };
 
-std::string type_text(DType dtype, int reals) {
-  if (reals == 1) return dtype_name(dtype);
-  return dtype == DType::f64 ? "complex128" : "complex64";
+std::string type_text(Format format, int reals) {
+  if (reals == 1) return format_name(format);
+  return format == Format::kF64 ? "complex128" : "complex64";
 }
 
-std::string type_text(const TensorView& view) { return type_text(view.dtype, view.reals); }
+std::string type_text(const TensorView& view) { return type_text(view.format, view.reals); }
 
 std::string shape_text(const TensorView& view) {
   return fusedstep::shape_text(view.shape, view.ndim);
@@ -70,7 +71,7 @@ TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>
       states_(interned(rules()[rule_].states)),
       scalars_(interned(scalars)),
       amp_(interned({"grad_scale", "found_inf"})),
-      table_(
+      stepper_(
           rule_,
           [this](size_t place) {
             const py::gil_scoped_acquire acquire;  // a step runs without the interpreter's lock
@@ -99,7 +100,7 @@ bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, Tenso
   const Place place = on_host ? Place{} : place_;
   if (reader_.read(tensor, view, place)) {
     trail_.pass_tensor(tensor, view);
-    if (view.n) sources_.push_back({tensor, view.data, view.n, view.dtype, on_host});
+    if (view.n) sources_.push_back({tensor, view.data, view.n, view.format, on_host});
     const bool own =
         view.held.empty();  // the shape lies in torch's object, and tells it from others
     const bool same = known && own && known->object == view.shape && known->data == view.data;
@@ -128,7 +129,7 @@ bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, Te
                           " must have memory of its own, got " +
                           py::str(py::type::of(tensor).attr("__name__")).cast<std::string>());
   }
-  if (view.n) sources_.push_back({tensor, view.data, view.n, view.dtype, !place.device});
+  if (view.n) sources_.push_back({tensor, view.data, view.n, view.format, !place.device});
   if (!py::object(made[1]).is_none()) back_.emplace_back(made[1], tensor);
   a.stand_ins.push_back(tensor);
   return made[2].cast<bool>();
@@ -136,18 +137,15 @@ bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, Te
 
 void TensorTable::check_grad(const Active& a, const TensorView& param,
                              const TensorView& grad) const {
-  if (same_shape(param, grad) && param.dtype == grad.dtype && param.reals == grad.reals) return;
+  if (same_shape(param, grad) && param.reals == grad.reals) return;
   const std::string name = name_of(a.i);
   const Label label{"grads", &name};
   if (!same_shape(param, grad)) {
     throw py::value_error(label.text() + " must have shape " + shape_text(param) + ", got " +
                           shape_text(grad));
   }
-  if (param.reals != grad.reals) {
-    throw py::type_error(label.text() + " must be " + type_text(param) + ", got " +
-                         type_text(grad));
-  }
-  check_grad_dtype(label, param.dtype, grad.dtype);
+  throw py::type_error(label.text() + " must be " + (param.reals == 2 ? "complex" : "real") +
+                       " as its parameter, got " + type_text(grad));
 }
 
 TensorTable::Entry TensorTable::find(const Active& a) const {
@@ -194,7 +192,7 @@ void TensorTable::read(size_t place, bool begins) {
   TensorView p, g, views[kMaxStates];
   py::object param = a.param;
   const bool had = place < tensors_before_.size();
-  look(a, params_, param, p, had ? tensors_before_[place].param : nullptr);
+  look(a, params_, param, p, had ? tensors_before_[place].segment.stream[kParam].data : nullptr);
   look(a, grads_, a.grad, g, had ? gradients_before_[place].data : nullptr);
   check_grad(a, p, g);
   if (!entry.complete) return;
@@ -210,7 +208,7 @@ void TensorTable::read(size_t place, bool begins) {
     if (shows_less(s, view)) {
       moved = replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
     }
-    if (view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
+    if (view.n != 1 || (view.format != Format::kF32 && view.format != Format::kF64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
     }
@@ -220,7 +218,7 @@ void TensorTable::read(size_t place, bool begins) {
       change[scalars_[s]] = scalar;
       changes_.add(py::reinterpret_borrow<py::dict>(begins ? a.fresh : a.entry), change);
     }
-    a.numbers[s] = {view.data, view.dtype};
+    a.numbers[s] = {view.data, view.format};
   }
 
   bool direct = dense(p) && same_strides(p, g);
@@ -231,8 +229,8 @@ void TensorTable::read(size_t place, bool begins) {
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }
-    if (views[s].dtype != state_dtype(p.dtype) || views[s].reals != p.reals) {
-      refuse(states_[s], type_text(state_dtype(p.dtype), p.reals), type_text(views[s]));
+    if (views[s].format != state_format(p.format) || views[s].reals != p.reals) {
+      refuse(states_[s], type_text(state_format(p.format), p.reals), type_text(views[s]));
     }
     direct = direct && same_strides(p, views[s]);
   }
@@ -264,24 +262,27 @@ void TensorTable::read(size_t place, bool begins) {
   }
 
   Tensor& tensor = tensors_[place];
-  tensor = {p.data, p.dtype, p.n, {}, a.group, clock_of(a, begins)};
+  tensor = {};
+  tensor.segment.stream[kParam] = {p.data, p.format};
+  tensor.segment.n = p.n;
+  tensor.counted = {a.group, clock_of(a, begins)};
   if (live_) {
     tensor.slot = static_cast<int64_t>(a.i);
     tensor.entered = counted_[a.i].entered && !begins;
     for (size_t s = 0; s < scalars_.size(); ++s) {
-      tensor.shown[s] = {a.numbers[s].data, a.numbers[s].dtype};
+      tensor.shown[s] = a.numbers[s];
     }
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.states[s]) tensor.state[s] = views[s].data;
+    if (a.states[s]) tensor.segment.stream[kState + s] = {views[s].data, views[s].format};
   }
-  gradients_[place] = {g.data, g.dtype, true};
+  gradients_[place] = {g.data, g.format};
 }
 
 // Whether a scalar is float32 where a step uses more: a checkpoint shall have what the next step
 // reads. A step count is exact to 2^24; on the device, which is not waited for, it shows as much.
 bool TensorTable::shows_less(size_t s, const TensorView& view) const {
-  if (view.n != 1 || view.dtype != DType::f32) return false;
+  if (view.n != 1 || view.format != Format::kF32) return false;
   return s > 0 || (!live_ && *static_cast<const float*>(view.data) >= 0x1p24f);
 }
 
@@ -290,9 +291,9 @@ Clock TensorTable::clock_of(const Active& a, bool begins) const {
   Clock clock{0, {begins ? 0.0 : 1.0, 0}};
   if (live_) return clock;  // the device looks at the tensors
   for (size_t s = 0; s < scalars_.size(); ++s) {
-    const auto [data, dtype] = a.numbers[s];
-    const double shown =
-        dtype == DType::f64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+    const Stream& number = a.numbers[s];
+    const double shown = number.format == Format::kF64 ? *static_cast<const double*>(number.data)
+                                                       : *static_cast<const float*>(number.data);
     if (s) {
       clock.carry[s - 1] = shown;
     } else if (shown >= 0 && shown < 0x1p53 && shown == std::floor(shown)) {
@@ -316,7 +317,7 @@ std::vector<size_t> TensorTable::not_begun(const py::list& params) {
   std::vector<Clock> clocks;
   {
     const Unlocked unlocked;
-    clocks = table_.device_clocks(slots);
+    clocks = stepper_.device_clocks(slots);
   }
   for (size_t k = 0; k < slots.size(); ++k) {
     if (clocks[k].t == 0 && clocks[k].carry[0] == 0) found.push_back(slots[k]);
@@ -329,29 +330,29 @@ void TensorTable::write_clocks() {
   if (scalars_.empty() || live_) return;
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
-    const Clock clock = table_.clock(place);
+    const Clock clock = stepper_.clock(place);
     for (size_t s = 0; s < scalars_.size(); ++s) {
       const double value = s ? clock.carry[s - 1] : static_cast<double>(clock.t);
-      const auto [data, dtype] = a.numbers[s];
-      if (dtype == DType::f64) {
-        *static_cast<double*>(data) = value;
+      const Stream& number = a.numbers[s];
+      if (number.format == Format::kF64) {
+        *static_cast<double*>(number.data) = value;
       } else {
-        *static_cast<float*>(data) = static_cast<float>(value);
+        *static_cast<float*>(number.data) = static_cast<float>(value);
       }
     }
   }
 }
 
 // A tensor of one number in the device's memory.
-Live TensorTable::number(const py::handle& tensor, const char* name) const {
+Stream TensorTable::number(const py::handle& tensor, const char* name) const {
   TensorView view;
-  if (tensor.is_none()) return {nullptr, DType::f32};
+  if (tensor.is_none()) return {};
   const bool found = reader_.read(tensor, view, place_);
-  if (!found || view.n != 1 || (view.dtype != DType::f32 && view.dtype != DType::f64)) {
+  if (!found || view.n != 1 || (view.format != Format::kF32 && view.format != Format::kF64)) {
     throw py::value_error(std::string(name) + " must be one float32 or float64 number on " +
                           place_text(place_) + ", got " + py::str(tensor).cast<std::string>());
   }
-  return {view.data, view.dtype};
+  return {view.data, view.format};
 }
 
 // Reads all that the step goes by. Python code may run on the way, and move what was read before.
@@ -375,9 +376,9 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   for (const py::handle item : groups) {
     const auto group = py::reinterpret_borrow<py::tuple>(item);
     const py::tuple params(group[0]);  // the list may change while torch is asked
-    groups_.push_back(
-        {as_group(group[1].cast<std::vector<double>>(), rule_), number(group[3], "lr")});
-    const unsigned uses = used_states(rules()[rule_], groups_.back().group.hypers);
+    groups_.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
+    groups_.back().lr = number(group[3], "lr");
+    const StateMask uses = rules()[rule_].states_of(groups_.back().hypers);
     if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
@@ -432,7 +433,7 @@ bool TensorTable::in_place(size_t first) const {
     if (s.n < 0) return reader_.address(s.tensor) == s.at;
     TensorView now;
     return reader_.read(s.tensor, now, s.on_host ? Place{} : place_) && now.data == s.at &&
-           now.n == s.n && now.dtype == s.dtype;
+           now.n == s.n && now.format == s.format;
   };
   return std::all_of(sources_.begin() + static_cast<ptrdiff_t>(first), sources_.end(), same);
 }
@@ -451,7 +452,7 @@ bool TensorTable::stayed(const py::dict& state) const {
   return true;
 }
 
-void TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& asked,
+void TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& options,
                        size_t first, bool free, const py::object& owner) {
   struct Release {  // of all that the step borrows, however it ends
     TensorTable& table;
@@ -465,16 +466,11 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
   } const release{*this};
   active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
-  Control control;
-  control.factor = asked[0].cast<double>();
-  control.skip_nonfinite = asked[2].cast<bool>();
-  control.measure = !asked[1].is_none() || control.skip_nonfinite;
-  if (!asked[1].is_none()) control.max_norm = asked[1].cast<double>();
-  control.stream = reinterpret_cast<void*>(asked[3].cast<uintptr_t>());
-  control.live = live_ = asked[4].cast<bool>();
-  control.scale = number(asked[5], "grad_scale");
-  control.found_inf = number(asked[6], "found_inf");
-  control.norm = number(asked[7], "norm");
+  Options own = as_options(options);
+  live_ = own.live;
+  own.scale = number(options[6], "grad_scale");
+  own.found_inf = number(options[7], "found_inf");
+  own.norm = number(options[8], "norm");
 
   std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
@@ -486,13 +482,14 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
     } catch (const Moved&) {
       whole = false;
     }
-    const bool moved = !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
-                                   gradients_before_.end(),
-                                   [](const Grad& x, const Grad& y) { return x.data == y.data; }) ||
-                       !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(),
-                                   tensors_before_.end(), [](const Tensor& x, const Tensor& y) {
-                                     return x.param == y.param;
-                                   });
+    const bool moved =
+        !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
+                    gradients_before_.end(),
+                    [](const Stream& x, const Stream& y) { return x.data == y.data; }) ||
+        !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(),
+                    tensors_before_.end(), [](const Tensor& x, const Tensor& y) {
+                      return x.segment.stream[kParam].data == y.segment.stream[kParam].data;
+                    });
     if (moved) ran_ = owner_.attr("_moved")().cast<bool>() || ran_;
     if (whole && (!ran_ || stayed(state))) break;
     if (tries == kTries) {
@@ -502,21 +499,21 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
     }
     owner_.attr("_again")();
   }
-  table_.set_tensors(tensors_);
+  stepper_.set_tensors(tensors_);
   const py::dict attributes = owner_.attr("_attributes");
   const py::object announce = owner_.attr("_announce");
   Outcome outcome;
   {
     const Unlocked unlocked;
-    outcome = table_.step(gradients_, groups_, control);
+    outcome = stepper_.step(gradients_, groups_, own);
   }
 
   // The commit. No Python code runs before states and counts are those of the new parameters.
   for (const py::str& name : amp_) {
     if (PyDict_Contains(attributes.ptr(), name.ptr()) == 1) attributes.attr("pop")(name);
   }
-  if (!place_.device && control.norm.at) *static_cast<double*>(control.norm.at) = outcome.norm;
-  norm_ = asked[7];
+  if (!place_.device && own.norm.data) *static_cast<double*>(own.norm.data) = outcome.norm;
+  norm_ = options[8];
   lives_ = live_;
   if (outcome.skipped) return;
   write_clocks();

@@ -1,4 +1,4 @@
-// A StepTable over torch's parameters, gradients and states, all of them looked at in each step.
+// A Stepper over torch's parameters, gradients and states, all of them looked at in each step.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "python/commit.h"
+#include "python/options.h"
 #include "step/stepper.h"
 #include "tensor_reader.h"
 
@@ -64,8 +65,7 @@ class TensorTable {
   //   groups  (parameters, values as for as_group, torch's group, None or a tensor that has lr) of
   //           each
   //   state   a dict of names to tensors for each parameter, as torch.optim's
-  //   asked   (the gradients' factor, maximal norm or None, skip non-finite ones, the device's
-  //           stream, whether counts are live, and tensors or None: loss scale, found_inf, norm)
+  //   options  Python's Options
   //   first   the number of the first parameter; the others follow, over all groups
   //   free    whether gradients are dropped once they are used
   //   owner   asked for what only torch can do:
@@ -84,8 +84,8 @@ class TensorTable {
   //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
   //     _attributes, the optimizer's own: what torch.amp left in them for this step is dropped
   // An error leaves everything as it was. What the step changes beside memory it changes at once.
-  void step(const pybind11::list& groups, const pybind11::dict& state, const pybind11::tuple& asked,
-            size_t first, bool free, const pybind11::object& owner);
+  void step(const pybind11::list& groups, const pybind11::dict& state,
+            const pybind11::tuple& options, size_t first, bool free, const pybind11::object& owner);
 
   // Those of the parameters, by number, of which the device alone knows that every step of theirs
   // was skipped, for a rule that keeps no count. Waits for the device.
@@ -110,10 +110,6 @@ class TensorTable {
     std::array<Known, kCounts + kMaxStates> known;  // the scalars, the states
     bool entered = false;                           // the device has the clock
   };
-  struct Number {
-    void* data;
-    DType dtype;  // f32 or f64
-  };
 
   // A state that is missing or no tensor, in an Entry, is null.
   struct Entry {
@@ -137,10 +133,10 @@ class TensorTable {
     pybind11::object entry, fresh;  // its dict in the state, and what the step adds to it, or null
     std::array<pybind11::object, kCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
-    std::array<Number, kCounts> numbers;      // the scalars' memory
+    std::array<Stream, kCounts> numbers;      // the scalars' memory: float32 or float64
     std::vector<pybind11::object> stand_ins;  // what else must live through the step
     size_t first_source = 0;                  // of those read for it
-    unsigned uses = 0;                        // which states the step has
+    StateMask uses = 0;                       // which states the step has
     Entry found;                              // in the state, as the step took it
   };
 
@@ -150,7 +146,7 @@ class TensorTable {
     pybind11::handle tensor;
     const void* at;
     int64_t n = -1;
-    DType dtype = DType::f32;
+    Format format = Format::kNone;
     bool on_host = false;
   };
 
@@ -168,7 +164,7 @@ class TensorTable {
   bool replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
                const Place& place);
   bool shows_less(size_t s, const TensorView& view) const;
-  Live number(const pybind11::handle& tensor, const char* name) const;
+  Stream number(const pybind11::handle& tensor, const char* name) const;
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;
   void write_clocks();
@@ -182,7 +178,7 @@ class TensorTable {
   std::vector<pybind11::str> amp_;               // what torch.amp sets for one step
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
-  StepTable table_;
+  Stepper stepper_;
   pybind11::object norm_ = pybind11::none();
   bool lives_ = false;
 
@@ -190,7 +186,7 @@ class TensorTable {
   pybind11::handle owner_;
   bool live_ = false;
   std::vector<Active> active_;
-  std::vector<DeviceGroup> groups_;
+  std::vector<Group> groups_;
   pybind11::list written_;
   bool ran_ = false;             // Python code, which may have moved what was read before
   std::vector<Source> sources_;  // all tensors that were read
@@ -202,7 +198,7 @@ class TensorTable {
 
   // Of that step and of the last one. Addresses of the last one are compared, never followed.
   std::vector<Tensor> tensors_, tensors_before_;
-  std::vector<Grad> gradients_, gradients_before_;
+  std::vector<Stream> gradients_, gradients_before_;
 };
 
 }  // namespace fusedstep

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     max_norm: float | None = None
     skip_nonfinite: bool = False
     stream: int = 0  # of the CUDA device; 0 on the CPU
+    norms: bool = False  # of each tensor's gradient
     # torch's, whose GradScaler leaves its verdict to the step:
     live: bool = False  # whether the counts of steps are on the device
     scale: Any = None  # the loss scale as a tensor on the device

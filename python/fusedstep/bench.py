@@ -143,7 +143,7 @@ def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any
         grads["flat"][at : at + block.size] = block[: n - at]
     opt = getattr(optimizers, cls)(params, **kwargs)
     states = list(opt.state["flat"].values())
-    table = _core.StepTable("ceiling", ["flat"], [params["flat"]], [0])
+    table = _core.ArrayTable("ceiling", ["flat"], [params["flat"]], [0])
     streams = {
         name: [states[i] if i < len(states) else None] for i, name in enumerate(table.states)
     }

@@ -291,7 +291,7 @@ class Optimizer:
         if self._index is not None:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
             device = _gpu.needed(label, **known).device()
-        self._table = _core.StepTable(
+        self._table = _core.ArrayTable(
             self.spec.rule, self._names, params, self._group_of, device, self._index or 0
         )
         self._shapes = self._table.shapes()
@@ -469,17 +469,16 @@ class Optimizer:
         """A step, while nobody else has a turn."""
         natives, states, read = self._prepared()
         table = self._table
-        asked = options and options[:4]
         natives = self._with_rates(natives, table.steps)
         layout = None if self._buffer is None else self._buffer._layout
         # An exact type and an identity first: a small step takes a few microseconds in all.
         if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
             flat, offsets = grads._flat, grads._layout.offsets
-            steps, elements = table.step_flat(flat, offsets, natives, asked, states)
+            steps, elements = table.step_flat(flat, offsets, natives, options, states)
         else:
             ordered = in_order(self._params, grads)
             announce = announcer() if self._tensors else None
-            steps, elements = table.step(ordered, natives, asked, states, announce)
+            steps, elements = table.step(ordered, natives, options, states, announce)
         # Of what the step did nothing is left to be noted but this, which saves the next one work.
         for memory, known in read:
             memory.update(known)

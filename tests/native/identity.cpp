@@ -1,5 +1,6 @@
-// Runs every kernel of one instruction set on fixed inputs and prints a hash of what it wrote, one
-// line each: `rule variant decay pair hash`. Two sets agree when their texts do. See test_cross.py.
+// Runs every rule of one instruction set in every mix of formats, on fixed inputs, and prints a hash
+// of what was written, by the sweep and by the same update staged by hand, one line each:
+// `rule variant decay param grad swept staged`. Two sets agree when their texts do. See test_cross.py.
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -60,25 +61,46 @@ float number(Random& random) {
   return bits<float>((word & 0x80000000u) | exponent << 23 | (random() >> 9));
 }
 
-// Storage types from float32, by truncation: any fixed map will do.
-void put(float* to, float x) { *to = x; }
-void put(double* to, float x) { *to = x + x * 0x1p-40; }  // beyond float's precision
-void put(bf16* to, float x) { to->bits = static_cast<uint16_t>(bits<uint32_t>(x) >> 16); }
-void put(f16* to, float x) {
+// Elements of a format, as bits, from float32, by truncation: any fixed map will do.
+uint64_t element(Format format, float x) {
   const uint32_t word = bits<uint32_t>(x), sign = (word >> 16) & 0x8000u;
-  const int exponent = static_cast<int>((word >> 23) & 255u) - 112;
-  const uint32_t fraction = (word >> 13) & 0x3ffu;
-  uint32_t half = static_cast<uint32_t>(exponent) << 10 | fraction;
-  if (exponent <= 0) half = fraction;  // zero and denormals
-  if (exponent >= 31) half = 0x7c00u | ((word & 0x7fffffu) ? 0x200u : 0u);
-  to->bits = static_cast<uint16_t>(half | sign);
+  const double wide = x;
+  switch (format) {
+    case Format::kF64:
+      return bits<uint64_t>(wide + wide * 0x1p-40);  // beyond float's precision
+    case Format::kBf16:
+      return word >> 16;
+    case Format::kF16: {
+      const int exponent = static_cast<int>((word >> 23) & 255u) - 112;
+      const uint32_t fraction = (word >> 13) & 0x3ffu;
+      uint32_t half = static_cast<uint32_t>(exponent) << 10 | fraction;
+      if (exponent <= 0) half = fraction;  // zero and denormals
+      if (exponent >= 31) half = 0x7c00u | ((word & 0x7fffffu) ? 0x200u : 0u);
+      return half | sign;
+    }
+    default:
+      return word;
+  }
 }
 
-// A value's bits, with one pattern for every NaN: payloads may differ between sets.
-uint64_t canonical(float x) { return x == x ? bits<uint32_t>(x) : 0x7fc00000u; }
-uint64_t canonical(double x) { return x == x ? bits<uint64_t>(x) : 0x7ff8000000000000u; }
-uint64_t canonical(bf16 x) { return (x.bits & 0x7fffu) > 0x7f80u ? 0x7fc0u : x.bits; }
-uint64_t canonical(f16 x) { return (x.bits & 0x7fffu) > 0x7c00u ? 0x7e00u : x.bits; }
+// An element's bits, with one pattern for every NaN: payloads may differ between sets.
+uint64_t canonical(Format format, uint64_t element) {
+  const auto nan = [&](int bits, int fraction) {
+    const uint64_t magnitude = element & ((uint64_t{1} << (bits - 1)) - 1);
+    const uint64_t infinity = ((uint64_t{1} << (bits - 1 - fraction)) - 1) << fraction;
+    return magnitude > infinity ? infinity | uint64_t{1} << (fraction - 1) : element;
+  };
+  switch (format) {
+    case Format::kF64:
+      return nan(64, 52);
+    case Format::kBf16:
+      return nan(16, 7);
+    case Format::kF16:
+      return nan(16, 10);
+    default:
+      return nan(32, 23);
+  }
+}
 
 // FNV-1a, 64 bits.
 struct Hash {
@@ -89,60 +111,72 @@ struct Hash {
 };
 
 // Canary elements on both sides show a write that does not belong to the segment.
-template <class T>
-struct Stream {
-  std::vector<T> memory;
-  Stream(int64_t n, Random& random, bool positive) : memory(kOffset + n + 1) {
-    for (T& x : memory) {
+class Elements {
+ public:
+  Elements(Format format, int64_t n, Random& random, Sign sign)
+      : format_(format), bytes_(kFormatInfo[static_cast<int>(format)].bytes) {
+    for (int64_t i = 0; i < kOffset + n + 1; ++i) {
       float value = number(random);
-      if (positive && value < 0) value = -value;
-      put(&x, value);
+      if (sign == Sign::kPositive && value < 0) value = -value;
+      const uint64_t word = element(format, value);
+      memory_.insert(memory_.end(), bytes_, 0);
+      std::memcpy(memory_.data() + memory_.size() - bytes_, &word, bytes_);  // little-endian
     }
   }
-  T* data() { return memory.data() + kOffset; }
+  Stream stream() { return {memory_.data() + kOffset * bytes_, format_}; }
   void add_to(Hash& hash) const {
-    for (const T& x : memory) hash.add(canonical(x));
+    for (size_t at = 0; at < memory_.size(); at += bytes_) {
+      uint64_t word = 0;
+      std::memcpy(&word, memory_.data() + at, bytes_);
+      hash.add(canonical(format_, word));
+    }
   }
+
+ private:
+  Format format_;
+  size_t bytes_;
+  std::vector<unsigned char> memory_;
 };
 
-template <class P, class G, class S>
-void run(Kernel kernel, const Rule& rule, unsigned uses, const double* scalars, Random& random,
-         Hash& hash) {
-  for (const int64_t n : kLengths) {
-    Stream<P> param(n, random, false);
-    Stream<G> grad(n, random, false);
-    std::vector<Stream<S>> states;
-    for (const std::string& name : rule.states) {
-      const bool squares = name.find("sq") != std::string::npos || name == "sum" ||
-                           name == "exp_inf" || name == "acc_delta" || name == "step_size";
-      states.emplace_back(n, random, squares);
-    }
-    Segment segment = {param.data(), grad.data(), {}, n, scalars, kernel};
-    for (size_t s = 0; s < states.size(); ++s) {
-      if (uses >> s & 1) segment.state[s] = states[s].data();
-    }
-    kernel(segment, 0, n);
-    param.add_to(hash);
-    grad.add_to(hash);
-    for (const Stream<S>& state : states) state.add_to(hash);
+// The same update in blocks that the caller stages: decoded, updated in float32 or float64, encoded.
+void sweep_staged(const Kernels& kernels, int rule, const Segment& segment, const Row& row) {
+  const int wide = segment.stream[kParam].format == Format::kF64;
+  const RuleKernels& own = kernels.rules[rule];
+  std::vector<double> staged[kStreams];  // as much room as either type needs
+  void* at[kStreams] = {};
+  const auto has = [&](int k) { return k < kState || own.states[row.variant] >> (k - kState) & 1; };
+  const auto codec = [&](int k) -> const Codec& {
+    return kernels.codec[static_cast<int>(segment.stream[k].format)][wide];
+  };
+  const int64_t lanes = kernels.lanes, whole = (segment.n + lanes - 1) / lanes * lanes;
+  for (int k = 0; k < kStreams; ++k) {
+    if (!has(k)) continue;
+    staged[k].resize(whole);
+    at[k] = staged[k].data();
+    codec(k).decode(segment.stream[k], 0, segment.n, at[k]);
+  }
+  own.update[row.variant][wide](row, at, whole);
+  for (int k = 0; k < kStreams; ++k) {
+    if (has(k) && k != kGrad) codec(k).encode(segment.stream[k], 0, segment.n, at[k]);
   }
 }
 
-void run_pair(int pair, Kernel kernel, const Rule& rule, unsigned u, const double* s, Random& r,
-              Hash& h) {
-  switch (pair) {
-    case 0:
-      return run<float, float, float>(kernel, rule, u, s, r, h);
-    case 1:
-      return run<double, double, double>(kernel, rule, u, s, r, h);
-    case 2:
-      return run<bf16, bf16, float>(kernel, rule, u, s, r, h);
-    case 3:
-      return run<f16, f16, float>(kernel, rule, u, s, r, h);
-    case 4:
-      return run<float, bf16, float>(kernel, rule, u, s, r, h);
-    default:
-      return run<float, f16, float>(kernel, rule, u, s, r, h);
+// The hash of what a sweep leaves behind.
+template <class Sweeper>
+void run(const Sweeper& sweep, const Rule& rule, StateMask states, Format param, Format grad,
+         Random& random, Hash& hash) {
+  for (const int64_t n : kLengths) {
+    std::vector<Elements> streams = {{param, n, random, Sign::kAny}, {grad, n, random, Sign::kAny}};
+    for (const Sign sign : rule.signs) {
+      streams.emplace_back(param == Format::kF64 ? param : Format::kF32, n, random, sign);
+    }
+    Segment segment = {};
+    segment.n = n;
+    for (size_t k = 0; k < streams.size(); ++k) {
+      if (k < kState || states >> (k - kState) & 1) segment.stream[k] = streams[k].stream();
+    }
+    sweep(segment);
+    for (const Elements& stream : streams) stream.add_to(hash);
   }
 }
 
@@ -170,24 +204,33 @@ int main() {
   std::fprintf(stderr, "lanes %d\n", kernels.lanes);
   for (size_t r = 0; r < rules().size(); ++r) {
     const Rule& rule = rules()[r];
+    const int number = static_cast<int>(r);
     Group group = {};
     for (size_t h = 0; h < rule.hypers.size(); ++h) group.hypers[h] = hyper(rule.hypers[h]);
-    for (size_t variant = 0; variant < rule.uses.size(); ++variant) {
-      for (int decay = 0; decay < kDecays; ++decay) {
-        for (int pair = 0; pair < kPairs; ++pair) {
-          Hash hash;
-          Random random;
+    for (int variant = 0; variant < kMaxVariants && kernels.rules[r].update[variant][0]; ++variant) {
+      for (const Decay decay : {kScaled, kCoupled}) {
+        for (int mix = 0; mix < (kFormats - 1) * (kFormats - 1); ++mix) {
+          const auto param = static_cast<Format>(1 + mix / (kFormats - 1));
+          const auto grad = static_cast<Format>(1 + mix % (kFormats - 1));
+          Hash swept, staged;
+          Random random, again;
           // Every variant reads the same scalars, so those of any will do.
           Clock clock = {0, {0, 0}};
           for (int t = 1; t <= 9; ++t) {
             Row row = rule.prepare(group, clock, t == 1 ? 1 : -1);
             if (t != 1 && t != 9) continue;
+            row.variant = variant;
+            row.decay = decay;
             row.scalars[1] = decay == kCoupled ? 0.01 : 1 - 0.03 * 0.01;
-            run_pair(pair, kernels.find[r][variant][decay][pair], rule, rule.uses[variant],
-                     row.scalars, random, hash);
+            const StateMask states = kernels.rules[r].states[variant];
+            const auto at_once = [&](const Segment& s) { kernels.sweep(number, s, row, 0, s.n); };
+            run(at_once, rule, states, param, grad, random, swept);
+            const auto by_hand = [&](const Segment& s) { sweep_staged(kernels, number, s, row); };
+            run(by_hand, rule, states, param, grad, again, staged);
           }
-          std::printf("%s %zu %d %d %016" PRIx64 "\n", rule.name.c_str(), variant, decay, pair,
-                      hash.value);
+          std::printf("%s %d %d %s %s %016" PRIx64 " %016" PRIx64 "\n", rule.name.c_str(), variant,
+                      decay, kFormatInfo[static_cast<int>(param)].name,
+                      kFormatInfo[static_cast<int>(grad)].name, swept.value, staged.value);
         }
       }
     }

@@ -475,7 +475,9 @@ class Optimizer(torch.optim.Optimizer):
         )
         live = live or scale is not None
         stream = stream_of(self._device)
-        return Options(factor, max_norm, skip_nonfinite, stream, live, scale, found_inf, norm)
+        return Options(
+            factor, max_norm, skip_nonfinite, stream, False, live, scale, found_inf, norm
+        )
 
     def _places(self) -> dict[int, Place]:
         """Where each parameter is, by its `id`."""

@@ -10,7 +10,7 @@ namespace FUSEDSTEP_TARGET {
 struct Four {
   static constexpr const char* kName = "four";
   static constexpr const char* kHypers = "lr";
-  static constexpr const char* kStates = "first second third fourth";
+  static constexpr StateList kStates = {{{"first", Sign::kAny}, {"second", Sign::kAny}, {"third", Sign::kAny}, {"fourth", Sign::kAny}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr;
@@ -18,8 +18,6 @@ struct Four {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 4;
-    static constexpr unsigned kHas = 15;
     V lr;
 
     FN void operator()(V& p, V g, V& a, V& b, V& c, V& d) const {
@@ -42,7 +40,7 @@ struct Four {
 struct None {
   static constexpr const char* kName = "none";
   static constexpr const char* kHypers = "lr";
-  static constexpr const char* kStates = "";
+  static constexpr StateList kStates = {};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr;
@@ -50,8 +48,6 @@ struct None {
 
   template <class V, int>
   struct Step {
-    static constexpr int kStates = 0;
-    static constexpr unsigned kHas = 0;
     V lr;
 
     FN void operator()(V& p, V g) const { p = fnma(lr, g, p); }
@@ -64,12 +60,7 @@ struct None {
   }
 };
 
-template <class... Rule>
-struct List {
-  static constexpr int kSize = sizeof...(Rule);
-};
 using Registry = List<Four, None>;
-static_assert(Registry::kSize == kRules, "kernels.h sizes its table by kRules");
 
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

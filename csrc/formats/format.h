@@ -1,0 +1,18 @@
+// What a format's header defines: In<format>, with
+//   Element   what lies in memory for each number
+//   Register  the register that it converts to and from: F64 for float64, F32 for all others
+//   load, store  one register's elements
+// All conversions to Register are exact, and those to memory round to nearest, ties to even.
+#pragma once
+
+#include "interface/format.h"
+#include "isa/isa.h"
+
+namespace fusedstep {
+namespace FUSEDSTEP_TARGET {
+
+template <Format>
+struct In;
+
+}  // namespace FUSEDSTEP_TARGET
+}  // namespace fusedstep

@@ -1,0 +1,32 @@
+// The options of one step: what holds for all of its tensors beside hyperparameters.
+#pragma once
+
+#include "format.h"
+
+namespace fusedstep {
+
+// A keyword of Python's step() each. Those of the second half are for a device only.
+struct Options {
+  double factor = 1;                  // multiplies the gradients, before their norm is taken
+  double max_norm = __builtin_inf();  // to which the gradients are clipped
+  int measure = false;                // their norm is wanted, that of all and of each tensor
+  int skip_nonfinite = false;         // an infinite or NaN gradient: nothing changes at all
+
+  void* stream = nullptr;  // in the order of which the device works
+  // The device alone knows how many updates a tensor has had, and prepares the scalars: a skipped
+  // step does not count, and a recorded one counts when replayed.
+  int live = false;
+  int padding = 0;
+  // Numbers in the device's memory, float32 or float64, where there are any.
+  Stream scale = {};      // the gradients were multiplied by it
+  Stream found_inf = {};  // not 0: nothing changes at all
+  Stream norm = {};       // where the norm of all is to be written
+};
+
+// What follows from the gradients' norm.
+struct Verdict {
+  double norm, factor;  // the factor clips too
+  int skip;
+};
+
+}  // namespace fusedstep

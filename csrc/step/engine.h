@@ -1,0 +1,69 @@
+// The arithmetic of a step over plain memory: functions of segments, clocks, groups and options that
+// keep nothing. What lasts from one step to the next is the stepper's.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "interface/clock.h"
+#include "interface/group.h"
+#include "interface/kernels.h"
+
+namespace fusedstep {
+
+const char* format_name(Format format);
+int64_t format_bytes(Format format);
+Format state_format(Format param);  // float64 under float64, else float32
+
+// Whether a tensor takes part in a step: it has a gradient.
+bool takes_part(const Segment& segment);
+
+// Measure. A sum of squares, and whether all elements are finite: a sum of float64 squares may be
+// infinite although they are.
+struct Squared {
+  double sum = 0;
+  bool finite = true;
+};
+struct Measured {
+  std::vector<std::optional<Squared>> each;  // by segment, of those that take part
+  Squared all;
+};
+
+// The gradients'. A tensor's blocks are padded with zeros to a power of two and added in pairs, level
+// by level; then the sums of the tensors that have elements, in the same way.
+Measured measure(const std::vector<Segment>& segments);
+
+// Prepare. A tensor's group, and its clock before the step.
+struct Counted {
+  int group;
+  Clock clock;
+};
+
+// One row for each group and clock that occur, whatever the order of the tensors.
+class Plan {
+ public:
+  // Prepares the rows of a rule's next update, tells each segment its own, and which clock follows.
+  // Throws std::logic_error, naming the segment's number, where a state is missing.
+  void make(int rule, const std::vector<Counted>& counted, const std::vector<Group>& groups,
+            double factor, std::vector<Segment>& segments);
+
+  const std::vector<Row>& rows() const { return rows_; }
+  const Clock& after(const Segment& segment) const { return prepared_[segment.row].after; }
+
+ private:
+  int row_of(int rule, const Counted& counted, const Group& group, double factor);
+
+  struct Prepared {  // what a row was prepared from, and the clock that follows
+    int group;
+    Clock before, after;
+  };
+  std::vector<Row> rows_;
+  std::vector<Prepared> prepared_;  // of rows_
+  std::vector<int> row_at_;         // by hash, or -1: rows_ found again; its size is a power of two
+};
+
+// Sweep. Updates all segments that take part, in one parallel region.
+void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows);
+
+}  // namespace fusedstep
