@@ -580,3 +580,21 @@ def test_classes_that_are_not_called_say_what_is():
     for args in ((ones(),), (ones(), [])):
         with pytest.raises(TypeError, match=r"must be one of SGD, Lion.*AdamW.*the base class"):
             fs.Optimizer(*args)
+
+
+def test_base_class_of_somebody_s_own_needs_a_specification():
+    class Base(fs.Optimizer):
+        """Has no rule."""
+
+    class Mine(fs.AdamW):
+        def __init__(self, params, note):
+            super().__init__(params)
+            self.note = note
+
+    with pytest.raises(TypeError, match=r"must be one of SGD, Lion.*got Base: Optimizer is the"):
+        Base([ones()])
+    opt = Mine([ones()], "kept")
+    assert opt.note == "kept"
+    for made in (opt, fs.AdamW([ones()])):
+        with pytest.raises(AttributeError, match=r"spec must be the class.s, got opt\.spec = 3"):
+            made.spec = 3

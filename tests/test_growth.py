@@ -9,7 +9,7 @@ import torch
 
 import fusedstep as fs
 import fusedstep.torch as ft
-from fusedstep.optimizers import _Patterns
+from fusedstep._groups import Patterns
 
 
 def calls(run):
@@ -81,7 +81,7 @@ def test_the_first_group_that_matches_is_found():
     names = ["".join(draw.choices("ab*[]", k=draw.randrange(5))) for _ in range(300)]
     for _ in range(40):
         groups = [fs.Group(draw.sample(texts, draw.randint(1, 2))) for _ in range(8)]
-        patterns = _Patterns(groups)
+        patterns = Patterns(groups)
         for name in names:
             expected = next((k for k, group in enumerate(groups) if group.matches(name)), None)
             assert patterns.first(name) == expected, (name, groups)

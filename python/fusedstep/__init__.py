@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from fusedstep import schedules
+from fusedstep._groups import Group, ParamGroup
+from fusedstep._optimizer import Optimizer, StepReport
 from fusedstep._runtime import (
     huge_pages,
     info,
@@ -25,15 +27,11 @@ from fusedstep.optimizers import (
     Adam,
     Adamax,
     AdamW,
-    Group,
     Lion,
     NAdam,
-    Optimizer,
-    ParamGroup,
     RAdam,
     RMSprop,
     Rprop,
-    StepReport,
 )
 
 if _TYPE_CHECKING:

@@ -21,7 +21,7 @@ from fusedstep import _core, _gpu
 from fusedstep._layout import Layout
 from fusedstep._types import Grads, Key, Params
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")  # that the kernels take
+DTYPES = tuple(_core.formats())  # that parameters and gradients may have
 
 _CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
 

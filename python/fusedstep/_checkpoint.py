@@ -9,9 +9,15 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from fusedstep._hypers import FINITE, LAST, Hyper, as_number
+import numpy as np
+
+from fusedstep._arrays import as_array, as_dtype, to_host
+from fusedstep._hypers import FINITE, LAST, Hyper, as_number, kept_schedules
+from fusedstep._spec import Spec
+from fusedstep._types import Array, Clock
+from fusedstep.schedules import Resumed, resumed
 
 GROUPS = "state_dict['param_groups']"
 
@@ -174,3 +180,189 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+# -- the neutral layer's --------------------------------------------------------------------------
+
+
+class Holder(NamedTuple):
+    """A neutral optimizer, as far as a checkpoint must fit it."""
+
+    spec: Spec
+    names: Sequence[str]  # of the parameters
+    named: bool  # whether a checkpoint's names must be these
+    groups: Sequence[tuple[Mapping[str, Any], Sequence[int]]]  # hyperparameters and parameters
+    shapes: Sequence[tuple[int, ...]]
+    dtypes: Sequence[str]  # of the parameters' states
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that fits, as the optimizer is to have it."""
+
+    steps: int
+    hypers: list[dict[str, Any]]  # of each group
+    others: list[dict[str, Any]]  # its keys that are no hyperparameters
+    uses: list[list[str]]  # the states that the next step has
+    schedules: Resumed
+    begun: dict[int, tuple[Clock, dict[str, Array]]]  # clocks and states, by parameter
+
+
+def loaded(own: Holder, state_dict: Any) -> Loaded:
+    """A checkpoint, all of it checked; TypeError or ValueError where it does not fit."""
+    spec = own.spec
+    entries, saved = parts(state_dict)
+    if "step" not in state_dict:  # torch's, see Spec.beyond_torch
+        saved = [
+            {
+                name: value
+                for name, value in group.items()
+                if name not in spec.beyond_torch or name in group.get("fusedstep", ())
+            }
+            for group in saved
+        ]
+    members = [members for _, members in own.groups if members]
+    names = [[own.names[i] for i in group] for group in members]
+    order, saved = arranged([group for group in saved if group["params"]], names, own.named)
+    check_sizes(saved, list(map(len, members)))
+    index_of = places(saved, members)
+    for one, entry in entries.items():
+        if one not in index_of:
+            raise ValueError(f"state_dict['state'] must have known parameters, got {one!r}")
+        check_mapping(f"state_dict['state'][{one!r}]", entry)
+    steps = _loaded_steps(spec, state_dict)
+    hypers, others, uses_then = _loaded_groups(own, saved, order, steps)
+    held = [values for values, (_, members) in zip(hypers, own.groups, strict=True) if members]
+    schedules = _loaded_schedules(spec, state_dict, held, order)
+    uses = [spec.uses(spec.native_at(values, steps)) for values in hypers]
+    group_of = {i: k for k, (_, members) in enumerate(own.groups) for i in members}
+    begun = {
+        i: _loaded_state(own, i, entries[one], uses_then[group_of[i]])
+        for one, i in index_of.items()
+        if entries.get(one)  # empty: torch's of a parameter that has not begun
+    }
+    return Loaded(steps, hypers, others, uses, schedules, begun)
+
+
+def _loaded_steps(spec: Spec, state_dict: Mapping[str, Any]) -> int:
+    """The steps taken: ours by name, in torch's checkpoints the largest count of a state."""
+    if "step" in state_dict:
+        return count("state_dict['step']", state_dict["step"])
+    counts = []
+    for i, entry in state_dict["state"].items():
+        if spec.counts_steps and "step" in entry:
+            label = f"state_dict['state'][{i!r}]['step']"
+            counts.append(count(label, entry["step"]))
+    return max(counts, default=0)
+
+
+def _loaded_groups(
+    own: Holder, saved: Sequence[Mapping[str, Any]], order: Sequence[int], steps: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[list[str]]]:
+    """After loading: each group's hyperparameters, other keys, and the last step's states."""
+    spec = own.spec
+    hypers, others, uses = [], [], []
+    pending = iter(zip(order, saved, strict=True))
+    for before, members in own.groups:
+        k, group = next(pending) if members else (0, {})
+        values, then, other = dict(before), dict(before), {}
+        where = f"{GROUPS}[{k}]"
+        for name, value in group.items():
+            try:
+                if name in ("params", "param_names"):
+                    continue
+                if name in values:
+                    then[name] = spec.check(name, value)
+                    kept = kept_schedules(values[name], value)
+                    values[name] = spec.check(name, kept, schedules=True)
+                elif name in spec.fixed:
+                    if spec.check(name, value) != spec.fixed[name]:
+                        raise ValueError(f"{name} must be {spec.fixed[name]}, got {value!r}")
+                elif name in spec.table:
+                    known = ", ".join(values)
+                    raise ValueError(f"hyperparameters must be {known}, got {name!r}")
+                else:
+                    other[name] = copied(name, value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{where}: {error}") from None
+        hypers.append(values)
+        others.append(other)
+        then = spec.at(then, max(steps - 1, 0))
+        try:
+            spec.check_together(then)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        uses.append(spec.uses(spec.native(then)))
+    return hypers, others, uses
+
+
+def _loaded_schedules(
+    spec: Spec,
+    state_dict: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+    order: Sequence[int],
+) -> Resumed:
+    """What the dict's schedules, where it has any, mean for those of `own`, each group's."""
+    saved = state_dict.get("schedules", [{}] * len(own))
+    if not isinstance(saved, list | tuple) or len(saved) != len(own):
+        raise ValueError(
+            f"state_dict['schedules'] must have a dict for each of {len(own)} groups, got {saved!r}"
+        )
+    saved = [saved[i] for i in order]
+    found = []
+    for i, (values, entries) in enumerate(zip(own, saved, strict=True)):
+        if not isinstance(entries, Mapping):
+            raise TypeError(f"state_dict['schedules'][{i}] must be a dict, got {entries!r}")
+        for name, entry in entries.items():
+            where = f"state_dict['schedules'][{i}][{name!r}]"
+            if name not in values:
+                raise ValueError(f"{where} must be of the hyperparameters {', '.join(values)}")
+            if name not in spec.parts:
+                found.append((name, where, values[name], entry))
+                continue
+            n = len(spec.parts[name])
+            if not isinstance(entry, list | tuple) or len(entry) != n:
+                kind = "a pair" if n == 2 else f"{n} entries"
+                raise TypeError(f"{where} must be {kind}, got {entry!r}")
+            found += [
+                (f"{name}[{k}]", f"{where}[{k}]", values[name][k], part)
+                for k, part in enumerate(entry)
+            ]
+    return resumed(found)
+
+
+def _loaded_state(
+    own: Holder, i: int, entry: Mapping[str, Any], uses: Sequence[str]
+) -> tuple[Clock, dict[str, Array]]:
+    """One parameter's clock and states as `entry` has them, checked."""
+    spec = own.spec
+    where = f"state_dict['state'][{own.names[i]}]"
+    known = [*spec.scalars, *spec.states]
+    dtype = np.dtype(own.dtypes[i])
+    arrays: dict[str, Array] = {}
+    scalars: dict[str, float] = {}
+    for name, value in entry.items():
+        label = f"{where}['{name}']"
+        if name in spec.states:
+            if value is None:  # torch before the first step with momentum
+                continue
+            array = as_array(to_host(value), label)
+            if array.shape != own.shapes[i]:
+                raise ValueError(f"{label} must have shape {own.shapes[i]}, got {array.shape}")
+            same = array.dtype is dtype  # as nearly always; the other question takes longer
+            if not same and as_dtype(array.dtype, label).itemsize > dtype.itemsize:
+                raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
+            arrays[name] = array
+        elif name == "step":
+            scalars[name] = count(label, value)
+        elif name in spec.carried:
+            scalars[name] = carried(label, name, value)
+        else:
+            raise ValueError(f"{where} must have the keys {known}, got {name!r}")
+    # A state that is there says enough where updates are not counted.
+    for name in spec.required(uses) if spec.counts_steps else ():
+        if name not in arrays and name not in scalars:
+            raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
+    if not spec.counts_steps:
+        return (0, float(bool(arrays)), 0.0), arrays
+    first, second = [*(scalars[name] for name in spec.carried), 0.0, 0.0][:2]
+    return (int(scalars["step"]), first, second), arrays

@@ -6,6 +6,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedstep._types import Options
+
 ALIGNMENT: int
 COMPILER: str
 HUGE_FROM: int
@@ -35,7 +37,8 @@ def power(base: NDArray[np.float64], y: float) -> NDArray[np.float64]: ...
 def cospi(x: float) -> float: ...
 @overload
 def cospi(x: NDArray[np.float64]) -> NDArray[np.float64]: ...
-def rules() -> dict[str, tuple[list[str], list[str], bool]]: ...
+def formats() -> dict[str, int]: ...
+def rules() -> dict[str, tuple[list[str], list[str], bool, list[bool]]]: ...
 def divisors(
     rule: str, hypers: Sequence[float], t: int, states: Sequence[NDArray[np.float64] | None]
 ) -> NDArray[np.float64]: ...
@@ -45,10 +48,7 @@ def address_of(array: Any) -> int: ...
 def turn() -> tuple[Any, Any]: ...
 def sum_of_squares(grads: Sequence[Any]) -> tuple[float, bool]: ...
 
-# The gradients' factor, maximal norm or None, skip non-finite ones, the device's stream.
-_Asked = tuple[float, float | None, bool, int]
-
-class StepTable:
+class ArrayTable:
     def __init__(
         self,
         rule: str,
@@ -77,7 +77,7 @@ class StepTable:
         self,
         grads: Sequence[Any],
         groups: Sequence[Sequence[float]],
-        asked: _Asked | None = None,
+        options: Options | None = None,
         states: Mapping[str, Sequence[Any]] | None = None,
         announce: Callable[[list[Any]], None] | None = None,
     ) -> tuple[int, int]: ...
@@ -86,10 +86,11 @@ class StepTable:
         grads: Any,
         offsets: Sequence[int],
         groups: Sequence[Sequence[float]],
-        asked: _Asked | None = None,
+        options: Options | None = None,
         states: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[int, int]: ...
     def norm(self) -> float | None: ...
+    def norms(self) -> list[tuple[float, bool] | None] | None: ...
     def shapes(self) -> list[tuple[int, ...]]: ...
     def dtypes(self) -> list[str]: ...
 
@@ -101,7 +102,7 @@ class TensorTable:
         self,
         groups: list[tuple[list[Any], list[float], dict[str, Any], Any]],
         state: dict[Any, dict[str, Any]],
-        asked: tuple[Any, ...],
+        options: Options,
         first: int,
         free: bool,
         owner: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -58,6 +59,11 @@ class Spec:
     def states(self) -> Sequence[str]:
         """The states that the rule has under some hyperparameters."""
         return tuple(_RULES[self.rule][1])
+
+    @cached_property
+    def positive(self) -> Sequence[str]:
+        """The states that are never negative."""
+        return tuple(itertools.compress(self.states, _RULES[self.rule][3]))
 
     @cached_property
     def scalars(self) -> Sequence[str]:

@@ -18,6 +18,7 @@ Pair = tuple[float, float]
 Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
 Grads = Any  # as Params, with None for a tensor that sits the step out
 States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
+Clock = tuple[int, float, float]  # a count of updates, and what the rule carries beside it
 Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from fusedstep._arrays import as_array, is_array, name_params
 from fusedstep._hypers import ANY, FRACTION, POSITIVE, Hyper, as_integer, check
+from fusedstep._optimizer import Optimizer
 from fusedstep._plot import new_axes
 from fusedstep.buffers import FlatBuffer
 from fusedstep.convergence.arrays import Array
-from fusedstep.optimizers import Optimizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ except ModuleNotFoundError as _error:
         "fusedstep.torch needs torch: pip install 'fusedstep[torch]'", name="torch"
     ) from None
 
+from fusedstep import Optimizer as _Neutral
 from fusedstep import optimizers as _neutral
 from fusedstep.torch.backward import step_in_backward
 from fusedstep.torch.flat import Flat, flatten_
@@ -27,9 +28,7 @@ from fusedstep.torch.optimizers import drop_in as _drop_in
 _classes = {
     name: _drop_in(found)
     for name, found in vars(_neutral).items()
-    if _inspect.isclass(found)
-    and issubclass(found, _neutral.Optimizer)
-    and found is not _neutral.Optimizer
+    if _inspect.isclass(found) and issubclass(found, _Neutral) and found is not _Neutral
 }
 globals().update(_classes)
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.optim import optimizer as torch_optimizer
 
+import fusedstep as neutral
 from fusedstep import _checkpoint, _core, _lookahead
-from fusedstep import optimizers as neutral
 from fusedstep._arrays import announcer, as_float
 from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
 from fusedstep._spec import STATES, Spec

@@ -1,0 +1,560 @@
+"""What all optimizers share: groups, states, steps and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, SupportsFloat
+
+import numpy as np
+
+from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups
+from fusedstep._arrays import announcer, in_order, is_tensor, name_params
+from fusedstep._groups import Group, ParamGroup, assignments
+from fusedstep._hypers import AT_LEAST_0, POSITIVE, as_number, at_step, is_scheduled
+from fusedstep._spec import LR, Spec
+from fusedstep._turn import new_turn
+from fusedstep._types import Array, Changes, Clock, Grads, Key, Options, Params, States
+from fusedstep.buffers import FlatBuffer
+from fusedstep.schedules import plateaus
+
+
+class StepReport(NamedTuple):
+    """What one step did."""
+
+    step: int  # steps taken, this one included
+    lr: float  # of the first group
+    elements: int  # updated; tensors without a gradient are not counted
+
+
+def _state_dtype(dtype: str) -> str:
+    """The dtype of a parameter's states."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
+    return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
+
+
+class Optimizer:
+    """What all optimizers share: groups, state, steps and checkpoints.
+
+    An optimizer updates its parameters in place, and holds on to them. It takes one array, a
+    sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch
+    tensors, CuPy arrays, or anything else that exports its memory through DLPack or
+    `__cuda_array_interface__`; all in CPU memory, or all on one CUDA device. All must be
+    C-contiguous, float32, float64, float16 or bfloat16, and in memory that is known to be writable,
+    which JAX's and TensorFlow's immutable arrays are not. A container must keep its arrays: one
+    that reads them from a file whenever it is asked, as `np.load` of an .npz file, is refused.
+    States are float32, or float64 for float64 parameters, in flat buffers of their own.
+
+    On a CUDA device a step is queued, not waited for, on the stream that is torch's or CuPy's
+    current one if the first parameter is theirs, else on the one that the parameter names, else on
+    CUDA's default stream. Results are the CPU's, bit by bit. States are arrays there, which
+    `cupy.asarray` and `torch.as_tensor` view and `numpy.asarray` copies.
+
+    In place of a number, `lr`, `weight_decay`, `momentum` and each of `betas` take a schedule: one
+    of `fusedstep.schedules`, or any callable of the step, which counts from 0.
+
+    A call that raises has changed nothing. One that is interrupted, by Ctrl-C or by what a signal's
+    handler raises, has changed all or nothing: parameters, states, counts, `steps` and with it the
+    schedules. So a handler may save `state_dict()`.
+    """
+
+    spec: ClassVar[Spec]
+    _ahead = False  # whether the parameters stand at a look-ahead point
+
+    def __init_subclass__(cls) -> None:
+        """Completes the class's docstring from the one table of hyperparameters."""
+        if not hasattr(cls, "spec"):  # a base of somebody's own
+            return
+        args = [
+            "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
+            *cls.spec.argument_docs(inspect.signature(cls.__init__), schedules=True),
+            "groups: `Group` objects: parameters with hyperparameters of their own.",
+        ]
+        raises = [
+            "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",
+            "    is not of its kind.",
+            "ValueError: a hyperparameter is outside its range, a group matches no parameter, or",
+            "    memory is not where the first parameter's is, C-contiguous, aligned, writable and",
+            "    free of overlap.",
+        ]
+        text = "\n        ".join(["Args:", *args]) + "\n\n    "
+        text += "\n        ".join(["Raises:", *raises])
+        cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls = type(self)
+        if name == "spec":
+            raise AttributeError(f"spec must be the class's, got opt.spec = {value!r}")
+        if name[0] != "_" and not hasattr(cls, name):
+            hypers = self.__dict__["_groups"][0]._hypers if "_groups" in self.__dict__ else {}
+            if name in hypers:
+                raise AttributeError(
+                    f'{name} must be set as opt.param_groups[0]["{name}"], got {value!r}'
+                )
+            if cls.__module__ == Optimizer.__module__:  # a subclass may have attributes of its own
+                known = ", ".join(hypers)
+                raise AttributeError(
+                    f"{name} must be one of {known}, which are set in opt.param_groups[0],"
+                    f" got opt.{name} = {value!r}"
+                )
+        super().__setattr__(name, value)
+
+    # -- parameters and groups --------------------------------------------------------------------
+
+    def __init__(self, params: Params, groups: Iterable[Group] = (), **hypers: Any) -> None:
+        if not hasattr(self, "spec"):
+            known = Optimizer.__subclasses__()
+            ours = [cls.__name__ for cls in known if cls.__module__ == Optimizer.__module__]
+            raise TypeError(
+                f"optimizer must be one of {', '.join(ours)}, got"
+                f" {type(self).__name__}: Optimizer is the base class, which has no rule"
+            )
+        self._params = name_params(params)
+        self._buffer = params if isinstance(params, FlatBuffer) else None
+        self._names = [str(key) for key in self._params]
+        # A sequence has no names, and its checkpoints go by position; a dict's numbers are names.
+        self._named = isinstance(params, Mapping)
+        self._groups, self._group_of = _groups.made(groups, hypers, self._names, type(self))
+        self._open_table()
+        _, states, read = self._prepared()
+        self._table.load(states or self._states, self._table.clocks(), 0, [], read)
+
+    def _open_table(self) -> None:
+        """Hands the parameters to the compiled table, which checks them.
+
+        States, counts and the number of steps are the table's: it alone changes them, all at once.
+        """
+        self._turn = new_turn()
+        params = list(self._params.values())
+        # The CUDA device whose memory all of it is in; None: the CPU's.
+        self._index = device = None
+        if params and self._buffer is None:
+            label = f"params[{self._names[0]}]"
+            self._index = _arrays.index_of(params[0], label)
+        if self._index is not None:
+            known = {"device": params[0].device} if hasattr(params[0], "device") else {}
+            device = _gpu.needed(label, **known).device()
+        self._table = _core.ArrayTable(
+            self.spec.rule, self._names, params, self._group_of, device, self._index or 0
+        )
+        self._shapes = self._table.shapes()
+        self._dtypes = self._table.dtypes()
+        self._tensors = {i: p for i, p in enumerate(params) if is_tensor(p)}
+
+    @property
+    def _states(self) -> States:
+        return self._table.states
+
+    # -- hyperparameters and states, brought up to date before each step --------------------------
+
+    def _prepared(self) -> tuple[list[list[float]], States | None, Changes]:
+        """What the step about to be taken goes by, but for the rates.
+
+        The groups as the rule reads them, all states if some are to begin, and changes of the
+        groups' memory of what was read. Nothing is changed here.
+        """
+        if self._ahead:
+            raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
+        natives: list[list[float]] = []
+        wanted: list[tuple[str, int]] = []
+        read: Changes = []
+        for group in self._groups:
+            hypers, native = group._last_read
+            if hypers is not group._hypers:
+                hypers = group._hypers
+                native = self.spec.native_at(hypers, self._table.steps)
+                states = self._states
+                wanted += [
+                    (state, i)
+                    for state in self.spec.uses(native)
+                    for i in group._params
+                    if states[state][i] is None
+                ]
+                # A rate of its own in each step is cheap; any other schedule may call for other
+                # states, so that nothing is known of a group that has one.
+                if not any(is_scheduled(v) for n, v in hypers.items() if n != "lr"):
+                    read.append((group.__dict__, {"_last_read": (hypers, native)}))
+            natives.append(native)
+        return natives, self._extended(self._states, wanted, self._groups) if wanted else None, read
+
+    def _current(self) -> list[list[float]]:
+        """All groups as the rule reads them in the step about to be taken."""
+        return self._with_rates(self._prepared()[0], self._table.steps)
+
+    def _no_states(self) -> States:
+        return {state: [None] * len(self._names) for state in self.spec.states}
+
+    def _extended(
+        self,
+        states: States,
+        wanted: Iterable[tuple[str, int]],
+        hypers: Sequence[Mapping[str, Any]],
+    ) -> States:
+        """`states` and the `wanted` ones (name, parameter), new, in one flat buffer per name."""
+        result = {name: list(arrays) for name, arrays in states.items()}
+        by_buffer: dict[tuple[str, str], list[int]] = {}
+        for state, i in wanted:
+            by_buffer.setdefault((state, _state_dtype(self._dtypes[i])), []).append(i)
+        for (state, dtype), indices in by_buffer.items():
+            shapes = {i: self._shapes[i] for i in sorted(indices)}
+            buffer: Mapping[Key, Any] = (
+                FlatBuffer.zeros(shapes, dtype)
+                if self._index is None
+                else _arrays.packed(shapes, dtype, self._index)
+            )
+            for i in indices:
+                view = buffer[i]
+                initial = self.spec.first(state, hypers[self._group_of[i]])
+                if initial:  # untouched memory is zero already, and unpaged until the first step
+                    view[...] = initial
+                result[state][i] = view
+        return result
+
+    def _with_rates(self, natives: list[list[float]], t: int) -> list[list[float]]:
+        """`natives`, in which rates that follow a schedule are those of step t from now on."""
+        for k, group in enumerate(self._groups):
+            lr = group._hypers["lr"]
+            if type(lr) is not float and callable(lr):
+                rate = at_step("lr", lr, t, self.spec.table["lr"])
+                natives[k] = [*natives[k][:LR], rate, *natives[k][LR + 1 :]]
+        return natives
+
+    # -- public -----------------------------------------------------------------------------------
+
+    def step(
+        self,
+        grads: Grads,
+        *,
+        max_norm: SupportsFloat | None = None,
+        loss_scale: SupportsFloat = 1.0,
+        skip_nonfinite: bool = False,
+    ) -> StepReport:
+        """Updates the parameters once, in one sweep over memory.
+
+        Args:
+            grads: gradients in the form of the parameters: an array, a sequence or dict of arrays,
+                or a FlatBuffer of the parameters' shapes, which is the fastest. Each has its
+                parameter's shape, and its dtype or, for a float32 parameter, float32, bfloat16 or
+                float16; a parameter without dimensions takes Python's and NumPy's numbers. None in
+                an array's place leaves that parameter, its states and its count of updates alone.
+                Gradients are read, never written.
+            max_norm: clips the gradients, all of them together, to this norm:
+                `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
+                `grad_norm` is then the norm before. A number >= 0, or inf to measure only
+                (default None).
+            loss_scale: what the loss was multiplied by; the gradients are divided by it first.
+                Finite and > 0 (default 1).
+            skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
+                parameter, state or count changes (default False).
+
+        Returns:
+            The step's number, from 1, the learning rate of the first group, and the number of
+            elements updated: 0 where the step was skipped, of which a CUDA device does not tell, so
+            that there `steps`, and with it the schedules, count the skipped ones too.
+
+        Raises:
+            TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not
+                where the parameters are, or overlaps memory that the step writes; hyperparameters
+                that do not go together; a schedule that returns a value out of range.
+            RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
+                a step of its own (from a schedule, or an exporter of gradients).
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> w = np.zeros(2, np.float32)
+            >>> opt = fs.SGD(w, lr=1.0)
+            >>> _ = opt.step(np.array([30.0, 40.0], np.float32), max_norm=5.0)
+            >>> w, opt.grad_norm
+            (array([-3., -4.], dtype=float32), 50.0)
+        """
+        options = None
+        measured = max_norm is not None or skip_nonfinite is not False
+        plain = type(loss_scale) is float and loss_scale == 1.0
+        if measured or not plain or self._index is not None:
+            options = self._options(max_norm, loss_scale, skip_nonfinite)
+        return self._turn.run(self._step, grads, options)
+
+    def _step(self, grads: Grads, options: Options | None) -> StepReport:
+        """A step, while nobody else has a turn."""
+        natives, states, read = self._prepared()
+        table = self._table
+        natives = self._with_rates(natives, table.steps)
+        layout = None if self._buffer is None else self._buffer._layout
+        # An exact type and an identity first: a small step takes a few microseconds in all.
+        if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
+            flat, offsets = grads._flat, grads._layout.offsets
+            steps, elements = table.step_flat(flat, offsets, natives, options, states)
+        else:
+            ordered = in_order(self._params, grads)
+            announce = announcer() if self._tensors else None
+            steps, elements = table.step(ordered, natives, options, states, announce)
+        # Of what the step did nothing is left to be noted but this, which saves the next one work.
+        for memory, known in read:
+            memory.update(known)
+        return StepReport(steps, natives[0][LR], elements)
+
+    def _options(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> Options:
+        """A step's keywords, checked."""
+        if not isinstance(skip_nonfinite, bool):
+            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
+        scale = as_number("loss_scale", loss_scale, POSITIVE)
+        if math.isinf(1 / scale):
+            raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
+        first = next(iter(self._params.values()), None)
+        stream = 0 if self._index is None else _arrays.stream_of(first, self._index)
+        return Options(1 / scale, norm, skip_nonfinite, stream)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of all gradients before the last step, if that had max_norm or skip_nonfinite.
+
+        On a CUDA device, reading it waits for the step.
+        """
+        return self._turn.read(self._table.norm)
+
+    def _announce(self, written: Iterable[int]) -> None:
+        """Tells autograd of tensors that were written to, by number."""
+        if tensors := [self._tensors[i] for i in written]:
+            announcer()(tensors)
+
+    @property
+    def params(self) -> dict[Key, Any]:
+        """The parameters by name, or by number."""
+        return dict(self._params)
+
+    @property
+    def param_groups(self) -> list[ParamGroup]:
+        """The default group, then `groups` in order; `param_groups[0]["lr"] = 0.1` edits one."""
+        return list(self._groups)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps taken, the argument of the next call of a schedule."""
+        return self._table.steps
+
+    @property
+    def state(self) -> dict[Key, dict[str, Array]]:
+        """For each parameter its state arrays by torch's names, the arrays themselves.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> opt = fs.Adam({"w": np.ones(3, np.float32)})
+            >>> opt.state["w"]["exp_avg"]
+            array([0., 0., 0.], dtype=float32)
+        """
+        return {
+            key: {s: a for s, arrays in self._states.items() if (a := arrays[i]) is not None}
+            for i, key in enumerate(self._params)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state with torch's keys and layout, plus `step`, the steps taken.
+
+        As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
+        is a torch tensor its state is torch's too, so that `torch.optim` can load it. A schedule is
+        stored as its value in the last step, or before the first step as the one it begins with.
+        One of `fusedstep.schedules` is also in `schedules`, a dict for each group that has
+        parameters, as its `to_dict`, which has the progress of a `ReduceOnPlateau`. Where the
+        parameters have names, each group has them as `param_names`, which is torch's key too.
+
+        Raises:
+            RuntimeError: the optimizer is stepping in another thread.
+        """
+        return self._turn.read(self._saved)
+
+    def _saved(self) -> dict[str, Any]:
+        """`state_dict`, while nobody else has a turn."""
+        natives = self._last_natives()
+        groups = []
+        for group, native in zip(self._groups, natives, strict=True):
+            stored = {**group, **self.spec.fixed, **self._followed(group._hypers, native)}
+            if self._named:
+                stored["param_names"] = [self._names[i] for i in group._params]
+            groups.append(stored)
+        begun = {i: c for i, c in enumerate(self._table.clocks()) if self._started(c)}
+        # A hyperparameter that was edited may call for states which only the next step would make.
+        uses = [
+            self.spec.uses(self.spec.native({name: stored[name] for name in group._hypers}))
+            for group, stored in zip(self._groups, groups, strict=True)
+        ]
+        wanted = [
+            (name, i)
+            for i in begun
+            for name in uses[self._group_of[i]]
+            if self._states[name][i] is None
+        ]
+        states = self._extended(self._states, wanted, self._groups)
+        state: dict[int, dict[str, Any]] = {}
+        for i, clock in begun.items():
+            entry: dict[str, Any] = {"step": clock[0]} if self.spec.counts_steps else {}
+            entry.update(zip(self.spec.carried, clock[1:], strict=False))
+            entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
+            state[i] = _arrays.as_tensors(entry) if i in self._tensors else entry
+        groups = [stored for stored in groups if stored["params"]]
+        whole = {"state": state, "param_groups": groups, "step": self.steps}
+        schedules = [group._stored() for group in self._groups if group._params]
+        return {**whole, "schedules": schedules} if any(schedules) else whole
+
+    def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
+        """The scheduled hyperparameters of a group as numbers."""
+        numbers, parts = self.spec.numbers(native), self.spec.parts
+        return {
+            name: tuple(map(numbers.get, parts[name])) if name in parts else numbers[name]
+            for name, value in group.items()
+            if is_scheduled(value)
+        }
+
+    def _last_natives(self) -> list[list[float]]:
+        """The groups as the last step read them, or as the first will."""
+        if used := self._table.used:
+            return used
+        t = max(self.steps - 1, 0)
+        return self._with_rates([self.spec.native_at(g._hypers, t) for g in self._groups], t)
+
+    def _divisors(self) -> list[tuple[Any, Array | None]]:
+        """Each parameter with its `_divisor` under the present hyperparameters."""
+        self.spec.check_divides(type(self).__name__)
+        t = max(self.steps - 1, 0)
+        natives = [self.spec.native_at(group._hypers, t) for group in self._groups]
+        found = []
+        for i, (param, clock) in enumerate(
+            zip(self._params.values(), self._table.clocks(), strict=True)
+        ):
+            state = {
+                n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
+            }
+            found.append((param, self.spec.divisor(natives[self._group_of[i]], clock[0], state)))
+        return found
+
+    def _keep(self) -> Callable[[], None]:
+        """What puts back states, counts and hyperparameters, in place, as they are now.
+
+        Raises:
+            RuntimeError: the optimizer is stepping in another thread.
+        """
+        return self._turn.read(self._kept)
+
+    def _kept(self) -> Callable[[], None]:
+        """`_keep`, while nobody else has a turn."""
+        clocks = self._table.clocks()
+        states = {name: list(arrays) for name, arrays in self._states.items()}
+        arrays = [a for found in states.values() for a in found if a is not None]
+        saved = [array.copy() for array in arrays]
+        steps, used = self._table.steps, self._table.used
+        hypers = [(group.__dict__, {"_hypers": group._hypers}) for group in self._groups]
+        held = [one for group in self._groups for one in plateaus(group._hypers.values())]
+        progress = [one._changed_to(one.progress) for one in held]
+
+        def put_back() -> None:
+            for array, values in zip(arrays, saved, strict=True):
+                array[...] = values
+            self._table.load(states, clocks, steps, used, hypers + progress)
+
+        return lambda: self._turn.run(put_back)
+
+    def _started(self, clock: Clock) -> bool:
+        return clock[0] > 0 if self.spec.counts_steps else clock[1] != 0
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over the state and hyperparameters of `state_dict`, copying the values.
+
+        Checkpoints of `torch.optim` are taken too. Where checkpoint and optimizer have names of
+        parameters, loading goes by them, and groups are told by the names in them; otherwise by
+        position. A state that the last step had must be there; one that begins later begins as in
+        the run. Keys of a group that are no hyperparameters stay in the group. A hyperparameter
+        that is a schedule stays the one that was given, and goes on at the loaded step, a
+        `ReduceOnPlateau` with the loaded progress. Hyperparameters that the dict lacks stay as
+        they are.
+
+        Warns:
+            UserWarning: a schedule is not the checkpoint's; the message has both.
+
+        Raises:
+            TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
+                changed then.
+        """
+        if self._ahead:
+            raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
+        self._turn.run(self._load, state_dict)
+
+    def _load(self, state_dict: Any) -> None:
+        """`load_state_dict`, while nobody else has a turn."""
+        own = _checkpoint.Holder(
+            self.spec,
+            self._names,
+            self._named,
+            [(group._hypers, group._params) for group in self._groups],
+            self._shapes,
+            list(map(_state_dtype, self._dtypes)),
+        )
+        found = _checkpoint.loaded(own, state_dict)
+        begun = found.begun
+        clocks = [begun[i][0] if i in begun else (0, 0.0, 0.0) for i in range(len(self._names))]
+        wanted = {(name, i) for i, k in enumerate(self._group_of) for name in found.uses[k]}
+        wanted |= {(name, i) for i, (_, arrays) in begun.items() for name in arrays}
+        states = self._extended(self._no_states(), sorted(wanted), found.hypers)
+        for i, (_, arrays) in begun.items():
+            for name, array in arrays.items():
+                states[name][i][...] = array
+        if found.schedules.warning:  # which may be an error: nothing has changed yet
+            warnings.warn(found.schedules.warning, UserWarning, stacklevel=3)
+        changes = [
+            (group.__dict__, {"_hypers": values, "_own": other})
+            for group, values, other in zip(self._groups, found.hypers, found.others, strict=True)
+        ]
+        changes += [plateau._changed_to(reached) for plateau, reached in found.schedules.progress]
+        self._table.load(states, clocks, found.steps, [], changes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._ahead:
+            raise RuntimeError("copies must be made after a lookahead, not inside it")
+        return self._turn.read(self._copied)
+
+    def _copied(self) -> dict[str, Any]:
+        """`__getstate__`, while nobody else has a turn."""
+        table = self._table
+        known = dict(table.states), table.clocks(), table.steps, table.used
+        state = {**self.__dict__, "_table": known}
+        for name in ("_tensors", "_index", "_turn"):
+            del state[name]
+        if self._buffer is not None:
+            del state["_params"]  # views of the buffer
+        return state
+
+    def __copy__(self) -> Optimizer:
+        """Another optimizer over the same parameters, with its own groups, states and counts."""
+        twin = object.__new__(type(self))
+        state = self.__getstate__()
+        twin.__setstate__({**state, "_groups": [copy.copy(group) for group in self._groups]})
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._buffer is not None:
+            self._params = dict(self._buffer.items())
+        self._open_table()
+        old, clocks, steps, used = state["_table"]
+        wanted = [
+            (s, i) for s, arrays in old.items() for i, a in enumerate(arrays) if a is not None
+        ]
+        states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
+        for name, i in wanted:
+            states[name][i][...] = old[name][i]
+        self._table.load(states, clocks, steps, used, [])
+
+    def __repr__(self) -> str:
+        n = sum(int(np.prod(shape)) for shape in self._shapes)
+        dtypes = ", ".join(sorted(set(self._dtypes))) or "no dtype"
+        lines = [f"{len(self._names)} parameters, {n} elements, {dtypes}"]
+        for k, group in enumerate(self._groups):
+            head = f"group {k} ({len(group._params)}): " if len(self._groups) > 1 else ""
+            lines.append(head + ", ".join(assignments(group._hypers)))
+        return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
