@@ -90,6 +90,16 @@ FN void encode_register(const double* from, typename F::Element* to) {
   }
 }
 
+// Copies fewer than 2*kLargest bytes, an even number, without a call.
+template <int kLargest>
+FN void copy_few(char* to, const char* from, int64_t bytes) {
+  if (bytes & kLargest) {
+    __builtin_memcpy(to, from, kLargest);
+    to += kLargest;
+    from += kLargest;
+  }
+  if constexpr (kLargest > 2) copy_few<kLargest / 2>(to, from, bytes);
+}
 template <Format kFormat, class T>
 void decode(const Stream& stream, int64_t at, int64_t n, void* to) {
   using F = In<kFormat>;
@@ -139,6 +149,29 @@ FN int shape_of(const Segment& segment, StateMask states) {
   return -1;
 }
 
+// A shape's elements [begin, end), fewer than a register holds: the same update on padded copies.
+FN void sweep_tail(Update update, const Segment& segment, StateMask states, const Row& row,
+                   int64_t width, int64_t begin, int64_t end) {
+  alignas(64) char copies[kStreams][sizeof(F32)];
+  void* at[kStreams] = {};
+  const auto each = [&](const auto& body) {
+    for (int k = 0; k < kStreams; ++k) {
+      if (k >= kState && !has(states, k - kState)) continue;
+      const int64_t bytes = kFormatInfo[static_cast<int>(segment.stream[k].format)].bytes;
+      body(k, static_cast<char*>(segment.stream[k].data) + begin * bytes, (end - begin) * bytes);
+    }
+  };
+  each([&](int k, const char* data, int64_t bytes) {
+    at[k] = copies[k];
+    __builtin_memset(copies[k], 0, sizeof(copies[k]));
+    copy_few<sizeof(F32) / 2>(copies[k], data, bytes);
+  });
+  update(row, at, width);
+  each([&](int k, char* data, int64_t bytes) {
+    if (k != kGrad) copy_few<sizeof(F32) / 2>(data, copies[k], bytes);
+  });
+}
+
 FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Row& row,
               int64_t begin, int64_t end) {
   const StateMask states = kernels.rules[rule].states[row.variant];
@@ -153,13 +186,16 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
     at[k] = static_cast<char*>(stream.data) +
             begin * kFormatInfo[static_cast<int>(stream.format)].bytes;
   };
-  const int shape = shape_of(segment, states);
-  if (const int64_t whole = (end - begin) / width * width; shape >= 0 && whole > 0) {
+  if (const int shape = shape_of(segment, states); shape >= 0) {
+    const int64_t whole = (end - begin) / width * width;
     for (int k = 0; k < kStreams; ++k) {
       if (k < kState || has(states, k - kState)) point(k);
     }
     update[shape](row, at, whole);
-    begin += whole;
+    if (begin + whole < end) {
+      sweep_tail(update[shape], segment, states, row, width, begin + whole, end);
+    }
+    return;
   }
 
   alignas(64) char staged[kStreams][kStride];
