@@ -8,10 +8,12 @@ reference: rounded to double it would be a fair part of what float64 results may
 """
 
 import inspect
+import itertools
 
 import pytest
 
 import fusedstep as fs
+from fusedstep import _core
 
 CASES = {
     "SGD": [
@@ -133,15 +135,9 @@ CASES = {
     ],
 }
 
-# Parameter and gradient dtypes that the kernels take.
-PAIRS = [
-    ("float32", "float32"),
-    ("float64", "float64"),
-    ("bfloat16", "bfloat16"),
-    ("float16", "float16"),
-    ("float32", "bfloat16"),
-    ("float32", "float16"),
-]
+# Every format of the core's table, and every mix of a parameter's and its gradient's.
+FORMATS = list(_core.formats())
+PAIRS = list(itertools.product(FORMATS, FORMATS))
 
 
 def _text(name, hypers):
@@ -160,9 +156,24 @@ def each_case(accepts=lambda name, hypers: True):
 
 
 def each_pair(accepts=lambda param, grad: True):
-    """Parametrises a test over the dtypes `param` and `grad`."""
+    """Parametrises a test over the formats `param` and `grad`."""
     found = [pytest.param(*pair, id="/".join(pair)) for pair in PAIRS if accepts(*pair)]
     return pytest.mark.parametrize(("param", "grad"), found)
+
+
+def each_case_in_turn(pairs=4):
+    """Parametrises a test over every case, each with so many of the mixes, all of them in turn.
+
+    A rule's equation and the formats do not know of each other, so that not every product of
+    the two is something new; native/identity.cpp has all of it.
+    """
+    found = []
+    for name, sets in CASES.items():
+        for k, hypers in enumerate(sets):
+            for pair in (PAIRS[(5 * (k * pairs + i)) % len(PAIRS)] for i in range(pairs)):
+                text = "-".join([_text(name, hypers), "/".join(pair)])
+                found.append(pytest.param(name, hypers, *pair, id=text))
+    return pytest.mark.parametrize(("name", "hypers", "param", "grad"), found)
 
 
 def defaults(name):

@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler
 
 import fusedstep as fs
 import fusedstep.torch as ft
-from cases import CASES, PAIRS, each_case, each_pair, make
+from cases import CASES, PAIRS, each_case, each_case_in_turn, each_pair, make
 from test_against_torch import torch_has, torch_optimizer
 from test_optimizers import contents, raw, to_torch
 from test_torch_optimizers import TOLERANCES, bits, fingerprint
@@ -139,8 +139,7 @@ def of_both(params, opt):
 # -- the factor ------------------------------------------------------------------------------------
 
 
-@each_case()
-@each_pair()
+@each_case_in_turn()
 def test_clipped_step_is_the_step_of_gradients_multiplied_by_hand(name, hypers, param, grad):
     params = params_of(param)
     hand, opt = ByHand(name, params, hypers), make(name, params, hypers)
@@ -155,8 +154,7 @@ def test_clipped_step_is_the_step_of_gradients_multiplied_by_hand(name, hypers, 
         assert contents(opt) == hand.contents()
 
 
-@each_case()
-@each_pair()
+@each_case_in_turn()
 def test_torch_s_clipped_step_has_the_bits_of_the_neutral_one(name, hypers, param, grad):
     if grad != param and not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch has no gradients of another dtype")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from cases import each_case, each_pair, make
+from cases import each_case, each_case_in_turn, make
 from fusedstep import _core
 from fusedstep._arrays import as_dtype
 
@@ -175,8 +175,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("isa", fs.usable_isas(), indirect=True)  # innermost, for the cache
-@each_pair()
-@each_case()
+@each_case_in_turn()
 def test_step_bits_are_the_same_everywhere(name, hypers, param, grad, isa):
     assert fs.isa() == isa
     assert _core.lanes() == LANES[isa]

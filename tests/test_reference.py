@@ -79,6 +79,7 @@ def run(name, hypers, t, param, grad):
 
     exact = np.longdouble if param == "float64" else np.float64
     wide = {key: value.astype(exact) for key, value in before.items()}
+    g = g.astype(param if param == "float64" else np.float32)  # as it is read, to compute in
     expected, expected_state = step(
         name, p.astype(exact), g.astype(exact), {**wide, **numbers}, t, hypers
     )

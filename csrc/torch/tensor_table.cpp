@@ -145,7 +145,7 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
                           shape_text(grad));
   }
   throw py::type_error(label.text() + " must be " + (param.reals == 2 ? "complex" : "real") +
-                       " as its parameter, got " + type_text(grad));
+                       " as its " + type_text(param) + " parameter, got " + type_text(grad));
 }
 
 TensorTable::Entry TensorTable::find(const Active& a) const {
