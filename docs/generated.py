@@ -57,9 +57,7 @@ def write(folder):
 
 def optimizer_classes():
     """The public optimizers by name, in the order of their file, which is one of complexity."""
-    found = vars(fs.optimizers).items()
-    return {n: c for n, c in found if inspect.isclass(c) and issubclass(c, fs.Optimizer)
-            and c is not fs.Optimizer}  # fmt: skip
+    return {name: getattr(fs, name) for name in fs.optimizers.NAMES}
 
 
 def optimizer_sections():

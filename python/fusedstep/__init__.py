@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from fusedstep import optimizers as _optimizers
 from fusedstep import schedules
 from fusedstep._groups import Group, ParamGroup
 from fusedstep._optimizer import Optimizer, StepReport
@@ -19,41 +20,19 @@ from fusedstep._runtime import (
 )
 from fusedstep._version import __version__
 from fusedstep.buffers import FlatBuffer
-from fusedstep.optimizers import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Lion,
-    NAdam,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
 
 if _TYPE_CHECKING:
     import fusedstep.convergence as convergence
+    from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
+
+globals().update({name: getattr(_optimizers, name) for name in _optimizers.NAMES})
 
 __all__ = [
-    "ASGD",
-    "SGD",
-    "Adadelta",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "Adamax",
+    *_optimizers.NAMES,
     "FlatBuffer",
     "Group",
-    "Lion",
-    "NAdam",
     "Optimizer",
     "ParamGroup",
-    "RAdam",
-    "RMSprop",
-    "Rprop",
     "StepReport",
     "__version__",
     "convergence",

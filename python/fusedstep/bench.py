@@ -21,23 +21,21 @@ from fusedstep._arrays import as_dtype
 from fusedstep._plot import canvas
 from fusedstep.buffers import FlatBuffer
 
-# What is measured: a name, the class (torch's has the same name), and its arguments.
+# What is measured of an optimizer, by name, with its arguments: one row with none, but for these.
+_ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "SGD": {
+        "sgd": {"lr": 1e-3},
+        "momentum": {"lr": 1e-3, "momentum": 0.9},
+        "nesterov": {"lr": 1e-3, "momentum": 0.9, "nesterov": True},
+    },
+    "Adam": {"adam": {}, "amsgrad": {"amsgrad": True}},
+}
+
+# A name, the class (torch's has the same name), and its arguments.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("SGD", {"lr": 1e-3}),
-    "momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}),
-    "nesterov": ("SGD", {"lr": 1e-3, "momentum": 0.9, "nesterov": True}),
-    "lion": ("Lion", {}),
-    "adagrad": ("Adagrad", {}),
-    "rmsprop": ("RMSprop", {}),
-    "adadelta": ("Adadelta", {}),
-    "adam": ("Adam", {}),
-    "adamw": ("AdamW", {}),
-    "amsgrad": ("Adam", {"amsgrad": True}),
-    "adamax": ("Adamax", {}),
-    "nadam": ("NAdam", {}),
-    "radam": ("RAdam", {}),
-    "asgd": ("ASGD", {}),
-    "rprop": ("Rprop", {}),
+    name: (cls, hypers)
+    for cls in optimizers.NAMES
+    for name, hypers in _ROWS.get(cls, {cls.lower(): {}}).items()
 }
 
 _SETTLE = 2e-3  # seconds that one timing lasts at least, by repeating short steps

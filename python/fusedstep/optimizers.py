@@ -692,3 +692,6 @@ class Rprop(Optimizer):
         groups: Iterable[Group] = (),
     ) -> None:
         super().__init__(**given(locals()))
+
+
+NAMES = [cls.__name__ for cls in Optimizer.__subclasses__()]

@@ -5,7 +5,6 @@
 There is a class for each of `fusedstep`'s optimizers. Needs torch >= 2.4.
 """
 
-import inspect as _inspect
 from typing import Any as _Any
 
 try:
@@ -17,7 +16,6 @@ except ModuleNotFoundError as _error:
         "fusedstep.torch needs torch: pip install 'fusedstep[torch]'", name="torch"
     ) from None
 
-from fusedstep import Optimizer as _Neutral
 from fusedstep import optimizers as _neutral
 from fusedstep.torch.backward import step_in_backward
 from fusedstep.torch.flat import Flat, flatten_
@@ -25,11 +23,7 @@ from fusedstep.torch.lr_scheduler import LRScheduler
 from fusedstep.torch.optimizers import Optimizer
 from fusedstep.torch.optimizers import drop_in as _drop_in
 
-_classes = {
-    name: _drop_in(found)
-    for name, found in vars(_neutral).items()
-    if _inspect.isclass(found) and issubclass(found, _Neutral) and found is not _Neutral
-}
+_classes = {name: _drop_in(getattr(_neutral, name)) for name in _neutral.NAMES}
 globals().update(_classes)
 
 __all__ = ["Flat", "LRScheduler", "Optimizer", "flatten_", "step_in_backward", *_classes]
