@@ -1170,7 +1170,7 @@ def test_step_that_raises_for_its_gradients_changes_nothing(asked):
     opt = fs.AdamW(params_of())
     opt.step(grads_of(0), max_norm=0.1)
     before, norm = contents(opt), opt.grad_norm
-    for spoil in ({"m": np.zeros(3, np.float32)}, {"m": np.zeros(40)}, {"b": opt.params["b"]}):
+    for spoil in ({"m": np.zeros(3, np.float32)}, {"m": np.zeros(40, int)}, {"b": opt.params["b"]}):
         with pytest.raises((ValueError, TypeError), match=r"grads\["):
             opt.step({**grads_of(1), **spoil}, **asked)
         assert (contents(opt), opt.grad_norm) == (before, norm)

@@ -1,5 +1,6 @@
 """The scalar set of this machine against the sets of aarch64, cross-compiled and run under qemu."""
 
+import itertools
 import os
 import re
 import shutil
@@ -60,14 +61,25 @@ def native(tmp_path_factory):
     return lines
 
 
-def test_identity_program_covers_every_rule_and_sees_differences(native):
-    assert {line.split()[0] for line in native} == set(_core.rules())
-    kernels = [tuple(line.split()[:4]) for line in native]
+def test_identity_program_covers_every_rule_and_mix_and_sees_differences(native):
+    kernels = [tuple(line.split()[:5]) for line in native]
     assert len(set(kernels)) == len(kernels)
+    assert {rule for rule, *_ in kernels} == set(_core.rules())
+    formats = _core.formats()
+    mixes = set(itertools.product(formats, formats))
+    by_update = {}
+    for rule, variant, decay, *mix in kernels:
+        by_update.setdefault((rule, variant, decay), set()).add(tuple(mix))
+    assert all(found == mixes for found in by_update.values())
     # Every kernel computes something of its own: equal hashes would mean a blind hash, or the same
     # kernel twice.
-    found = [line.split()[4] for line in native]
+    found = [line.split()[5] for line in native]
     assert len(set(found)) == len(found)
+
+
+def test_sweep_has_the_bits_of_the_update_staged_by_hand(native):
+    different = [line for line in native if len(set(line.split()[5:])) != 1]
+    assert not different, f"{len(different)} of {len(native)} kernels, first {different[:3]}"
 
 
 @pytest.mark.parametrize(("isa", "width"), [("scalar", 1), ("neon", 4)])

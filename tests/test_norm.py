@@ -1,11 +1,11 @@
 """The gradients' sum of squares: the bits of its defined order, for every set, thread and layout.
 
-The order: blocks of 512 elements, each run beginning a new one; sixteen partial sums per block, in
-double, each with fma(x, x, s); lanes, then blocks, in a binary tree. `lane_sums` emulates it.
+The order: a tensor's blocks of 512 elements, each in sixteen partial sums, in double, each with
+fma(x, x, s); lanes, then the tensor's blocks, in a binary tree; then, in another, the tensors that
+have elements. `lane_sums` and `emulated` are that.
 """
 
 import functools
-import itertools
 import math
 import struct
 from fractions import Fraction
@@ -79,7 +79,7 @@ def tree(sums):
 
 
 def emulated(*arrays):
-    return tree([s for array in arrays for s in block_sums(array)])
+    return tree([tree(block_sums(array)) for array in arrays if array.size])
 
 
 # -- data and comparison --------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_emulation_tells_orders_apart():
         assert differ > len(permuted) // 4
 
 
-# -- one run --------------------------------------------------------------------------------------
+# -- one tensor ------------------------------------------------------------------------------------
 
 
 @each_dtype
@@ -201,16 +201,18 @@ def test_sign_changes_nothing(dtype, isa):
     assert_same(squared(np.full(17, -0.0, array.dtype)), 0.0)
 
 
-# -- many runs ------------------------------------------------------------------------------------
+# -- many tensors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_runs_lie_end_to_end_each_from_a_new_block(threads, isa):
+def test_tensors_are_summed_one_by_one_and_then_their_sums(threads, isa):
     fs.set_num_threads(threads)
-    arrays = [data(dtype, n) for n in LENGTHS for dtype in DTYPES]
-    sums = [s for n in LENGTHS for dtype in DTYPES for s in blocks_of(dtype, n)]
-    assert len(sums) > 2 * 256  # several pieces, in which runs begin and end
-    assert_same(squared(*arrays), tree(sums))
+    kinds = [(dtype, n) for n in LENGTHS for dtype in DTYPES]
+    assert sum(-(-n // BLOCK) for _, n in kinds) > 2 * 256  # threads share it, and tensors, out
+    arrays = [data(*kind) for kind in kinds]
+    assert_same(squared(*arrays), tree([expected(*kind) for kind in kinds if kind[1]]))
+    # One tree over all blocks, as if there were no tensors, would have other bits.
+    assert squared(*arrays)[0] != tree([s for kind in kinds for s in blocks_of(*kind)])
 
 
 @functools.cache
@@ -219,8 +221,8 @@ def blocks_of(dtype, n):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thousand_small_runs(threads, isa):
-    # More runs than blocks in a piece, empty ones among them, first and last too.
+def test_thousand_small_tensors(threads, isa):
+    # More tensors than blocks in a piece, empty ones among them, first and last too.
     fs.set_num_threads(threads)
     lengths = [0, 0] + [(7 * i) % 23 for i in range(1000)] + [0]
     arrays = [data("float32", n) for n in lengths]
@@ -229,23 +231,22 @@ def test_thousand_small_runs(threads, isa):
 
 
 @each_dtype
-def test_flat_buffer_and_tensors_of_whole_blocks_agree(dtype, isa):
-    flat = np.resize(data(dtype, 70_000), 300 * BLOCK)
-    cuts = [0, 1, 2, 5, 64, 65, 200, 300]
-    parts = [flat[a * BLOCK : b * BLOCK] for a, b in itertools.pairwise(cuts)]
+def test_flat_buffer_and_tensors_of_subtrees_agree(dtype, isa):
+    flat = np.resize(data(dtype, 70_000), 256 * BLOCK)
+    parts = flat.reshape(4, -1)
     assert_same(squared(*parts), squared(flat)[0])
 
 
-def test_order_of_runs_is_the_caller_s(isa):
+def test_order_of_tensors_is_the_caller_s(isa):
     one, small = np.ones(1), np.full(1, 1.25 * 2.0**-27)  # whose square is below half an ulp of 1
     assert_same(squared(one, small, small), 1.0)
     assert_same(squared(small, small, one), 1 + 2.0**-52)
     assert_same(squared(small, one, small), 1.0)
 
 
-@pytest.mark.parametrize("runs", [0, 1, 3])
-def test_nothing_sums_to_zero(runs, isa):
-    assert_same(squared(*[np.zeros(0, np.float32)] * runs), 0.0)
+@pytest.mark.parametrize("tensors", [0, 1, 3])
+def test_nothing_sums_to_zero(tensors, isa):
+    assert_same(squared(*[np.zeros(0, np.float32)] * tensors), 0.0)
 
 
 # -- non-finite elements --------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_non_finite_element_is_seen_wherever_it_is(bad, dtype, isa):
 
 @each_dtype
 @pytest.mark.parametrize("threads", [1, 2])
-def test_non_finite_element_is_seen_in_any_piece_and_run(threads, dtype, isa):
+def test_non_finite_element_is_seen_in_any_piece_and_tensor(threads, dtype, isa):
     fs.set_num_threads(threads)
     array = np.resize(data(dtype, 70_000), LONG)
     for at in (0, ALONE - 1, ALONE, LONG // 2, LONG - 1):

@@ -557,9 +557,9 @@ def put_gradient_of_a_like_count(opt, ps):
     return r"grads\[1\] must have shape \(4, 4\), got \(16,\)"
 
 
-def put_gradient_of_another_dtype(opt, ps):
-    ps[1].grad.data = torch.ones(4, 4, dtype=torch.float64)
-    return r"grads\[1\] must be .*float32.*, got float64"
+def put_gradient_of_eight_bits(opt, ps):
+    ps[1].grad.data = torch.ones(4, 4).to(torch.float8_e4m3fn)
+    return r"grads\[1\] must be .*float32.*, got torch.float8_e4m3fn"
 
 
 def put_integer_gradient(opt, ps):
@@ -569,7 +569,7 @@ def put_integer_gradient(opt, ps):
 
 def put_complex_gradient(opt, ps):
     ps[1].grad.data = torch.ones(4, 4, dtype=torch.complex64)
-    return r"grads\[1\] must be float32, got complex64"
+    return r"grads\[1\] must be real as its float32 parameter, got complex64"
 
 
 def put_integer_parameter(opt, ps):

@@ -253,6 +253,36 @@ def test_float64_steps_match_torch(name, hypers):
             torch.testing.assert_close(entry[key], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a gradient has its dtype")
+@each_class
+def test_bfloat16_model_trains_with_gradients_that_are_summed_in_float32(name):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(0.1)
+    for param in model.parameters():
+        param.grad_dtype = torch.float32
+    arrays = [param.detach().clone() for param in model.parameters()]
+    lr = 1.0 if name == "Adadelta" else 0.01
+    opt = getattr(ft, name)(model.parameters(), lr=lr)
+    neutral = getattr(fs, name)(arrays, lr=lr)
+    losses = []
+    for _ in range(5):
+        opt.zero_grad()
+        losses.append(0.0)
+        for batch in torch.eye(8, dtype=torch.bfloat16).chunk(3):
+            loss = (model(batch) - batch).float().square().sum()
+            loss.backward()
+            losses[-1] += loss.item()
+        grads = [param.grad for param in model.parameters()]
+        assert {grad.dtype for grad in grads} == {torch.float32}
+        assert any((grad.to(torch.bfloat16) != grad).any() for grad in grads)  # they need it
+        opt.step(max_norm=10.0)
+        neutral.step(grads, max_norm=10.0)
+    assert [bits(param) for param in model.parameters()] == list(map(bits, arrays))
+    assert losses[-1] < losses[0]
+
+
 @each_case(lambda name, hypers: torch_has(name, hypers) and hypers.get("eps") != 0)
 def test_complex_steps_match_torch(name, hypers):
     mine, theirs, opt, oracle = pair(name, hypers, torch.complex64)

@@ -241,10 +241,11 @@ class Optimizer:
         Args:
             grads: gradients in the form of the parameters: an array, a sequence or dict of arrays,
                 or a FlatBuffer of the parameters' shapes, which is the fastest. Each has its
-                parameter's shape, and its dtype or, for a float32 parameter, float32, bfloat16 or
-                float16; a parameter without dimensions takes Python's and NumPy's numbers. None in
-                an array's place leaves that parameter, its states and its count of updates alone.
-                Gradients are read, never written.
+                parameter's shape and is float32, float64, bfloat16 or float16, whatever the
+                parameter is: read as float32, or as float64 under a float64 parameter. A parameter
+                without dimensions takes Python's and NumPy's numbers. None in an array's place
+                leaves that parameter, its states and its count of updates alone. Gradients are
+                read, never written.
             max_norm: clips the gradients, all of them together, to this norm:
                 `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
                 `grad_norm` is then the norm before. A number >= 0, or inf to measure only

@@ -79,8 +79,9 @@ class Optimizer(torch.optim.Optimizer):
 
     Parameter groups, hooks, closures, schedulers, `state_dict`, deepcopy and pickle are torch's.
     Parameters are tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
-    number as two reals), all on the CPU or all on one CUDA device; gradients have the parameter's
-    dtype or, under float32, may be bfloat16 or float16. States are float32, float64 under float64.
+    number as two reals), all on the CPU or all on one CUDA device. A gradient may be any of the
+    real ones under a real parameter (`torch.Tensor.grad_dtype`), complex under a complex one.
+    States are float32, float64 under float64.
     A step reads gradients and never writes them: with `max_norm`, or with `fused=True` under
     `torch.amp.GradScaler`, they stay as backward left them. Without `fused=True` it is the scaler
     that unscales them before, and that does not call `step` where one is not finite.
