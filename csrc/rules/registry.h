@@ -8,6 +8,7 @@
 #include "asgd.h"
 #include "ceiling.h"
 #include "lion.h"
+#include "lookahead.h"
 #include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
@@ -29,6 +30,7 @@ using Registry = List<  //
     Asgd,               //
     Rprop,              //
     Lion,               //
+    LookAhead,          //
     Ceiling>;
 
 }  // namespace FUSEDSTEP_TARGET

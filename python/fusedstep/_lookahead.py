@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from fusedstep._types import Array
+from fusedstep import _core
+from fusedstep._types import Options
 
 
 def check(groups: Iterable[Mapping[str, float]]) -> None:
@@ -18,21 +17,15 @@ def check(groups: Iterable[Mapping[str, float]]) -> None:
         raise ValueError(f"lookahead needs momentum > 0 and nesterov = False, got {given}")
 
 
-def step_along(sgd: Any, moving: Iterable[tuple[Any, Any, float]]) -> None:
-    """Takes each (array, direction, rate) to array - rate * direction, by a step of plain `sgd`."""
-    together: dict[float, tuple[list[Any], list[Any]]] = {}
-    for array, direction, rate in moving:
-        arrays, directions = together.setdefault(rate, ([], []))
-        arrays.append(array)
-        directions.append(direction)
-    for rate, (arrays, directions) in together.items():
-        sgd(arrays, lr=rate).step(directions)
-
-
-def look_ahead(sgd: Any, moving: Sequence[tuple[Array, Array, float]]) -> None:
-    """Takes each array to its look-ahead point, in the type that steps compute in."""
-    wide = [(np.asarray(array, along.dtype), along, reach) for array, along, reach in moving]
-    step_along(sgd, wide)
-    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN as in a step
-        for (array, *_), (moved, *_) in zip(moving, wide, strict=True):
-            np.copyto(array, moved, casting="same_kind")
+def look_ahead(
+    moving: Sequence[tuple[Any, Any, Mapping[str, float]]],
+    device: Any = None,
+    index: int = 0,
+    stream: int = 0,
+) -> None:
+    """Takes each (array, momentum buffer, group) to its look-ahead point, in one sweep."""
+    names = [str(i) for i in range(len(moving))]
+    arrays, buffers = [array for array, *_ in moving], [buffer for _, buffer, _ in moving]
+    table = _core.ArrayTable("lookahead", names, arrays, list(range(len(moving))), device, index)
+    groups = [[0.0, 0.0, 0.0, group["lr"], group["momentum"]] for *_, group in moving]
+    table.step(buffers, groups, Options(stream=stream))

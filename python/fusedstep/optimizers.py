@@ -117,11 +117,8 @@ class SGD(Optimizer):
         moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
         announced = [i for i, _ in moving if i in self._tensors]
-        reaches = [group["lr"] * group["momentum"] for group in numbers]
         try:
-            _lookahead.look_ahead(
-                SGD, [(arrays[i], b, reaches[self._group_of[i]]) for i, b in moving]
-            )
+            _lookahead.look_ahead([(arrays[i], b, numbers[self._group_of[i]]) for i, b in moving])
             self._announce(announced)
             self._ahead = True
             yield

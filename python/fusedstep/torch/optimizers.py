@@ -36,7 +36,6 @@ from fusedstep.torch.tensors import (
     local,
     new_state,
     recording,
-    state_dtype,
     stream_of,
 )
 
@@ -787,10 +786,11 @@ class LookAhead(Optimizer):
             for param in params:
                 buffer = self.state.get(param, {}).get("momentum_buffer")
                 if buffer is not None:
-                    moving.append((param, buffer, group["lr"] * group["momentum"]))
+                    moving.append((param, buffer, group))
         saved = [param.detach().clone() for param, _, _ in moving]
         try:
-            _look_ahead(moving)
+            stream = 0 if self._gpu is None else stream_of(self._device)
+            _look_ahead(moving, self._gpu, self._device.index or 0, stream)
             self._ahead = True
             yield
         finally:
@@ -817,17 +817,24 @@ class LookAhead(Optimizer):
 
 
 @torch.no_grad()
-def _look_ahead(moving: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
-    """Takes each (param, buffer, reach) to its look-ahead point, in the type of its states."""
-    wide = []
-    for param, buffer, reach in moving:
-        plain = (local(t).detach().resolve_conj().resolve_neg() for t in (param, buffer))
-        moved, along = (t.to(state_dtype(param)).contiguous() for t in plain)
-        wide.append((moved, along, reach))
-    reals = [(_as_reals(moved), _as_reals(along), reach) for moved, along, reach in wide]
-    _lookahead.step_along(neutral.SGD, reals)
-    for (param, *_), (moved, *_) in zip(moving, wide, strict=True):
-        local(param).copy_(moved)
+def _look_ahead(
+    moving: list[tuple[torch.Tensor, torch.Tensor, dict[str, float]]],
+    device: Any,
+    index: int,
+    stream: int,
+) -> None:
+    """Takes each (param, buffer, group) to its look-ahead point, where it lies if contiguous."""
+    plain = []
+    for param, buffer, group in moving:
+        both = (local(t).detach().resolve_conj().resolve_neg() for t in (param, buffer))
+        moved, along = (t.contiguous() for t in both)
+        plain.append((moved, along, group))
+    reals = [(_as_reals(moved), _as_reals(along), group) for moved, along, group in plain]
+    _lookahead.look_ahead(reals, device, index, stream)
+    for (param, *_), (moved, *_) in zip(moving, plain, strict=True):
+        own = local(param).detach()
+        if own.is_conj() or own.is_neg() or own.data_ptr() != moved.data_ptr():
+            own.copy_(moved)
     announcer()([param for param, *_ in moving])  # a shard's own writes are not its DTensor's
 
 
