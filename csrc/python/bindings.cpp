@@ -217,6 +217,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("index"))
       .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("options"),
            py::arg("first"), py::arg("free"), py::arg("owner"))
+      .def("norms", &TensorTable::norms)
       .def("not_begun", &TensorTable::not_begun, py::arg("params"))
       .def_property_readonly("norm", &TensorTable::norm)
       .def_property("live", &TensorTable::live, &TensorTable::set_live);

@@ -325,6 +325,17 @@ std::vector<size_t> TensorTable::not_begun(const py::list& params) {
   return found;
 }
 
+std::optional<std::vector<std::tuple<size_t, double, bool>>> TensorTable::norms() const {
+  if (!measured_) return std::nullopt;
+  const Unlocked unlocked;
+  const std::vector<std::optional<Norm>> norms = stepper_.norms();
+  std::vector<std::tuple<size_t, double, bool>> found;
+  for (size_t k = 0; k < measured_->size(); ++k) {
+    found.emplace_back((*measured_)[k], norms[k]->norm, norms[k]->finite);
+  }
+  return found;
+}
+
 void TensorTable::write_clocks() {
   for (const Active& a : active_) counted_[a.i].entered = live_;
   if (scalars_.empty() || live_) return;
@@ -514,6 +525,11 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
   }
   if (!place_.device && own.norm.data) *static_cast<double*>(own.norm.data) = outcome.norm;
   norm_ = options[8];
+  measured_.reset();
+  if (own.measure) {
+    measured_.emplace();
+    for (const Active& a : active_) measured_->push_back(a.i);
+  }
   lives_ = live_;
   if (outcome.skipped) return;
   write_clocks();

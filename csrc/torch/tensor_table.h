@@ -7,7 +7,9 @@
 #include <algorithm>
 #include <array>
 #include <exception>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -90,6 +92,10 @@ class TensorTable {
   // Those of the parameters, by number, of which the device alone knows that every step of theirs
   // was skipped, for a rule that keeps no count. Waits for the device.
   std::vector<size_t> not_begun(const pybind11::list& params);
+
+  // (number, norm, whether it is finite) of each gradient of the last step, if it measured them.
+  // Waits for a device.
+  std::optional<std::vector<std::tuple<size_t, double, bool>>> norms() const;
 
   // The tensor that the last step was given for the norm, or None.
   const pybind11::object& norm() const { return norm_; }
@@ -180,6 +186,7 @@ class TensorTable {
   std::vector<Counted> counted_;  // by parameter
   Stepper stepper_;
   pybind11::object norm_ = pybind11::none();
+  std::optional<std::vector<size_t>> measured_;  // the parameters, by number
   bool lives_ = false;
 
   // Of the step being taken.

@@ -94,6 +94,13 @@ def as_number(name: str, value: Any, hyper: Hyper) -> float:
     return number
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises TypeError for a keyword of `step` that is not True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 LAST = 2**53  # integers up to here are exact as doubles
 
 

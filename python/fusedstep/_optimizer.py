@@ -14,7 +14,7 @@ import numpy as np
 from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups
 from fusedstep._arrays import announcer, in_order, is_tensor, name_params
 from fusedstep._groups import Group, ParamGroup, assignments
-from fusedstep._hypers import AT_LEAST_0, POSITIVE, as_number, at_step, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, POSITIVE, as_number, at_step, check_flags, is_scheduled
 from fusedstep._spec import LR, Spec
 from fusedstep._turn import new_turn
 from fusedstep._types import Array, Changes, Clock, Grads, Key, Options, Params, States
@@ -22,12 +22,26 @@ from fusedstep.buffers import FlatBuffer
 from fusedstep.schedules import plateaus
 
 
-class StepReport(NamedTuple):
-    """What one step did."""
+class _Report(NamedTuple):
+    step: int
+    lr: float
+    elements: int
 
-    step: int  # steps taken, this one included
-    lr: float  # of the first group
-    elements: int  # updated; tensors without a gradient are not counted
+
+class StepReport(_Report):
+    """What one step did.
+
+    Attributes:
+        step: steps taken, this one included.
+        lr: the learning rate of the first group.
+        elements: those updated; tensors without a gradient are not counted.
+        grad_norm, grad_norms, nonfinite: with `norms=True`, what the optimizer's attributes of
+            these names tell; else None.
+    """
+
+    grad_norm: float | None = None
+    grad_norms: dict[Key, float] | None = None
+    nonfinite: list[Key] | None = None
 
 
 def _state_dtype(dtype: str) -> str:
@@ -235,6 +249,7 @@ class Optimizer:
         max_norm: SupportsFloat | None = None,
         loss_scale: SupportsFloat = 1.0,
         skip_nonfinite: bool = False,
+        norms: bool = False,
     ) -> StepReport:
         """Updates the parameters once, in one sweep over memory.
 
@@ -254,6 +269,10 @@ class Optimizer:
                 Finite and > 0 (default 1).
             skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
                 parameter, state or count changes (default False).
+
+            norms: measures the gradient of each tensor too, for the report: `grad_norms` and
+                `nonfinite`. Costs another reading of the gradients, or with `max_norm` or
+                `skip_nonfinite` nothing; on a CUDA device it waits for the step (default False).
 
         Returns:
             The step's number, from 1, the learning rate of the first group, and the number of
@@ -276,10 +295,10 @@ class Optimizer:
             (array([-3., -4.], dtype=float32), 50.0)
         """
         options = None
-        measured = max_norm is not None or skip_nonfinite is not False
+        measured = max_norm is not None or skip_nonfinite is not False or norms is not False
         plain = type(loss_scale) is float and loss_scale == 1.0
         if measured or not plain or self._index is not None:
-            options = self._options(max_norm, loss_scale, skip_nonfinite)
+            options = self._options(max_norm, loss_scale, skip_nonfinite, norms)
         return self._turn.run(self._step, grads, options)
 
     def _step(self, grads: Grads, options: Options | None) -> StepReport:
@@ -299,27 +318,56 @@ class Optimizer:
         # Of what the step did nothing is left to be noted but this, which saves the next one work.
         for memory, known in read:
             memory.update(known)
-        return StepReport(steps, natives[0][LR], elements)
+        report = StepReport(steps, natives[0][LR], elements)
+        if options is not None and options.norms:
+            report.grad_norm, report.grad_norms = self.grad_norm, self.grad_norms
+            report.nonfinite = self.nonfinite
+        return report
 
-    def _options(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any) -> Options:
+    def _options(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any, norms: Any) -> Options:
         """A step's keywords, checked."""
-        if not isinstance(skip_nonfinite, bool):
-            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+        check_flags(skip_nonfinite=skip_nonfinite, norms=norms)
         norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
         scale = as_number("loss_scale", loss_scale, POSITIVE)
         if math.isinf(1 / scale):
             raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
         first = next(iter(self._params.values()), None)
         stream = 0 if self._index is None else _arrays.stream_of(first, self._index)
-        return Options(1 / scale, norm, skip_nonfinite, stream)
+        return Options(1 / scale, norm, skip_nonfinite, stream, norms)
 
     @property
     def grad_norm(self) -> float | None:
-        """The norm of all gradients before the last step, if that had max_norm or skip_nonfinite.
+        """The norm of all gradients before the last step, of those that it measured.
 
-        On a CUDA device, reading it waits for the step.
+        A step measures with max_norm, skip_nonfinite or norms; after any other this is None. On a
+        CUDA device, reading it waits for the step.
         """
         return self._turn.read(self._table.norm)
+
+    @property
+    def grad_norms(self) -> dict[Key, float] | None:
+        """The norm of each tensor's gradient, as `grad_norm`; without those that had none."""
+        found = self._turn.read(self._table.norms)
+        if found is None:
+            return None
+        return {key: one[0] for key, one in zip(self._params, found, strict=True) if one}
+
+    @property
+    def nonfinite(self) -> list[Key] | None:
+        """The tensors whose gradients had an infinite or NaN element, as `grad_norm`.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> opt = fs.SGD({"w": np.ones(2, np.float32), "b": np.ones(1, np.float32)})
+            >>> grads = {"w": np.array([3, 4], np.float32), "b": np.array([np.nan], np.float32)}
+            >>> report = opt.step(grads, skip_nonfinite=True, norms=True)
+            >>> report.elements, report.grad_norms, report.nonfinite
+            (0, {'w': 5.0, 'b': nan}, ['b'])
+        """
+        found = self._turn.read(self._table.norms)
+        if found is None:
+            return None
+        return [key for key, one in zip(self._params, found, strict=True) if one and not one[1]]
 
     def _announce(self, written: Iterable[int]) -> None:
         """Tells autograd of tensors that were written to, by number."""

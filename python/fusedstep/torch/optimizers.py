@@ -19,7 +19,7 @@ from torch.optim import optimizer as torch_optimizer
 import fusedstep as neutral
 from fusedstep import _checkpoint, _core, _lookahead
 from fusedstep._arrays import announcer, as_float
-from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, is_scheduled
+from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, check_flags, is_scheduled
 from fusedstep._spec import STATES, Spec
 from fusedstep._turn import Turn, new_turn
 from fusedstep._types import PLAIN, Options
@@ -145,9 +145,35 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
-        """The norm of all gradients before the last step, if that had a `max_norm` or
-        `skip_nonfinite`: float64, 0-d, on the parameters' device."""
+        """The norm of all gradients before the last step, if that measured them (`max_norm`,
+        `skip_nonfinite` or `norms`): float64, 0-d, on the parameters' device."""
         return self._table.norm
+
+    @property
+    def grad_norms(self) -> dict[str | int, float] | None:
+        """The norm of each parameter's gradient before the last step, if that measured them.
+
+        By name where the optimizer has names, else by number as in `state_dict`; without those that
+        had no gradient. On a CUDA device, reading it waits for the step.
+        """
+        found = self._table.norms()
+        return None if found is None else {self._key(i): norm for i, norm, _ in found}
+
+    @property
+    def nonfinite(self) -> list[str | int] | None:
+        """The parameters whose gradients had an infinite or NaN element, as `grad_norms`."""
+        found = self._table.norms()
+        return None if found is None else [self._key(i) for i, _, finite in found if not finite]
+
+    def _key(self, i: int) -> str | int:
+        """What users call parameter i: its name, or its number."""
+        first = 0
+        for group in self.param_groups:
+            if i < first + len(group["params"]):
+                names = group.get("param_names")
+                return str(names[i - first]) if names else i
+            first += len(group["params"])
+        return i
 
     def __delattr__(self, name: str) -> None:
         # torch.amp.GradScaler deletes after the step what it set before it; the step has by then.
@@ -309,6 +335,8 @@ class Optimizer(torch.optim.Optimizer):
                 (`ZeroRedundancyOptimizer`), clip before the step.
             skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
                 parameter, state or step count changes (default False).
+            norms: measures each parameter's gradient, for `grad_norms` and `nonfinite`
+                (default False).
 
         Returns:
             What the closure returned.
@@ -316,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: a parameter, gradient or state of another kind, dtype, shape or
                 device than can be stepped, or memory that overlaps; hyperparameters out of range;
-                `max_norm` or `skip_nonfinite` with DTensors, of which each rank has a part.
+                `max_norm`, `skip_nonfinite` or `norms` with DTensors, of which a rank has a part.
             RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
                 a step of its own; a CUDA graph is being recorded and `capturable` is False.
         """
@@ -374,9 +402,10 @@ class Optimizer(torch.optim.Optimizer):
         *,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
+        norms: bool = False,
     ) -> Any:
-        if max_norm is not None or skip_nonfinite is not False:
-            max_norm = self._check_whole(max_norm, skip_nonfinite)
+        if max_norm is not None or skip_nonfinite is not False or norms is not False:
+            max_norm = self._check_whole(max_norm, skip_nonfinite, norms)
         loss = None
         if closure is not None:
             if not callable(closure):
@@ -386,25 +415,25 @@ class Optimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._turn.run(self._step_all, max_norm, skip_nonfinite)
+        self._turn.run(self._step_all, max_norm, skip_nonfinite, norms)
         return loss
 
-    def _step_all(self, max_norm: float | None, skip_nonfinite: bool) -> None:
+    def _step_all(self, max_norm: float | None, skip_nonfinite: bool, norms: bool) -> None:
         """A step, while nobody else has a turn."""
-        self._update(self._current(), max_norm=max_norm, skip_nonfinite=skip_nonfinite)
+        rows = self._current()
+        self._update(rows, max_norm=max_norm, skip_nonfinite=skip_nonfinite, norms=norms)
 
-    def _check_whole(self, max_norm: Any, skip_nonfinite: Any) -> float | None:
-        """`max_norm`, checked; raises unless all gradients are here at once, as both need."""
-        if not isinstance(skip_nonfinite, bool):
-            raise TypeError(f"skip_nonfinite must be True or False, got {skip_nonfinite!r}")
+    def _check_whole(self, max_norm: Any, skip_nonfinite: Any, norms: Any) -> float | None:
+        """`max_norm`, checked; raises unless all gradients are here at once, as all three need."""
+        check_flags(skip_nonfinite=skip_nonfinite, norms=norms)
         if max_norm is not None:
             max_norm = as_number("max_norm", max_norm, AT_LEAST_0)
         if self._stepping_in_backward:
-            raise RuntimeError("max_norm and skip_nonfinite need all gradients at once, but"
+            raise RuntimeError("max_norm, skip_nonfinite and norms need all gradients at once, but"
                                " step_in_backward has already stepped and freed them")  # fmt: skip
         if any_dtensor(self._params()):
-            raise ValueError("max_norm and skip_nonfinite must not be given for DTensors, got a"
-                             " model of which this rank has a part")  # fmt: skip
+            raise ValueError("max_norm, skip_nonfinite and norms must not be given for DTensors,"
+                             " got a model of which this rank has a part")  # fmt: skip
         return max_norm
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
@@ -418,6 +447,7 @@ class Optimizer(torch.optim.Optimizer):
         at: int = 0,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
+        norms: bool = False,
         free: bool = False,
     ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set.
@@ -433,13 +463,15 @@ class Optimizer(torch.optim.Optimizer):
         options = PLAIN
         if self._gpu is not None:
             live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
-            options = self._gpu_options(live, scale, found_inf, max_norm, skip_nonfinite)
-        elif not (scale is found_inf is max_norm is None and skip_nonfinite is False):
+            options = self._gpu_options(live, scale, found_inf, max_norm, skip_nonfinite, norms)
+        elif norms or skip_nonfinite or not (scale is found_inf is max_norm is None):
             bad = 0.0 if found_inf is None else float(found_inf)
             factor = 1.0 if scale is None else 1 / float(scale)
             found = torch.tensor(bad, dtype=torch.float32, device="cpu")
-            norm = self._new_norm(max_norm, skip_nonfinite)
-            options = Options(factor, max_norm, skip_nonfinite, found_inf=found, norm=norm)
+            norm = self._new_norm(max_norm, skip_nonfinite or norms)
+            options = Options(
+                factor, max_norm, skip_nonfinite, norms=norms, found_inf=found, norm=norm
+            )
         helper = _Helper(self, options.live, groups, first, at)
         self._table.step(groups, self.state, options, first, free, helper)
 
@@ -451,17 +483,23 @@ class Optimizer(torch.optim.Optimizer):
             lr is not None or bool(group.get("capturable")) for _, _, group, lr in rows
         )
 
-    def _new_norm(self, max_norm: Any, skip_nonfinite: bool) -> torch.Tensor | None:
+    def _new_norm(self, max_norm: Any, measure: bool) -> torch.Tensor | None:
         """Where a step that measures the gradients' norm is to write it."""
-        if max_norm is None and not skip_nonfinite:
+        if max_norm is None and not measure:
             return None
         return torch.empty((), dtype=torch.float64, device=self._device)
 
     def _gpu_options(
-        self, live: bool, scale: Any, found_inf: Any, max_norm: Any, skip_nonfinite: bool
+        self,
+        live: bool,
+        scale: Any,
+        found_inf: Any,
+        max_norm: Any,
+        skip_nonfinite: bool,
+        norms: bool,
     ) -> Options:
         """A step's options on a GPU: numbers that are there are not waited for."""
-        norm = self._new_norm(max_norm, skip_nonfinite)
+        norm = self._new_norm(max_norm, skip_nonfinite or norms)
         factor = 1.0
         if scale is not None and not isinstance(scale, torch.Tensor):
             factor, scale = 1 / float(scale), None
@@ -476,7 +514,7 @@ class Optimizer(torch.optim.Optimizer):
         live = live or scale is not None
         stream = stream_of(self._device)
         return Options(
-            factor, max_norm, skip_nonfinite, stream, False, live, scale, found_inf, norm
+            factor, max_norm, skip_nonfinite, stream, norms, live, scale, found_inf, norm
         )
 
     def _places(self) -> dict[int, Place]:
