@@ -140,6 +140,13 @@ FORMATS = list(_core.formats())
 PAIRS = list(itertools.product(FORMATS, FORMATS))
 
 
+# Those that torch.optim has not.
+WITHOUT_PEER = {"Lion"}
+
+# How slowly the mean of gradients decays, where that is not betas[0] or alpha.
+MEAN_DECAY = {"Lion": lambda hypers: max(hypers["betas"])}
+
+
 def _text(name, hypers):
     return "-".join([name, *(f"{key}={value}" for key, value in hypers.items())])
 
@@ -180,6 +187,12 @@ def defaults(name):
     """The hyperparameters of an optimizer class with their defaults, from its signature."""
     parameters = inspect.signature(getattr(fs, name)).parameters.items()
     return {key: p.default for key, p in parameters if key not in ("params", "groups")}
+
+
+def mean_decay(name, hypers):
+    """The decay rate of the gradients' mean, 1 where there is none."""
+    usual = hypers.get("betas", [hypers.get("alpha", 1)])[0]
+    return MEAN_DECAY[name](hypers) if name in MEAN_DECAY else usual
 
 
 def make(name, params, hypers):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 
+import fusedstep as fs
 from cases import defaults
 
 
@@ -134,10 +135,10 @@ RULES = {
 
 def step(name, p, g, state, t, hypers):
     """Update number t of the optimizer class `name`: the parameter and the states after it."""
-    h = SimpleNamespace(**{**defaults(name), **hypers})
+    h = SimpleNamespace(**{**getattr(fs, name).spec.fixed, **defaults(name), **hypers})
     if h.maximize:
         g = -g
-    if name in ("AdamW", "Lion") or getattr(h, "decoupled_weight_decay", False):
+    if getattr(h, "decoupled_weight_decay", False):
         p = p * (1 - h.lr * h.weight_decay)
     else:
         g = g + h.weight_decay * p

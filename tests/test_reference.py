@@ -4,17 +4,13 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from cases import CASES, defaults, each_case, each_pair, load, make
+from cases import CASES, defaults, each_case, each_pair, load, make, mean_decay
 from reference import RULES, carried, step, ulp
 
 N = 4099  # whole registers of every set, and a tail
 
 # Where long double is double (macOS on Arm) the reference itself is off by as much as it allows.
 FLOAT64_BOUNDS = 1 if np.finfo(np.longdouble).nmant > 52 else 2
-
-# A state's value before the step, from `near` in (1/2, 2) and `mean`, an average of gradients.
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum")
-MEANS = ("exp_avg", "momentum_buffer", "grad_avg", "ax", "prev")
 
 
 def draw(name, hypers, t, param, grad):
@@ -39,18 +35,14 @@ def draw(name, hypers, t, param, grad):
     h = {**defaults(name), **hypers}
     state_type = "float64" if param == "float64" else "float32"
     p, g = (signs() * near()).astype(param), (signs() * near()).astype(grad)
-    decay = max(h["betas"]) if name == "Lion" else h.get("betas", [h.get("alpha", 1)])[0]
+    decay = mean_decay(name, h)
     up = np.sign(g.astype("f8")) * (-1 if h["maximize"] else 1)
     mean = up * near() * rng.choice([1.0, -32.0 if decay >= 0.5 else -1 / 32], N)
 
     opt = make(name, [p.copy()], hypers)
     states = {}
     for key in opt.state[0]:
-        value = near()
-        if key in SQUARES:
-            value = value**2
-        elif key in MEANS:
-            value = mean
+        value = near() ** 2 if key in opt.spec.positive else mean
         if key == "momentum_buffer" and name == "RMSprop":
             value = signs() * 32 * near()
         elif key == "step_size":

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedstep as fs
 import fusedstep.torch as ft
-from cases import CASES, each_pair
+from cases import CASES, WITHOUT_PEER, each_pair
 from fusedstep.torch import optimizers
 from test_against_torch import torch_has, torch_optimizer
 from test_torch_optimizers import assert_same_bits, bits, fingerprint, set_grads, train
@@ -34,7 +34,7 @@ def _reader(request, monkeypatch):
 
 def hypers_of(name):
     """The most that torch has too."""
-    return max((h for h in CASES[name] if name == "Lion" or torch_has(name, h)), key=len)
+    return max((h for h in CASES[name] if name in WITHOUT_PEER or torch_has(name, h)), key=len)
 
 
 def parameters(*shapes, dtype=torch.float32, seed=5):
@@ -93,7 +93,7 @@ def test_layouts_do_not_change_a_bit(name, layout):
     other = torch.nn.Parameter(torch.ones(3))  # a neighbour, so that indices matter
     opt = getattr(ft, name)([other, mine], **hypers_of(name))
     reference = getattr(ft, name)([plain], **hypers_of(name))
-    peer = name != "Lion" and torch_optimizer(name, [theirs], hypers_of(name))
+    peer = name not in WITHOUT_PEER and torch_optimizer(name, [theirs], hypers_of(name))
     for made in GRAD_LAYOUTS.values():
         grad = torch.tensor(rng.normal(size=SHAPE), dtype=torch.float32)
         mine.grad = made(grad)
