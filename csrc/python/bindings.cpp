@@ -128,6 +128,27 @@ py::tuple turn() {
                         py::reinterpret_steal<py::object>(PyCFunction_New(&read, self.ptr())));
 }
 
+// Lets Python's garbage collector look into objects of a class, once they are constructed.
+template <class T>
+void collected(PyHeapTypeObject* heap_type) {
+  static const auto of = [](PyObject* self) -> T* {
+    auto* instance = reinterpret_cast<py::detail::instance*>(self);
+    const auto held = instance->get_value_and_holder();
+    return held.holder_constructed() ? held.template value_ptr<T>() : nullptr;
+  };
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    const T* object = of(self);
+    return object ? object->traverse(visit, arg) : 0;
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (T* object = of(self)) object->clear();
+    return 0;
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -210,15 +231,17 @@ PYBIND11_MODULE(_core, m) {
       .def("shapes", &ArrayTable::shapes)
       .def("dtypes", &ArrayTable::dtypes);
 
-  py::class_<TensorTable>(m, "TensorTable")
+  py::class_<TensorTable>(m, "TensorTable", py::custom_type_setup(collected<TensorTable>))
       .def(py::init<const std::string&, const std::vector<std::string>&, bool, const py::object&,
-                    int>(),
+                    int, py::object>(),
            py::arg("rule"), py::arg("scalars"), py::arg("exchange"), py::arg("device"),
-           py::arg("index"))
-      .def("step", &TensorTable::step, py::arg("groups"), py::arg("state"), py::arg("options"),
-           py::arg("first"), py::arg("free"), py::arg("owner"))
+           py::arg("index"), py::arg("state"))
+      .def_property("state", &TensorTable::state, &TensorTable::set_state)
+      .def("step", &TensorTable::step, py::arg("groups"), py::arg("options"), py::arg("first"),
+           py::arg("free"), py::arg("owner"))
       .def("norms", &TensorTable::norms)
       .def("not_begun", &TensorTable::not_begun, py::arg("params"))
       .def_property_readonly("norm", &TensorTable::norm)
+      .def_property_readonly("recalled", &TensorTable::recalled)
       .def_property("live", &TensorTable::live, &TensorTable::set_live);
 }

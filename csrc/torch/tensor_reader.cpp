@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -93,7 +94,10 @@ TensorReader::TensorReader(bool exchange) {
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
   const auto* api = static_cast<const DLPackExchangeAPI*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (api->version.major == 1 && api->view) api_ = api;
+  if (api->version.major != 1 || !api->view) return;
+  api_ = api;
+  use_count_ = py::getattr(torch.attr("_C"), "_storage_Use_Count", py::none());
+  if (!use_count_.is_none()) alone_ = owners(torch.attr("empty")(1, py::arg("device") = "cpu"));
 }
 
 bool TensorReader::is_tensor(py::handle object) const {
@@ -169,6 +173,39 @@ bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
   for (int i = 0; i < view.ndim; ++i) end += (view.shape[i] - 1) * view.strides[i];
   return ask(ask(tensor, untyped_storage), nbytes).cast<int64_t>() >=
          end * view.reals * format_bytes(view.format);
+}
+
+py::object TensorReader::storage_of(py::handle tensor) const {
+  static const py::handle untyped_storage = py::str("untyped_storage").release();
+  auto storage = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodNoArgs(tensor.ptr(), untyped_storage.ptr()));
+  if (!storage) throw py::error_already_set();
+  return storage;
+}
+
+// torch's object begins with the addresses of its storage, autograd's data and its version, between
+// others; which are where is not ours to know, nor matters.
+Around TensorReader::around(py::handle tensor) const {
+  constexpr size_t kWords = 8;
+  Around found = {tensor.attr("_cdata").cast<uintptr_t>()};
+  uintptr_t words[kWords];
+  std::memcpy(words, reinterpret_cast<const void*>(found[0]), sizeof(words));
+  size_t n = 1;
+  for (const uintptr_t word : words) {
+    const bool address = word % alignof(void*) == 0 && word >> 20 && !(word >> 47);
+    if (address && n < found.size()) found[n++] = word;
+  }
+  return found;
+}
+
+TensorReader::Owners TensorReader::owners(py::handle tensor) const {
+  const py::object storage = storage_of(tensor);
+  return {use_count_(storage.attr("_cdata")).cast<int64_t>(), Py_REFCNT(storage.ptr())};
+}
+
+bool TensorReader::alone(py::handle tensor) const {
+  return ordinary(tensor) && Py_REFCNT(tensor.ptr()) == 1 &&
+         !*PyObject_GET_WEAKREFS_LISTPTR(tensor.ptr()) && owners(tensor) == alone_;
 }
 
 const void* TensorReader::address(py::handle tensor) const {

@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "interface/device.h"
@@ -28,6 +30,9 @@ bool same_strides(const TensorView& a, const TensorView& b);
 
 // Whether the elements fill one run of memory, in any order of the dimensions.
 bool dense(const TensorView& view);
+
+// Addresses of objects of torch's. They are hints, for prefetching: nothing is read there.
+using Around = std::array<uintptr_t, 5>;
 
 class TensorReader {
  public:
@@ -56,15 +61,30 @@ class TensorReader {
   // Whether the values are not those in memory: a negation or conjugation is pending.
   bool lazy(pybind11::handle tensor, const TensorView& view) const;
 
+  // Whether nobody has an ordinary tensor, or a storage under it, but the one reference to it that
+  // there is. Only where `knows_alone`.
+  bool alone(pybind11::handle tensor) const;
+  bool knows_alone() const { return alone_ != Owners{}; }
+
+  // What torch will look at for a tensor, as far as it can be guessed.
+  Around around(pybind11::handle tensor) const;
+
   // `tensor.grad`, and `tensor.grad = None`.
   pybind11::object grad(pybind11::handle tensor) const;
   void drop_grad(pybind11::handle tensor) const;
 
  private:
+  // How many have a tensor's storage, and how many its Python object, while that is looked at.
+  using Owners = std::pair<int64_t, int64_t>;
+  Owners owners(pybind11::handle tensor) const;
+
   bool read_attributes(pybind11::handle tensor, TensorView& view, const Place& place) const;
   bool finish(pybind11::handle tensor, TensorView& view) const;
 
   const DLPackExchangeAPI* api_ = nullptr;
+  pybind11::object storage_of(pybind11::handle tensor) const;
+  pybind11::object use_count_;           // of a storage's address
+  Owners alone_ = {};                    // of a storage that only its tensor has
   pybind11::object tensor_, parameter_;  // the classes
   pybind11::object strided_;             // torch.strided
   pybind11::list dtypes_;                // torch's, one for each format, then the complex ones

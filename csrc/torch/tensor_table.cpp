@@ -21,19 +21,20 @@ py::handle lookup(py::handle dict, py::handle key) {
   return found;
 }
 
-// A dict's values for keys that mostly come in the dict's own order: no hash is computed then.
+// A dict's values for keys that mostly come in the dict's own order, some left out: no hash is
+// computed then.
 class Ordered {
  public:
   explicit Ordered(py::handle dict) : dict_(dict) {}
   py::handle at(py::handle key) {
-    Py_ssize_t next = at_;
     PyObject *found, *value;
-    if (!PyDict_Next(dict_.ptr(), &next, &found, &value) || found != key.ptr()) {
-      hashed = true;
-      return lookup(dict_, key);
+    for (Py_ssize_t next = at_; !hashed && PyDict_Next(dict_.ptr(), &next, &found, &value);) {
+      if (found != key.ptr()) continue;
+      at_ = next;
+      return value;
     }
-    at_ = next;
-    return value;
+    hashed = true;
+    return lookup(dict_, key);
   }
   bool hashed = false;  // a tensor's hash is Python code
 
@@ -64,7 +65,7 @@ std::vector<py::str> interned(const std::vector<std::string>& names) {
 }  // namespace
 
 TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>& scalars,
-                         bool exchange, const py::object& device, int index)
+                         bool exchange, const py::object& device, int index, py::object state)
     : rule_(rule_number(rule)),
       place_{device_of(device), index, nullptr},
       reader_(exchange),
@@ -77,11 +78,41 @@ TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>
             const py::gil_scoped_acquire acquire;  // a step runs without the interpreter's lock
             return name_of(active_[place].i);
           },
-          place_.device, index) {
+          place_.device, index),
+      state_(std::move(state)) {
   if (scalars_.size() > kCounts) {
     throw py::value_error("scalars must be at most 3, got " + std::to_string(scalars_.size()));
   }
 }
+
+py::object TensorTable::state() {
+  show();
+  return state_;
+}
+
+void TensorTable::set_state(py::object state) {
+  show();
+  state_ = std::move(state);
+}
+
+// Before anybody else has the state, or it is dropped. A step that is sweeping in another thread goes
+// on with the memory that it found.
+void TensorTable::show() {
+  ++shown_;
+  if (!stepping_ || !PyDict_Check(state_.ptr())) return;
+  for (const py::handle entry : py::reinterpret_steal<py::list>(PyDict_Values(state_.ptr()))) {
+    if (!PyDict_Check(entry.ptr())) continue;
+    pinned_.append(py::reinterpret_steal<py::object>(PyDict_Copy(entry.ptr())));
+  }
+}
+
+int TensorTable::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(state_.ptr());
+  Py_VISIT(pinned_.ptr());
+  return 0;
+}
+
+void TensorTable::clear() { set_state(py::dict()); }
 
 std::string TensorTable::name_of(size_t i) const {
   return owner_.attr("_name")(i).cast<std::string>();
@@ -120,10 +151,11 @@ bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, Te
                           const Place& place) {
   ran_ = true;
   sources_.push_back({tensor, reader_.address(tensor)});
-  a.stand_ins.push_back(tensor);
+  of(a).stand_ins.push_back(tensor);
   const py::tuple made = owner_.attr("_plain")(a.i, kind, tensor);
   tensor = made[0];
-  if (!in_place(a.first_source)) throw Moved();  // nobody follows what was read of this parameter
+  if (!in_place(of(a).first_source))
+    throw Moved();  // nobody follows what was read of this parameter
   if (!reader_.read(tensor, view, place)) {
     throw py::value_error(owner_.attr("_label")(a.i, kind).cast<std::string>() +
                           " must have memory of its own, got " +
@@ -131,7 +163,7 @@ bool TensorTable::replace(Active& a, const py::str& kind, py::object& tensor, Te
   }
   if (view.n) sources_.push_back({tensor, view.data, view.n, view.format, !place.device});
   if (!py::object(made[1]).is_none()) back_.emplace_back(made[1], tensor);
-  a.stand_ins.push_back(tensor);
+  of(a).stand_ins.push_back(tensor);
   return made[2].cast<bool>();
 }
 
@@ -150,14 +182,14 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
 
 TensorTable::Entry TensorTable::find(const Active& a) const {
   Entry found;
-  if (a.entry && !PyDict_Check(a.entry.ptr())) {
+  if (of(a).entry && !PyDict_Check(of(a).entry.ptr())) {
     throw py::type_error("state[" + name_of(a.i) + "] must be a dict, got " +
-                         py::repr(a.entry).cast<std::string>());
+                         py::repr(of(a).entry).cast<std::string>());
   }
-  Ordered values(a.entry);
+  Ordered values(of(a).entry);
   const auto take = [&](const py::str& name, py::object& tensor) {
-    py::handle value = a.fresh ? lookup(a.fresh, name) : py::handle();
-    if (!value && a.entry) value = values.at(name);
+    py::handle value = of(a).fresh ? lookup(of(a).fresh, name) : py::handle();
+    if (!value && of(a).entry) value = values.at(name);
     if (value && reader_.is_tensor(value)) {
       tensor = py::reinterpret_borrow<py::object>(value);
     } else {
@@ -174,10 +206,10 @@ TensorTable::Entry TensorTable::find(const Active& a) const {
 py::list TensorTable::names_missing(const Active& a) const {
   py::list names;
   for (size_t s = 0; s < scalars_.size(); ++s) {
-    if (!a.found.scalars[s]) names.append(scalars_[s]);
+    if (!of(a).found.scalars[s]) names.append(scalars_[s]);
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.uses >> s & 1 && !a.found.states[s]) names.append(states_[s]);
+    if (a.uses >> s & 1 && !of(a).found.states[s]) names.append(states_[s]);
   }
   return names;
 }
@@ -186,13 +218,15 @@ py::list TensorTable::names_missing(const Active& a) const {
 // gradients_ at `place`. `begins`: the entry was completed for this step.
 void TensorTable::read(size_t place, bool begins) {
   Active& a = active_[place];
-  a.found = find(a);
-  const Entry& entry = a.found;
-  a.first_source = sources_.size();
+  a.direct = false;
+  of(a).found = find(a);
+  const Entry& entry = of(a).found;
+  of(a).first_source = sources_.size();
   TensorView p, g, views[kMaxStates];
-  py::object param = a.param;
-  const bool had = place < tensors_before_.size();
-  look(a, params_, param, p, had ? tensors_before_[place].segment.stream[kParam].data : nullptr);
+  py::object param = py::reinterpret_borrow<py::object>(a.param);
+  const std::vector<Tensor>& before = stepper_.tensors();
+  const bool had = place < before.size() && place < gradients_before_.size();
+  look(a, params_, param, p, had ? before[place].segment.stream[kParam].data : nullptr);
   look(a, grads_, a.grad, g, had ? gradients_before_[place].data : nullptr);
   check_grad(a, p, g);
   if (!entry.complete) return;
@@ -202,30 +236,30 @@ void TensorTable::read(size_t place, bool begins) {
   };
   for (size_t s = 0; s < scalars_.size(); ++s) {
     TensorView view;
-    a.scalars[s] = entry.scalars[s];
+    of(a).scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
     bool moved = look(a, scalars_[s], scalar, view, nullptr, &counted_[a.i].known[s], !live_);
-    if (shows_less(s, view)) {
+    if (view.n == 1 && shows_less(s, {view.data, view.format})) {
       moved = replace(a, scalars_[s], scalar, view, live_ ? place_ : Place{});
     }
     if (view.n != 1 || (view.format != Format::kF32 && view.format != Format::kF64)) {
       refuse(scalars_[s], "one float32 or float64 number",
              type_text(view) + " of shape " + shape_text(view));
     }
-    a.scalars[s] = scalar;
+    of(a).scalars[s] = scalar;
     if (moved) {
       py::dict change;
       change[scalars_[s]] = scalar;
-      changes_.add(py::reinterpret_borrow<py::dict>(begins ? a.fresh : a.entry), change);
+      changes_.add(py::reinterpret_borrow<py::dict>(begins ? of(a).fresh : of(a).entry), change);
     }
     a.numbers[s] = {view.data, view.format};
   }
 
   bool direct = dense(p) && same_strides(p, g);
-  a.states = entry.states;
+  of(a).states = entry.states;
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (!a.states[s]) continue;
-    look(a, states_[s], a.states[s], views[s], nullptr, &counted_[a.i].known[kCounts + s]);
+    if (!of(a).states[s]) continue;
+    look(a, states_[s], of(a).states[s], views[s], nullptr, &counted_[a.i].known[kCounts + s]);
     if (!same_shape(p, views[s])) {
       refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
     }
@@ -238,7 +272,7 @@ void TensorTable::read(size_t place, bool begins) {
     py::list all;
     all.append(param);
     all.append(a.grad);
-    for (const py::object& state : a.states) {
+    for (const py::object& state : of(a).states) {
       if (state) all.append(state);
     }
     ran_ = true;
@@ -256,9 +290,9 @@ void TensorTable::read(size_t place, bool begins) {
     take(p);
     take(g);
     for (size_t s = 0; s < states_.size(); ++s) {
-      if (a.states[s]) take(views[s]);
+      if (of(a).states[s]) take(views[s]);
     }
-    a.stand_ins.push_back(matched);
+    of(a).stand_ins.push_back(matched);
   }
 
   Tensor& tensor = tensors_[place];
@@ -274,16 +308,59 @@ void TensorTable::read(size_t place, bool begins) {
     }
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.states[s]) tensor.segment.stream[kState + s] = {views[s].data, views[s].format};
+    if (of(a).states[s]) tensor.segment.stream[kState + s] = {views[s].data, views[s].format};
   }
   gradients_[place] = {g.data, g.format};
+  a.direct = direct && of(a).stand_ins.empty() && !begins && !live_;
 }
 
-// Whether a scalar is float32 where a step uses more: a checkpoint shall have what the next step
+// As `read`, of a parameter whose states are kept: looks at it and its gradient alone. False where
+// they are not what they were, and have to be read.
+bool TensorTable::recall(size_t place) {
+  Active& a = active_[place];
+  Kept& kept = kept_[a.i];
+  if (kept.shown != shown_ || kept.uses != a.uses || live_) return false;
+  TensorView p, g;
+  if (!reader_.read(a.param, p, place_)) return false;
+  trail_.pass_tensor(a.param, p);
+  if (!reader_.read(a.grad, g, place_)) return false;
+  trail_.pass_tensor(a.grad, g);
+  for (const Around& around : kept.around) {
+    for (const uintptr_t address : around) trail_.pass(address);
+  }
+  for (size_t s = 0; s < scalars_.size(); ++s) trail_.pass(kept.numbers[s].data);
+  if (p.data != kept.param || p.format != kept.format || p.reals != kept.reals ||
+      p.ndim != kept.ndim || !std::equal(p.shape, p.shape + p.ndim, kept.layout.data()) ||
+      !std::equal(p.strides, p.strides + p.ndim, kept.layout.data() + p.ndim)) {
+    return false;
+  }
+  if (g.format != kept.grad_format || g.reals != p.reals || !same_strides(p, g)) return false;
+  if (g.data != kept.grad && !reader_.holds(a.grad, g)) return false;
+  if (reader_.lazy(a.param, p) || reader_.lazy(a.grad, g)) return false;
+  a.numbers = kept.numbers;
+  for (size_t s = 0; s < scalars_.size(); ++s) {
+    if (shows_less(s, a.numbers[s])) return false;
+  }
+  kept.grad = g.data;
+  a.kept = true;
+  Tensor& tensor = tensors_[place];
+  tensor.segment.stream[kParam] = {p.data, p.format};
+  tensor.segment.n = p.n;
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (a.uses >> s & 1) {
+      tensor.segment.stream[kState + s] = {kept.states[s], state_format(p.format)};
+    }
+  }
+  tensor.counted = {a.group, clock_of(a, false)};
+  gradients_[place] = {g.data, g.format};
+  return true;
+}
+
+// Whether a number is float32 where a step uses more: a checkpoint shall have what the next step
 // reads. A step count is exact to 2^24; on the device, which is not waited for, it shows as much.
-bool TensorTable::shows_less(size_t s, const TensorView& view) const {
-  if (view.n != 1 || view.format != Format::kF32) return false;
-  return s > 0 || (!live_ && *static_cast<const float*>(view.data) >= 0x1p24f);
+bool TensorTable::shows_less(size_t s, const Stream& number) const {
+  if (number.format != Format::kF32) return false;
+  return s > 0 || (!live_ && *static_cast<const float*>(number.data) >= 0x1p24f);
 }
 
 // The counts that the state's tensors show.
@@ -367,8 +444,9 @@ Stream TensorTable::number(const py::handle& tensor, const char* name) const {
 }
 
 // Reads all that the step goes by. Python code may run on the way, and move what was read before.
-void TensorTable::collect(const py::list& groups, const py::dict& state, size_t first) {
+void TensorTable::collect(const py::list& groups, size_t first) {
   active_.clear();
+  readings_.clear();
   groups_.clear();
   tensors_.clear();
   gradients_.clear();
@@ -382,7 +460,7 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
 
   std::vector<size_t> begins;
   py::list wanted;
-  Ordered entries(state);
+  Ordered entries(state_);
   size_t i = first;
   for (const py::handle item : groups) {
     const auto group = py::reinterpret_borrow<py::tuple>(item);
@@ -390,7 +468,10 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
     groups_.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
     groups_.back().lr = number(group[3], "lr");
     const StateMask uses = rules()[rule_].states_of(groups_.back().hypers);
-    if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
+    if (counted_.size() < i + params.size()) {
+      counted_.resize(i + params.size());
+      kept_.resize(i + params.size());
+    }
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
       ran_ = ran_ || !reader_.ordinary(param);
@@ -399,21 +480,26 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
       if (counted_[here].param != param.ptr()) {
         counted_[here] = {};
         counted_[here].param = param.ptr();
+        kept_[here].shown = 0;
       }
       Active& a = active_.emplace_back();
       a.i = here;
       a.group = static_cast<int>(groups_.size()) - 1;
-      a.param = py::reinterpret_borrow<py::object>(param);
+      a.param = param;
       a.given = grad;
       a.grad = std::move(grad);
       tensors_.emplace_back();
       gradients_.emplace_back();
-      a.entry = py::reinterpret_borrow<py::object>(entries.at(param));
-      if (a.entry) trail_.pass(a.entry.ptr());
       a.uses = uses;
-      read(place, false);
       written_.append(param);
-      if (a.found.complete) continue;
+      if (recall(place)) continue;
+      if (kept_[here].shown == shown_) give_up(here);  // the step may replace what it reads
+      a.reading = readings_.size();
+      readings_.emplace_back();
+      of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
+      if (of(a).entry) trail_.pass(of(a).entry.ptr());
+      read(place, false);
+      if (of(a).found.complete) continue;
       begins.push_back(place);
       wanted.append(py::make_tuple(param, group[2], names_missing(a)));
     }
@@ -425,17 +511,17 @@ void TensorTable::collect(const py::list& groups, const py::dict& state, size_t 
   py::dict added;
   for (size_t k = 0; k < begins.size(); ++k) {
     Active& a = active_[begins[k]];
-    a.fresh = made[k];
+    of(a).fresh = made[k];
     read(begins[k], true);
-    if (!a.found.complete) throw std::logic_error("_begin must make all states");
-    if (a.entry) {
-      changes_.add(py::reinterpret_borrow<py::dict>(a.entry),
-                   py::reinterpret_borrow<py::dict>(a.fresh));
+    if (!of(a).found.complete) throw std::logic_error("_begin must make all states");
+    if (of(a).entry) {
+      changes_.add(py::reinterpret_borrow<py::dict>(of(a).entry),
+                   py::reinterpret_borrow<py::dict>(of(a).fresh));
     } else {
-      added[a.param] = a.fresh;
+      added[a.param] = of(a).fresh;
     }
   }
-  changes_.add(state, added);
+  changes_.add(py::reinterpret_borrow<py::dict>(state_), added);
 }
 
 // Whether the tensors that were read, from one on, are what they were; runs no Python code.
@@ -451,10 +537,20 @@ bool TensorTable::in_place(size_t first) const {
 
 // Whether all that was read is still there, and still what the optimizer has; runs none but torch's
 // Python code.
-bool TensorTable::stayed(const py::dict& state) const {
-  Ordered entries(state);
-  for (const Active& a : active_) {
-    if (!entries.at(a.param).is(a.entry) || !find(a).same(a.found)) return false;
+bool TensorTable::stayed() const {
+  Ordered entries(state_);
+  for (size_t place = 0; place < active_.size(); ++place) {
+    const Active& a = active_[place];
+    if (a.kept) {
+      TensorView p, g;
+      if (kept_[a.i].shown != shown_ || !reader_.read(a.param, p, place_) ||
+          !reader_.read(a.grad, g, place_) || p.data != kept_[a.i].param ||
+          g.data != gradients_[place].data || p.n != tensors_[place].segment.n || p.n != g.n) {
+        return false;
+      }
+    } else if (!entries.at(a.param).is(of(a).entry) || !find(a).same(of(a).found)) {
+      return false;
+    }
   }
   if (!in_place(0)) return false;
   for (const Active& a : active_) {
@@ -463,18 +559,96 @@ bool TensorTable::stayed(const py::dict& state) const {
   return true;
 }
 
-void TensorTable::step(const py::list& groups, const py::dict& state, const py::tuple& options,
-                       size_t first, bool free, const py::object& owner) {
+// Whether nobody but the state has what a step over a parameter took of it, and it is still that: the
+// dict, its tensors, their storages. Nobody can move then what he has not been shown.
+bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) const {
+  const Active& a = active_[place];
+  const Segment& segment = tensors_[place].segment;
+  if (!entry || !PyDict_CheckExact(entry.ptr()) || Py_REFCNT(entry.ptr()) != 1) return false;
+  TensorView view;
+  const auto is = [&](const py::str& name, const Place& where, const Stream& stream) {
+    const py::handle tensor = lookup(entry, name);
+    return tensor && reader_.alone(tensor) && reader_.read(tensor, view, where) &&
+           view.data == stream.data && view.format == stream.format;
+  };
+  for (size_t s = 0; s < scalars_.size(); ++s) {
+    if (!is(scalars_[s], Place{}, a.numbers[s]) || view.n != 1) return false;
+  }
+  for (size_t s = 0; s < states_.size(); ++s) {
+    if (!(a.uses >> s & 1)) continue;
+    if (!is(states_[s], place_, segment.stream[kState + s]) || !same_strides(p, view)) return false;
+  }
+  return p.data == segment.stream[kParam].data && p.n == segment.n;
+}
+
+// Leaves a parameter's states to be read in each step, for a while that doubles each time.
+void TensorTable::give_up(size_t i) {
+  constexpr unsigned kMostTries = 10;
+  kept_[i].shown = 0;
+  counted_[i].rest = 1u << std::min(++counted_[i].tries, kMostTries);
+}
+
+// After a step: what the next ones need not read. Not of a state that is shown between any two.
+void TensorTable::keep() {
+  if (ran_ || live_ || !reader_.knows_alone() || Py_REFCNT(state_.ptr()) != 1) return;
+  const uint64_t shown = shown_;
+  Ordered entries(state_);
+  for (size_t place = 0; place < active_.size(); ++place) {
+    const Active& a = active_[place];
+    Counted& counted = counted_[a.i];
+    if (!a.direct) continue;
+    if (counted.shown != shown) {
+      counted.shown = shown;
+      counted.tries = counted.rest = 0;
+    } else if (counted.rest > 0) {
+      --counted.rest;
+    } else {
+      of(a) = {};  // none of its references are somebody's
+      TensorView p;
+      if (!reader_.read(a.param, p, place_) || p.ndim > Kept::kDims ||
+          !alone(place, p, entries.at(a.param))) {
+        give_up(a.i);
+        continue;
+      }
+      Kept& kept = kept_[a.i];
+      kept.uses = a.uses;
+      kept.format = p.format;
+      kept.grad_format = gradients_[place].format;
+      kept.reals = p.reals;
+      kept.ndim = p.ndim;
+      kept.param = p.data;
+      kept.grad = gradients_[place].data;
+      for (size_t s = 0; s < states_.size(); ++s) {
+        kept.states[s] = tensors_[place].segment.stream[kState + s].data;
+      }
+      kept.numbers = a.numbers;
+      kept.around = {reader_.around(a.param), reader_.around(a.given)};
+      std::copy(p.shape, p.shape + p.ndim, kept.layout.begin());
+      std::copy(p.strides, p.strides + p.ndim, kept.layout.begin() + p.ndim);
+      kept.shown = shown;
+    }
+  }
+}
+
+void TensorTable::step(const py::list& groups, const py::tuple& options, size_t first, bool free,
+                       const py::object& owner) {
   struct Release {  // of all that the step borrows, however it ends
     TensorTable& table;
     ~Release() {  // NOLINT(bugprone-exception-escape): an empty list has memory
       table.active_.clear();
+      table.readings_.clear();
       table.back_.clear();
       table.back_of_copies_.clear();
       table.changes_ = {};
       table.written_ = py::list();
+      table.stepping_ = false;
+      table.pinned_ = py::list();
     }
   } const release{*this};
+  if (!PyDict_Check(state_.ptr())) {
+    throw py::type_error("state must be a dict, got " + py::repr(state_).cast<std::string>());
+  }
+  stepping_ = true;
   active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
   Options own = as_options(options);
@@ -483,13 +657,12 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
   own.found_inf = number(options[7], "found_inf");
   own.norm = number(options[8], "norm");
 
-  std::swap(tensors_, tensors_before_);
   std::swap(gradients_, gradients_before_);
   constexpr int kTries = 3;
   for (int tries = 0;; ++tries) {
     bool whole = true;
     try {
-      collect(groups, state, first);
+      collect(groups, first);
     } catch (const Moved&) {
       whole = false;
     }
@@ -497,12 +670,12 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
         !std::equal(gradients_.begin(), gradients_.end(), gradients_before_.begin(),
                     gradients_before_.end(),
                     [](const Stream& x, const Stream& y) { return x.data == y.data; }) ||
-        !std::equal(tensors_.begin(), tensors_.end(), tensors_before_.begin(),
-                    tensors_before_.end(), [](const Tensor& x, const Tensor& y) {
+        !std::equal(tensors_.begin(), tensors_.end(), stepper_.tensors().begin(),
+                    stepper_.tensors().end(), [](const Tensor& x, const Tensor& y) {
                       return x.segment.stream[kParam].data == y.segment.stream[kParam].data;
                     });
     if (moved) ran_ = owner_.attr("_moved")().cast<bool>() || ran_;
-    if (whole && (!ran_ || stayed(state))) break;
+    if (whole && (!ran_ || stayed())) break;
     if (tries == kTries) {
       throw py::value_error(
           "params, grads and state must stay where they are while a step reads"
@@ -510,6 +683,7 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
     }
     owner_.attr("_again")();
   }
+  recalled_ = active_.size() - readings_.size();
   stepper_.set_tensors(tensors_);
   const py::dict attributes = owner_.attr("_attributes");
   const py::object announce = owner_.attr("_announce");
@@ -540,11 +714,17 @@ void TensorTable::step(const py::list& groups, const py::dict& state, const py::
       insistence.run([&, target = to, source = from] { target.attr("copy_")(source); });
     }
   }
+  for (const Active& a : active_) {
+    trail_.prefetch(reinterpret_cast<uintptr_t>(a.param.ptr()));
+    if (a.kept)
+      for (const uintptr_t address : kept_[a.i].around[0]) trail_.prefetch(address);
+  }
   insistence.run([&] { announce(written_); });
   for (const Active& a : active_) {
     if (free) insistence.run([&] { reader_.drop_grad(a.param); });
   }
   insistence.raise();
+  keep();
 }
 
 }  // namespace fusedstep

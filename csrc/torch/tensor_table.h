@@ -24,12 +24,20 @@ namespace fusedstep {
 // none of it is there any more. Its addresses are hints; nothing is read through them.
 class Trail {
  public:
+  static void prefetch(uintptr_t address) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address));
+  }
   void begin() {
     std::swap(now_, before_);
     now_.clear();
     for (size_t i = 0; i < kAhead && i < before_.size(); ++i) prefetch(before_[i]);
   }
   void pass(const void* address) { pass(reinterpret_cast<uintptr_t>(address)); }
+  void pass(uintptr_t address) {
+    now_.push_back(address);
+    const size_t ahead = now_.size() + kAhead;
+    if (ahead < before_.size()) prefetch(before_[ahead]);
+  }
   void pass_tensor(pybind11::handle tensor, const TensorView& view) {
     pass(tensor.ptr());
     const auto shape = reinterpret_cast<uintptr_t>(view.shape);  // in the middle of torch's object
@@ -41,32 +49,32 @@ class Trail {
  private:
   static constexpr size_t kAhead = 64;  // addresses, some three parameters'
 
-  static void prefetch(uintptr_t address) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address));
-  }
-  void pass(uintptr_t address) {
-    now_.push_back(address);
-    const size_t ahead = now_.size() + kAhead;
-    if (ahead < before_.size()) prefetch(before_[ahead]);
-  }
-
   std::vector<uintptr_t> now_, before_;
 };
 
 // Nothing is taken from an earlier step but what cannot be stale: the verdict that memory does not
-// overlap, while it is where it was.
+// overlap, while it is where it was; and where states are, while nobody else has them. For that the
+// table holds the optimizer's state, and sees who is shown it.
 class TensorTable {
  public:
   // `scalars` are the state's 0-d tensors by name: the step count, then what the clock carries. A
   // rule without any keeps no count, and its clock carries whether the states have begun.
-  // `device` is None, or as for ArrayTable.
+  // `device` is None, or as for ArrayTable; `state` a dict of names to tensors for each parameter, as
+  // torch.optim's.
   TensorTable(const std::string& rule, const std::vector<std::string>& scalars, bool exchange,
-              const pybind11::object& device, int index);
+              const pybind11::object& device, int index, pybind11::object state);
+
+  // The state. Whoever is shown it may change it, and all in it, for as long as he keeps a part.
+  pybind11::object state();
+  void set_state(pybind11::object state);
+
+  // Python's garbage collector goes through the state, which has the parameters and their hooks.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
 
   // Updates every parameter that has a gradient.
   //   groups  (parameters, values as for as_group, torch's group, None or a tensor that has lr) of
   //           each
-  //   state   a dict of names to tensors for each parameter, as torch.optim's
   //   options  Python's Options
   //   first   the number of the first parameter; the others follow, over all groups
   //   free    whether gradients are dropped once they are used
@@ -86,8 +94,8 @@ class TensorTable {
   //     _name(i), _label(i, kind) -> what to call parameter i, or one of its tensors
   //     _attributes, the optimizer's own: what torch.amp left in them for this step is dropped
   // An error leaves everything as it was. What the step changes beside memory it changes at once.
-  void step(const pybind11::list& groups, const pybind11::dict& state,
-            const pybind11::tuple& options, size_t first, bool free, const pybind11::object& owner);
+  void step(const pybind11::list& groups, const pybind11::tuple& options, size_t first, bool free,
+            const pybind11::object& owner);
 
   // Those of the parameters, by number, of which the device alone knows that every step of theirs
   // was skipped, for a rule that keeps no count. Waits for the device.
@@ -100,6 +108,9 @@ class TensorTable {
   // The tensor that the last step was given for the norm, or None.
   const pybind11::object& norm() const { return norm_; }
 
+  // Of how many parameters the last step did not look at the states.
+  size_t recalled() const { return recalled_; }
+
   // Whether the last step's counts were live.
   bool live() const { return lives_; }
   void set_live(bool live) { lives_ = live; }
@@ -110,11 +121,28 @@ class TensorTable {
     const void *object = nullptr, *data = nullptr;
   };
 
+  // A parameter's states and counts when nobody but the table had them. They hold until the state is
+  // shown, and for the parameter as it was then.
+  struct Kept {
+    static constexpr int kDims = 5;  // as many as torch has room for in a tensor's own object
+    uint64_t shown = 0;              // how often the state had been shown; 0 is never
+    StateMask uses;                  // which states
+    Format format, grad_format;
+    int reals, ndim;
+    void *param, *grad;  // the gradient: the last one found to have its memory
+    std::array<void*, kMaxStates> states;
+    std::array<Stream, kCounts> numbers;
+    std::array<Around, 2> around;           // hints for Trail, of the parameter and the gradient
+    std::array<int64_t, 2 * kDims> layout;  // the parameter's shape and strides
+  };
+
   // What the last step found out about a parameter.
   struct Counted {
     const void* param = nullptr;                    // whose: another may get its number
     std::array<Known, kCounts + kMaxStates> known;  // the scalars, the states
     bool entered = false;                           // the device has the clock
+    uint64_t shown = 0;            // how often the state had been when it was last read
+    unsigned tries = 0, rest = 0;  // to keep it, in vain, and the steps until the next one
   };
 
   // A state that is missing or no tensor, in an Entry, is null.
@@ -134,15 +162,22 @@ class TensorTable {
   struct Active {
     size_t i;
     int group;
-    pybind11::object param, grad;
-    pybind11::handle given;         // the gradient as the parameter has it
+    StateMask uses;                       // which states the step has
+    pybind11::handle param, given;        // `given`: the gradient as the parameter has it
+    pybind11::object grad;                // and as it is read
+    std::array<Stream, kCounts> numbers;  // the scalars' memory: float32 or float64
+    bool kept = false;                    // the states were not read: see Kept
+    bool direct = false;                  // all of it was read where it lies
+    size_t reading = 0;                   // the place in readings_, if not kept
+  };
+
+  // What was read for one of them.
+  struct Reading {
     pybind11::object entry, fresh;  // its dict in the state, and what the step adds to it, or null
     std::array<pybind11::object, kCounts> scalars;
     std::array<pybind11::object, kMaxStates> states;
-    std::array<Stream, kCounts> numbers;      // the scalars' memory: float32 or float64
     std::vector<pybind11::object> stand_ins;  // what else must live through the step
     size_t first_source = 0;                  // of those read for it
-    StateMask uses = 0;                       // which states the step has
     Entry found;                              // in the state, as the step took it
   };
 
@@ -159,9 +194,16 @@ class TensorTable {
   // Thrown where one of a parameter's tensors has moved while another was asked for.
   struct Moved : std::exception {};
 
-  void collect(const pybind11::list& groups, const pybind11::dict& state, size_t first);
+  Reading& of(const Active& a) { return readings_[a.reading]; }
+  const Reading& of(const Active& a) const { return readings_[a.reading]; }
+  void show();
+  void collect(const pybind11::list& groups, size_t first);
+  bool recall(size_t place);
+  void keep();
+  void give_up(size_t i);
+  bool alone(size_t place, const TensorView& p, pybind11::handle entry) const;
   bool in_place(size_t first) const;
-  bool stayed(const pybind11::dict& state) const;
+  bool stayed() const;
   Entry find(const Active& a) const;
   pybind11::list names_missing(const Active& a) const;
   void read(size_t place, bool begins);
@@ -169,7 +211,7 @@ class TensorTable {
             const void* before, Known* known = nullptr, bool on_host = false);
   bool replace(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
                const Place& place);
-  bool shows_less(size_t s, const TensorView& view) const;
+  bool shows_less(size_t s, const Stream& number) const;
   Stream number(const pybind11::handle& tensor, const char* name) const;
   void check_grad(const Active& a, const TensorView& param, const TensorView& grad) const;
   Clock clock_of(const Active& a, bool begins) const;
@@ -184,15 +226,22 @@ class TensorTable {
   std::vector<pybind11::str> amp_;               // what torch.amp sets for one step
   pybind11::str params_{"params"}, grads_{"grads"};
   std::vector<Counted> counted_;  // by parameter
+  std::vector<Kept> kept_;        // likewise
   Stepper stepper_;
   pybind11::object norm_ = pybind11::none();
   std::optional<std::vector<size_t>> measured_;  // the parameters, by number
   bool lives_ = false;
+  size_t recalled_ = 0;
+  pybind11::object state_;
+  uint64_t shown_ = 1;  // how often it was
 
   // Of the step being taken.
+  bool stepping_ = false;
+  pybind11::list pinned_;  // what keeps all states alive once others can drop them
   pybind11::handle owner_;
   bool live_ = false;
   std::vector<Active> active_;
+  std::vector<Reading> readings_;
   std::vector<Group> groups_;
   pybind11::list written_;
   bool ran_ = false;             // Python code, which may have moved what was read before
@@ -203,8 +252,8 @@ class TensorTable {
 
   Trail trail_;
 
+  std::vector<Tensor> tensors_;
   // Of that step and of the last one. Addresses of the last one are compared, never followed.
-  std::vector<Tensor> tensors_, tensors_before_;
   std::vector<Stream> gradients_, gradients_before_;
 };
 

@@ -96,12 +96,18 @@ class ArrayTable:
 
 class TensorTable:
     def __init__(
-        self, rule: str, scalars: Sequence[str], exchange: bool, device: Any, index: int
+        self,
+        rule: str,
+        scalars: Sequence[str],
+        exchange: bool,
+        device: Any,
+        index: int,
+        state: Any,
     ) -> None: ...
+    state: Any
     def step(
         self,
         groups: list[tuple[list[Any], list[float], dict[str, Any], Any]],
-        state: dict[Any, dict[str, Any]],
         options: Options,
         first: int,
         free: bool,
@@ -111,4 +117,6 @@ class TensorTable:
     def not_begun(self, params: list[Any]) -> list[int]: ...
     @property
     def norm(self) -> Any: ...
+    @property
+    def recalled(self) -> int: ...
     live: bool

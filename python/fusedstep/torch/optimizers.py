@@ -90,9 +90,9 @@ class Optimizer(torch.optim.Optimizer):
     that leaves its verdict to the step, or with an `lr` that is a tensor on the device, the step
     counts are on the device too.
 
-    A step reads parameters, gradients, states and groups anew, so all of them may be replaced or
-    edited between steps. Tensors that are not dense, or whose strides differ from their
-    parameter's, go through a dense copy that lives for the step.
+    A step reads parameters, gradients, groups, and states that anybody was shown, anew, so all of
+    them may be replaced or edited between steps. Tensors that are not dense, or whose strides
+    differ from their parameter's, go through a dense copy that lives for the step.
 
     A call that raises has changed nothing. One that is interrupted, by Ctrl-C or by what a signal's
     handler raises, has changed all or nothing: parameters, states and counts. So a handler may save
@@ -115,7 +115,7 @@ class Optimizer(torch.optim.Optimizer):
     _seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]]
 
     def __init__(self, params: Any, **hypers: Any) -> None:
-        self.__dict__.update(_turn=new_turn(), _stepping_in_backward=set(), **self._derived())
+        self.__dict__.update(_turn=new_turn(), _stepping_in_backward=set(), **self._derived({}))
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
         heard = {_BEYOND: beyond} if beyond else {}
         self._found = set()
@@ -131,17 +131,29 @@ class Optimizer(torch.optim.Optimizer):
                 made = helper._begin([(param, group, names) for param in params])
                 self.state.update(zip(params, made, strict=True))
 
-    def _derived(self) -> dict[str, Any]:
+    def _derived(self, state: Any) -> dict[str, Any]:
         """New attributes for all that is derived from groups and states."""
-        return {"_seen": {}, **self._opened(torch.device("cpu"))}
+        return {"_seen": {}, **self._opened(torch.device("cpu"), state)}
 
-    def _opened(self, device: torch.device, live: bool = False) -> dict[str, Any]:
+    def _opened(self, device: torch.device, state: Any, live: bool = False) -> dict[str, Any]:
         """The compiled table for parameters on `device`, with counts there if `live`."""
         gpu = gpu_of(device)
         index = 0 if gpu is None else device.index or 0
-        table = _core.TensorTable(self._spec.rule, self._spec.scalars, _EXCHANGE, gpu, index)
+        table = _core.TensorTable(self._spec.rule, self._spec.scalars, _EXCHANGE, gpu, index, state)
         table.live = live
         return {"_table": table, "_gpu": gpu, "_device": device}
+
+    @property
+    def state(self) -> Any:
+        """The states as torch has them, a dict of names to tensors for each parameter.
+
+        Steps look at all of them again after it was read, until nobody holds a part of it.
+        """
+        return self._table.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._table.state = state
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -246,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
         params = self._params()
         for i in self._not_begun():
             self.state.pop(params[i], None)
-        self.__dict__.update(_seen={}, **self._opened(param.device, self._table.live))
+        self.__dict__.update(_seen={}, **self._opened(param.device, self.state, self._table.live))
 
     def _row(self, k: int, group: dict[str, Any]) -> _Row:
         """Group k as the table takes it."""
@@ -291,7 +303,7 @@ class Optimizer(torch.optim.Optimizer):
                 (name,) = _names_in(group, first + j, 1, j)
                 raise ValueError(f"params[{name}] must be {rule}, got {device}")
             if home != self._device:
-                self.__dict__.update(self._opened(home))
+                self.__dict__.update(self._opened(home, self.state))
             self._to_python(group)
             self._check_capturable(group)
         except BaseException:
@@ -473,7 +485,7 @@ class Optimizer(torch.optim.Optimizer):
                 factor, max_norm, skip_nonfinite, norms=norms, found_inf=found, norm=norm
             )
         helper = _Helper(self, options.live, groups, first, at)
-        self._table.step(groups, self.state, options, first, free, helper)
+        self._table.step(groups, options, first, free, helper)
 
     def _counts_live(self, rows: list[_Row]) -> bool:
         """Whether the step counts are on the device: once there, they stay."""
@@ -735,15 +747,16 @@ class Optimizer(torch.optim.Optimizer):
         loaded = "defaults" not in state  # by load_state_dict, not from a copy or a pickle
         for k, group in enumerate(state["param_groups"]):
             self._completed(group, before[k] if k < len(before) else {}, loaded)
+        entries = state["state"]
         if loaded:
-            entries: defaultdict[Any, Any] = defaultdict(dict)
-            for key, entry in state["state"].items():
+            shown, entries = entries, defaultdict(dict)
+            for key, entry in shown.items():
                 entries[key] = entry.entry if isinstance(entry, _Hidden) else entry
-            state = {**state, "state": entries}
         else:
             state = {**state, "_turn": new_turn(), "_stepping_in_backward": set()}
+        state = {name: value for name, value in state.items() if name != "state"}
         # One update of the attributes, before which nothing has changed, and after which all has.
-        super().__setstate__({**state, **self._derived()})
+        super().__setstate__({**state, **self._derived(entries)})
 
     def _recordable(self) -> set[Any]:
         """The parameters of groups with `capturable`, whose counts are on the device."""
