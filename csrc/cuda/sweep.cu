@@ -117,7 +117,7 @@ template <class Rule, unsigned kUses, int kPair, int kVariant = 0>
 FN void sweep_variant(const Scalars<Rule, kPair>& scalars, const Piece& piece, int64_t begin) {
   using V = typename Types<kPair>::V;
   using Step = typename Rule::template Step<V, kVariant>;
-  if constexpr (Step::kHas == kUses) {
+  if constexpr (Step::kMask == kUses) {
     if (scalars.variant == kVariant) {
       Step step;
       __builtin_memcpy(reinterpret_cast<char*>(&step), &scalars.step, sizeof(step));
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
 
 template <class Rule, unsigned kUses, int kVariant = 0>
 constexpr bool has_variant() {
-  if (Rule::template Step<F32, kVariant>::kHas == kUses) return true;
+  if (Rule::template Step<F32, kVariant>::kMask == kUses) return true;
   if constexpr (kVariant + 1 < Rule::kVariants) return has_variant<Rule, kUses, kVariant + 1>();
   return false;
 }

@@ -1,4 +1,4 @@
-// What a GPU offers a StepTable: plain data and functions, so that the module that has them need not
+// What a GPU offers a Stepper: plain data and functions, so that the module that has them need not
 // be linked with this one, nor be there at all.
 #pragma once
 

@@ -66,7 +66,7 @@ using Update = void (*)(const Row& row, void* const* at, int64_t n);
 
 struct RuleKernels {
   Update update[kMaxVariants][kShapes];  // null where a rule has fewer variants
-  StateMask states[kMaxVariants];        // that the variant has
+  StateMask mask[kMaxVariants];          // the states that the variant has
 };
 
 // Elements [at, at + n) of a stream to or from floats or doubles; decode pads them with zeros to

@@ -22,7 +22,7 @@ template <class Rule, int kVariant = 0>
 constexpr void add_variants(RuleKernels& rule) {
   static_assert(Rule::kVariants <= kMaxVariants, "interface/kernels.h: kMaxVariants");
   add_shapes<Rule, kVariant>(rule);
-  rule.states[kVariant] = states_of<Rule, typename Rule::template Step<F32, kVariant>>(0);
+  rule.mask[kVariant] = mask_of<Rule, typename Rule::template Step<F32, kVariant>>(0);
   if constexpr (kVariant + 1 < Rule::kVariants) add_variants<Rule, kVariant + 1>(rule);
 }
 

@@ -22,7 +22,7 @@ void update(const Row& row, void* const* at, int64_t n) {
   using V = typename Computing<kShapeList[kShape].param>::type;
   using Step = typename Rule::template Step<V, kVariant>;
   constexpr int kCount = count(Rule::kStates);
-  constexpr StateMask kStates = states_of<Rule, Step>(0);
+  constexpr StateMask kMask = mask_of<Rule, Step>(0);
 
   const Step step = broadcast<Step, V>(row.scalars + 2);
   const V factor(static_cast<typename V::Scalar>(row.scalars[0]));
@@ -39,13 +39,13 @@ void update(const Row& row, void* const* at, int64_t n) {
       const V g = G::load(grad + i);
       UNROLL
       for (int s = 0; s < kCount; ++s) {
-        if (has(kStates, s)) states[s] = S::load(state[s] + i);
+        if (has(kMask, s)) states[s] = S::load(state[s] + i);
       }
       advance<Rule>(step, factor, decay, coupled.value, p, g, states);
       P::store(param + i, p);
       UNROLL
       for (int s = 0; s < kCount; ++s) {
-        if (has(kStates, s)) S::store(state[s] + i, states[s]);
+        if (has(kMask, s)) S::store(state[s] + i, states[s]);
       }
     }
   };
@@ -136,13 +136,13 @@ constexpr int64_t kBlock = 512;
 constexpr int64_t kStride = kBlock * sizeof(double) + 64;
 
 // The shape that a segment's streams are in as they lie, or none.
-FN int shape_of(const Segment& segment, StateMask states) {
+FN int shape_of(const Segment& segment, StateMask mask) {
   for (int shape = 0; shape < kShapes; ++shape) {
     const Shape& formats = kShapeList[shape];
     bool fits = segment.stream[kParam].format == formats.param &&
                 segment.stream[kGrad].format == formats.grad;
     for (int s = 0; fits && s < kMaxStates; ++s) {
-      fits = !has(states, s) || segment.stream[kState + s].format == formats.state;
+      fits = !has(mask, s) || segment.stream[kState + s].format == formats.state;
     }
     if (fits) return shape;
   }
@@ -150,13 +150,13 @@ FN int shape_of(const Segment& segment, StateMask states) {
 }
 
 // A shape's elements [begin, end), fewer than a register holds: the same update on padded copies.
-FN void sweep_tail(Update update, const Segment& segment, StateMask states, const Row& row,
+FN void sweep_tail(Update update, const Segment& segment, StateMask mask, const Row& row,
                    int64_t width, int64_t begin, int64_t end) {
   alignas(64) char copies[kStreams][sizeof(F32)];
   void* at[kStreams] = {};
   const auto each = [&](const auto& body) {
     for (int k = 0; k < kStreams; ++k) {
-      if (k >= kState && !has(states, k - kState)) continue;
+      if (k >= kState && !has(mask, k - kState)) continue;
       const int64_t bytes = kFormatInfo[static_cast<int>(segment.stream[k].format)].bytes;
       body(k, static_cast<char*>(segment.stream[k].data) + begin * bytes, (end - begin) * bytes);
     }
@@ -174,7 +174,7 @@ FN void sweep_tail(Update update, const Segment& segment, StateMask states, cons
 
 FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Row& row,
               int64_t begin, int64_t end) {
-  const StateMask states = kernels.rules[rule].states[row.variant];
+  const StateMask mask = kernels.rules[rule].mask[row.variant];
   const Update(&update)[kShapes] = kernels.rules[rule].update[row.variant];
   const bool wide = segment.stream[kParam].format == Format::kF64;
   const Format computing = wide ? Format::kF64 : Format::kF32;
@@ -186,14 +186,14 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
     at[k] = static_cast<char*>(stream.data) +
             begin * kFormatInfo[static_cast<int>(stream.format)].bytes;
   };
-  if (const int shape = shape_of(segment, states); shape >= 0) {
+  if (const int shape = shape_of(segment, mask); shape >= 0) {
     const int64_t whole = (end - begin) / width * width;
     for (int k = 0; k < kStreams; ++k) {
-      if (k < kState || has(states, k - kState)) point(k);
+      if (k < kState || has(mask, k - kState)) point(k);
     }
     update[shape](row, at, whole);
     if (begin + whole < end) {
-      sweep_tail(update[shape], segment, states, row, width, begin + whole, end);
+      sweep_tail(update[shape], segment, mask, row, width, begin + whole, end);
     }
     return;
   }
@@ -204,7 +204,7 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
     if (n > width) n -= n % width;  // the tail comes last, by itself
     for (int k = 0; k < kStreams; ++k) {
       const Stream& stream = segment.stream[k];
-      if (k >= kState && !has(states, k - kState)) continue;
+      if (k >= kState && !has(mask, k - kState)) continue;
       if (stream.format == computing && n % width == 0) {
         point(k);
       } else {

@@ -54,12 +54,12 @@ Doubles divisors(const std::string& name, const std::vector<double>& hypers, int
     throw py::value_error("states must have " + std::to_string(rule.states.size()) +
                           " entries, got " + std::to_string(states.size()));
   }
-  const StateMask uses = rule.states_of(hypers.data());
+  const StateMask mask = rule.mask_of(hypers.data());
   const Doubles* first = nullptr;
   std::vector<const double*> data;
   for (size_t s = 0; s < states.size(); ++s) {
     const auto& state = states[s];
-    if (!state && uses >> s & 1) throw py::value_error("states must have " + rule.states[s]);
+    if (!state && mask >> s & 1) throw py::value_error("states must have " + rule.states[s]);
     if (state && first && state->size() != first->size()) {
       throw py::value_error("states must have one size");
     }
@@ -73,11 +73,11 @@ Doubles divisors(const std::string& name, const std::vector<double>& hypers, int
 }
 
 // The states that a rule has under these hyperparameters.
-std::vector<bool> used_states(const std::string& name, const std::vector<double>& hypers) {
+std::vector<bool> mask_of(const std::string& name, const std::vector<double>& hypers) {
   const Rule& rule = rule_for(name, hypers);
-  const StateMask uses = rule.states_of(hypers.data());
+  const StateMask mask = rule.mask_of(hypers.data());
   std::vector<bool> used;
-  for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(uses >> s & 1);
+  for (size_t s = 0; s < rule.states.size(); ++s) used.push_back(mask >> s & 1);
   return used;
 }
 
@@ -200,8 +200,7 @@ PYBIND11_MODULE(_core, m) {
         py::overload_cast<const std::string&, const std::vector<double>&, int64_t,
                           const std::vector<std::optional<Doubles>>&>(divisors),
         py::arg("rule"), py::arg("hypers"), py::arg("t"), py::arg("states"));
-  m.def("used_states",
-        py::overload_cast<const std::string&, const std::vector<double>&>(used_states),
+  m.def("mask_of", py::overload_cast<const std::string&, const std::vector<double>&>(mask_of),
         py::arg("rule"), py::arg("hypers"));
 
   m.def("array_of", array_of, py::arg("array"), py::arg("name"));

@@ -23,7 +23,7 @@ struct Adam {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr StateMask kHas = 3 | (kVariant == kAmsgrad ? 4 : 0);
+    static constexpr StateMask kMask = 3 | (kVariant == kAmsgrad ? 4 : 0);
     Average<V> average;
     SquareAverage<V> square_average;
     V step_size, rsqrt_bias2, eps;

@@ -19,7 +19,7 @@ struct Ceiling {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr StateMask kHas = (1 << kVariant) - 1;
+    static constexpr StateMask kMask = (1 << kVariant) - 1;
     V nothing;
 
     FN void operator()(V& p, V g, V& first, V& second, V& third) const {

@@ -2,7 +2,7 @@
 //   kName, kHypers    its name and its hyperparameters, as Python calls them
 //   kStates           its states, up to kMaxStates, named as in torch's state_dict
 //   Hypers            the hyperparameters as doubles, in the order of kHypers
-//   Step<V, variant>  the per-step scalars, all V; the equation, over all states; and kHas, the
+//   Step<V, variant>  the per-step scalars, all V; the equation, over all states; and kMask, the
 //                     states that the variant has, where it lacks some. V is a register on a CPU,
 //                     one lane in CUDA, double on the host
 //   divisor           in Step, of the states, where the rule divides: what it divides by, for the
@@ -29,14 +29,14 @@ FN constexpr int count(const StateList& states) {
 }
 FN constexpr bool has(StateMask mask, int state) { return mask >> state & 1; }
 
-// The states that a variant has: its kHas, or all of the rule's.
+// The states that a variant has: its kMask, or all of the rule's.
 template <class Rule, class Step>
-FN constexpr auto states_of(int) -> decltype(Step::kHas) {
-  static_assert(Step::kHas >> count(Rule::kStates) == 0, "kHas: states that the rule has");
-  return Step::kHas;
+FN constexpr auto mask_of(int) -> decltype(Step::kMask) {
+  static_assert(Step::kMask >> count(Rule::kStates) == 0, "kMask: states that the rule has");
+  return Step::kMask;
 }
 template <class Rule, class Step>
-FN constexpr StateMask states_of(long) {
+FN constexpr StateMask mask_of(long) {
   return (1u << count(Rule::kStates)) - 1;
 }
 

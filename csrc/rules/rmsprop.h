@@ -22,8 +22,8 @@ struct RmsProp {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr StateMask kHas = 1 | kVariant
-                                              << 1;  // the options are the bits of their states
+    static constexpr StateMask kMask = 1 | kVariant
+                                               << 1;  // the options are the bits of their states
     V lr, eps, mu;
     SquareAverage<V> square_average;
     Average<V> average;

@@ -19,7 +19,7 @@ struct Sgd {
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr StateMask kHas = kVariant != kPlain ? 1 : 0;
+    static constexpr StateMask kMask = kVariant != kPlain ? 1 : 0;
     V lr, mu, keep, take;
 
     FN void operator()(V& p, V g, V& b) const {

@@ -58,9 +58,9 @@ template <class R>
 constexpr bool kDecide<R, std::void_t<decltype(&R::states)>> = true;
 
 template <class R>
-StateMask states_of(const double* hypers) {
+StateMask mask_of(const double* hypers) {
   if constexpr (kDecide<R>) return R::states(host::hypers_of<R>(hypers));
-  return host::states_of<R, typename R::template Step<double, 0>>(0);
+  return host::mask_of<R, typename R::template Step<double, 0>>(0);
 }
 
 template <class R, int kVariant = 0>
@@ -68,7 +68,7 @@ void add_variants(Rule& rule) {
   using Step = typename R::template Step<double, kVariant>;
   using First = typename R::template Step<double, 0>;
   static_assert(sizeof(Step) == sizeof(First), "the same scalars");
-  static_assert(kDecide<R> || host::states_of<R, Step>(0) == host::states_of<R, First>(0),
+  static_assert(kDecide<R> || host::mask_of<R, Step>(0) == host::mask_of<R, First>(0),
                 "states() says which states there are");
   rule.divisors.push_back(divisors_of<R, Step>(0));
   if constexpr (kVariant + 1 < R::kVariants) add_variants<R, kVariant + 1>(rule);
@@ -78,7 +78,7 @@ template <class R>
 Rule describe() {
   static_assert(count_words(R::kHypers) * sizeof(double) == sizeof(typename R::Hypers),
                 "kHypers and Hypers: the same hyperparameters");
-  Rule rule{R::kName, words(R::kHypers), {}, {}, states_of<R>, host::prepare<R>, {}};
+  Rule rule{R::kName, words(R::kHypers), {}, {}, mask_of<R>, host::prepare<R>, {}};
   for (int s = 0; s < host::count(R::kStates); ++s) {
     rule.states.emplace_back(R::kStates.state[s].name);
     rule.signs.push_back(R::kStates.state[s].sign);

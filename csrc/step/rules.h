@@ -16,7 +16,7 @@ struct Rule {
   std::vector<Sign> signs;  // of the states
 
   // The states that there are under these hyperparameters.
-  StateMask (*states_of)(const double* hypers);
+  StateMask (*mask_of)(const double* hypers);
 
   // The row of the update that follows `clock`, which is advanced to it.
   Row (*prepare)(const Group& group, Clock& clock, double factor);

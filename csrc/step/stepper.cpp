@@ -140,10 +140,10 @@ void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& 
     segment.stream[kGrad] = grads[i];
     const Stream& grad = grads[i];
     if (!takes_part(segment) || segment.n == 0) continue;
-    const StateMask states = rule.states_of(groups[tensors_[i].counted.group].hypers);
+    const StateMask mask = rule.mask_of(groups[tensors_[i].counted.group].hypers);
     for (size_t s = 0; s < rule.states.size(); ++s) {
       const int stream = kState + static_cast<int>(s);
-      if (!(states >> s & 1)) {
+      if (!(mask >> s & 1)) {
         segment.stream[stream] = {};
       } else if (segment.stream[stream].format == Format::kNone) {
         throw std::logic_error(describe(i, stream) + " is missing");

@@ -198,7 +198,7 @@ TensorTable::Entry TensorTable::find(const Active& a) const {
   };
   for (size_t s = 0; s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.uses >> s & 1) take(states_[s], found.states[s]);
+    if (a.mask >> s & 1) take(states_[s], found.states[s]);
   }
   return found;
 }
@@ -209,7 +209,7 @@ py::list TensorTable::names_missing(const Active& a) const {
     if (!of(a).found.scalars[s]) names.append(scalars_[s]);
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.uses >> s & 1 && !of(a).found.states[s]) names.append(states_[s]);
+    if (a.mask >> s & 1 && !of(a).found.states[s]) names.append(states_[s]);
   }
   return names;
 }
@@ -319,7 +319,7 @@ void TensorTable::read(size_t place, bool begins) {
 bool TensorTable::recall(size_t place) {
   Active& a = active_[place];
   Kept& kept = kept_[a.i];
-  if (kept.shown != shown_ || kept.uses != a.uses || live_) return false;
+  if (kept.shown != shown_ || kept.mask != a.mask || live_) return false;
   TensorView p, g;
   if (!reader_.read(a.param, p, place_)) return false;
   trail_.pass_tensor(a.param, p);
@@ -347,7 +347,7 @@ bool TensorTable::recall(size_t place) {
   tensor.segment.stream[kParam] = {p.data, p.format};
   tensor.segment.n = p.n;
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.uses >> s & 1) {
+    if (a.mask >> s & 1) {
       tensor.segment.stream[kState + s] = {kept.states[s], state_format(p.format)};
     }
   }
@@ -467,7 +467,7 @@ void TensorTable::collect(const py::list& groups, size_t first) {
     const py::tuple params(group[0]);  // the list may change while torch is asked
     groups_.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
     groups_.back().lr = number(group[3], "lr");
-    const StateMask uses = rules()[rule_].states_of(groups_.back().hypers);
+    const StateMask mask = rules()[rule_].mask_of(groups_.back().hypers);
     if (counted_.size() < i + params.size()) {
       counted_.resize(i + params.size());
       kept_.resize(i + params.size());
@@ -490,7 +490,7 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       a.grad = std::move(grad);
       tensors_.emplace_back();
       gradients_.emplace_back();
-      a.uses = uses;
+      a.mask = mask;
       written_.append(param);
       if (recall(place)) continue;
       if (kept_[here].shown == shown_) give_up(here);  // the step may replace what it reads
@@ -575,7 +575,7 @@ bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) con
     if (!is(scalars_[s], Place{}, a.numbers[s]) || view.n != 1) return false;
   }
   for (size_t s = 0; s < states_.size(); ++s) {
-    if (!(a.uses >> s & 1)) continue;
+    if (!(a.mask >> s & 1)) continue;
     if (!is(states_[s], place_, segment.stream[kState + s]) || !same_strides(p, view)) return false;
   }
   return p.data == segment.stream[kParam].data && p.n == segment.n;
@@ -611,7 +611,7 @@ void TensorTable::keep() {
         continue;
       }
       Kept& kept = kept_[a.i];
-      kept.uses = a.uses;
+      kept.mask = a.mask;
       kept.format = p.format;
       kept.grad_format = gradients_[place].format;
       kept.reals = p.reals;

@@ -126,7 +126,7 @@ class TensorTable {
   struct Kept {
     static constexpr int kDims = 5;  // as many as torch has room for in a tensor's own object
     uint64_t shown = 0;              // how often the state had been shown; 0 is never
-    StateMask uses;                  // which states
+    StateMask mask;                  // which states
     Format format, grad_format;
     int reals, ndim;
     void *param, *grad;  // the gradient: the last one found to have its memory
@@ -162,7 +162,7 @@ class TensorTable {
   struct Active {
     size_t i;
     int group;
-    StateMask uses;                       // which states the step has
+    StateMask mask;                       // which states the step has
     pybind11::handle param, given;        // `given`: the gradient as the parameter has it
     pybind11::object grad;                // and as it is read
     std::array<Stream, kCounts> numbers;  // the scalars' memory: float32 or float64

@@ -121,7 +121,7 @@ class Spec:
 
     def uses(self, native: Sequence[float]) -> list[str]:
         """The states that the rule has under these hyperparameters."""
-        used = _core.used_states(self.rule, native[LR:])
+        used = _core.mask_of(self.rule, native[LR:])
         return [state for state, use in zip(self.states, used, strict=True) if use]
 
     def required(self, uses: Iterable[str]) -> list[str]:

@@ -144,7 +144,7 @@ void sweep_staged(const Kernels& kernels, int rule, const Segment& segment, cons
   const RuleKernels& own = kernels.rules[rule];
   std::vector<double> staged[kStreams];  // as much room as either type needs
   void* at[kStreams] = {};
-  const auto has = [&](int k) { return k < kState || own.states[row.variant] >> (k - kState) & 1; };
+  const auto has = [&](int k) { return k < kState || own.mask[row.variant] >> (k - kState) & 1; };
   const auto codec = [&](int k) -> const Codec& {
     return kernels.codec[static_cast<int>(segment.stream[k].format)][wide];
   };
@@ -207,7 +207,8 @@ int main() {
     const int number = static_cast<int>(r);
     Group group = {};
     for (size_t h = 0; h < rule.hypers.size(); ++h) group.hypers[h] = hyper(rule.hypers[h]);
-    for (int variant = 0; variant < kMaxVariants && kernels.rules[r].update[variant][0]; ++variant) {
+    for (int variant = 0; variant < kMaxVariants && kernels.rules[r].update[variant][0];
+         ++variant) {
       for (const Decay decay : {kScaled, kCoupled}) {
         for (int mix = 0; mix < (kFormats - 1) * (kFormats - 1); ++mix) {
           const auto param = static_cast<Format>(1 + mix / (kFormats - 1));
@@ -222,7 +223,7 @@ int main() {
             row.variant = variant;
             row.decay = decay;
             row.scalars[1] = decay == kCoupled ? 0.01 : 1 - 0.03 * 0.01;
-            const StateMask states = kernels.rules[r].states[variant];
+            const StateMask states = kernels.rules[r].mask[variant];
             const auto at_once = [&](const Segment& s) { kernels.sweep(number, s, row, 0, s.n); };
             run(at_once, rule, states, param, grad, random, swept);
             const auto by_hand = [&](const Segment& s) { sweep_staged(kernels, number, s, row); };

@@ -10,7 +10,10 @@ namespace FUSEDSTEP_TARGET {
 struct Four {
   static constexpr const char* kName = "four";
   static constexpr const char* kHypers = "lr";
-  static constexpr StateList kStates = {{{"first", Sign::kAny}, {"second", Sign::kAny}, {"third", Sign::kAny}, {"fourth", Sign::kAny}}};
+  static constexpr StateList kStates = {{{"first", Sign::kAny},
+                                         {"second", Sign::kAny},
+                                         {"third", Sign::kAny},
+                                         {"fourth", Sign::kAny}}};
   static constexpr int kVariants = 1;
   struct Hypers {
     double lr;
