@@ -14,6 +14,7 @@ from typing import Any
 
 import fusedstep as fs
 from fusedstep import schedules
+from fusedstep._arrays import DTYPES
 from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
 from fusedstep.bench import OPTIMIZERS
@@ -105,8 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--n", nargs="+", type=_count, help="elements (2^24; with --plot a sweep)")
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
     bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
-    bench.add_argument("--dtype", default="float32",
-                       choices=["float32", "float64", "bfloat16", "float16"])  # fmt: skip
+    bench.add_argument("--dtype", default="float32", choices=DTYPES)
     bench.add_argument("--isa", choices=fs.usable_isas(), help="instruction set (the widest)")
     bench.add_argument("--rounds", type=_count, default=9, help="timings of each (%(default)s)")
     bench.add_argument("--compile", action="store_true", help="measure torch.compile too")

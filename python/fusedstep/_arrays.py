@@ -25,8 +25,6 @@ DTYPES = tuple(_core.formats())  # that parameters and gradients may have
 
 _CUDA = (2, 13)  # DLPack's device types: a GPU's memory, and managed memory
 
-# -- one number -----------------------------------------------------------------------------------
-
 
 def as_float(value: Any) -> float | None:
     """A number of any kind, 0-d arrays and tensors included, as a float; None for all else."""
@@ -53,9 +51,6 @@ def as_index(value: Any) -> int | None:
         return None if getattr(value, "ndim", 0) else operator.index(value)
     except TypeError:
         return None
-
-
-# -- arrays in the CPU's memory -------------------------------------------------------------------
 
 
 def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
@@ -166,9 +161,6 @@ def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Se
     )
 
 
-# -- torch's tensors ------------------------------------------------------------------------------
-
-
 def loaded_torch() -> Any:
     """torch where it has been imported, as it is where there is a tensor; else None."""
     return sys.modules.get("torch")
@@ -216,9 +208,6 @@ def announcer() -> Callable[[list[Any]], None]:
             public(tensor)
 
     return one_by_one
-
-
-# -- arrays in a GPU's memory ---------------------------------------------------------------------
 
 
 def index_of(array: Any, label: str = "params") -> int | None:

@@ -21,12 +21,12 @@ from fusedstep.schedules import Resumed, resumed
 
 GROUPS = "state_dict['param_groups']"
 
-# What keeps a checkpoint's value from being changed by its owner: nothing inside can be.
+# Types without anything inside that its owner could change.
 _CONSTANT = (float, int, bool, str, bytes, type(None))
 
 _SHARE = Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "")
 
-# What a rule carries from step to step beside its states.
+# Ranges of the numbers that rules carry from step to step.
 _CARRIED = {
     "mu_product": _SHARE,
     "eta": Hyper("finite and >= 0", lambda x: 0 <= x < math.inf, ""),
@@ -125,7 +125,7 @@ def check_sizes(saved: list[dict[str, Any]], sizes: list[int]) -> None:
 
 
 def places(saved: list[dict[str, Any]], own: Sequence[Sequence[Hashable]]) -> dict[Any, Any]:
-    """What each saved parameter is here, from groups of equal sizes in the same order."""
+    """This optimizer's parameter for each saved one: groups are as large, in the same order."""
     found: dict[Any, Any] = {}
     for k, (group, mine) in enumerate(zip(saved, own, strict=True)):
         for i, (one, here) in enumerate(zip(group["params"], mine, strict=True)):
@@ -180,9 +180,6 @@ def _is_hashable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-# -- the neutral layer's --------------------------------------------------------------------------
 
 
 class Holder(NamedTuple):
@@ -301,7 +298,7 @@ def _loaded_schedules(
     own: Sequence[Mapping[str, Any]],
     order: Sequence[int],
 ) -> Resumed:
-    """What the dict's schedules, where it has any, mean for those of `own`, each group's."""
+    """The schedules in `own`, each group's, as those of the dict, if any, resume them."""
     saved = state_dict.get("schedules", [{}] * len(own))
     if not isinstance(saved, list | tuple) or len(saved) != len(own):
         raise ValueError(

@@ -32,7 +32,7 @@ def needed(label: str, device: Any = "type 2 of DLPack") -> ModuleType:
 
 
 def info() -> dict[str, Any] | bool:
-    """What `fusedstep info` tells of it: False, or its architectures and the devices it sees."""
+    """The module's line in `fusedstep info`: False, or its architectures and devices."""
     found = module()
     if found is None:
         return False
@@ -40,7 +40,7 @@ def info() -> dict[str, Any] | bool:
 
 
 def _architectures(cmake: str) -> list[str]:
-    """What CMake was told to compile for, by NVIDIA's names: sm_ is machine code, compute_ PTX."""
+    """CMake's list of architectures by NVIDIA's names: sm_ is machine code, compute_ PTX."""
     names = []
     for word in cmake.split():
         number, _, kind = word.partition("-")

@@ -1,4 +1,4 @@
-"""What all optimizers share: groups, states, steps and checkpoints."""
+"""The class behind all optimizers: groups, states, steps and checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Report(NamedTuple):
 
 
 class StepReport(_Report):
-    """What one step did.
+    """The outcome of one step.
 
     Attributes:
         step: steps taken, this one included.
@@ -55,7 +55,7 @@ def given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Optimizer:
-    """What all optimizers share: groups, state, steps and checkpoints.
+    """The base of all optimizers: groups, state, steps and checkpoints.
 
     An optimizer updates its parameters in place, and holds on to them. It takes one array, a
     sequence or dict of arrays, or a `FlatBuffer`: NumPy arrays (memory-mapped ones too), torch
@@ -169,10 +169,9 @@ class Optimizer:
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
     def _prepared(self) -> tuple[list[list[float]], States | None, Changes]:
-        """What the step about to be taken goes by, but for the rates.
+        """Groups as the next step's rule reads them, but for rates; all states if some begin.
 
-        The groups as the rule reads them, all states if some are to begin, and changes of the
-        groups' memory of what was read. Nothing is changed here.
+        And changes of the groups' memory of what was read. Nothing is changed here.
         """
         if self._ahead:
             raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
@@ -315,7 +314,7 @@ class Optimizer:
             ordered = in_order(self._params, grads)
             announce = announcer() if self._tensors else None
             steps, elements = table.step(ordered, natives, options, states, announce)
-        # Of what the step did nothing is left to be noted but this, which saves the next one work.
+        # The table has noted all else; this saves the next step work.
         for memory, known in read:
             memory.update(known)
         report = StepReport(steps, natives[0][LR], elements)
@@ -469,7 +468,7 @@ class Optimizer:
         return self._with_rates([self.spec.native_at(g._hypers, t) for g in self._groups], t)
 
     def _divisors(self) -> list[tuple[Any, Array | None]]:
-        """Each parameter with its `_divisor` under the present hyperparameters."""
+        """Each parameter with its `divisor` under the present hyperparameters."""
         self.spec.check_divides(type(self).__name__)
         t = max(self.steps - 1, 0)
         natives = [self.spec.native_at(group._hypers, t) for group in self._groups]
@@ -484,7 +483,7 @@ class Optimizer:
         return found
 
     def _keep(self) -> Callable[[], None]:
-        """What puts back states, counts and hyperparameters, in place, as they are now.
+        """A function that puts back states, counts and hyperparameters, in place, as they are now.
 
         Raises:
             RuntimeError: the optimizer is stepping in another thread.

@@ -1,4 +1,4 @@
-"""What draws: matplotlib, which only those who draw need."""
+"""Drawing, by matplotlib, which only those who draw need."""
 
 from __future__ import annotations
 

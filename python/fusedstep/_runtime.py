@@ -1,4 +1,4 @@
-"""What runs the kernels: instruction set, threads, pages; chosen at import, changeable after."""
+"""Instruction set, threads and pages of the kernels: chosen at import, changeable after."""
 
 from __future__ import annotations
 

@@ -67,22 +67,22 @@ class Spec:
 
     @cached_property
     def scalars(self) -> Sequence[str]:
-        """What a parameter's state has beside arrays."""
+        """The numbers in a parameter's state, by torch's names."""
         return (*(["step"] if self.counts_steps else []), *self.carried)
 
     @cached_property
     def order(self) -> Sequence[str]:
-        """What the numbers of `native` are."""
+        """The names of the numbers of `native`."""
         return (*_COMMON, *_RULES[self.rule][0])
 
     @cached_property
     def table(self) -> Mapping[str, Hyper]:
-        """What each hyperparameter is, of any optimizer."""
+        """Every hyperparameter of any optimizer, as it is checked here."""
         return {**HYPERS, **self.hypers}
 
     @cached_property
     def parts(self) -> Mapping[str, Sequence[str]]:
-        """What the rule calls the parts of each tuple: `betas` are `beta1`, `beta2`."""
+        """The rule's names of the parts of each tuple: `betas` are `beta1`, `beta2`."""
         ours = _RULES[self.rule][0]
         found = {name: tuple(h for h in ours if h.startswith(name[:-1])) for name in TUPLES}
         return {name: parts for name, parts in found.items() if parts}
@@ -125,11 +125,11 @@ class Spec:
         return [state for state, use in zip(self.states, used, strict=True) if use]
 
     def required(self, uses: Iterable[str]) -> list[str]:
-        """What a saved state must have where a step has the states `uses`."""
+        """The keys that a saved state must have where a step has the states `uses`."""
         return [*self.scalars, *(state for state in self.states if state in uses)]
 
     def first(self, name: str, hypers: Mapping[str, Any]) -> float:
-        """What a new state is filled with, or what is carried before the first update."""
+        """The value that a new state is filled with, or a carried number begins with."""
         value = self.initial.get(name, 0.0)
         return float(hypers[value] if isinstance(value, str) else value)
 
@@ -139,7 +139,7 @@ class Spec:
             raise TypeError(f"optimizer must be one that divides its steps, got {name}")
 
     def divisor(self, native: Sequence[float], t: int, state: Mapping[str, Any]) -> Any:
-        """What each element's step is divided by after update t, from its float64 states.
+        """The divisor of each element's step after update t, from its float64 states.
 
         None where there was no update, or none under these hyperparameters.
         """

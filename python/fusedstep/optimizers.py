@@ -69,17 +69,10 @@ class SGD(Optimizer):
     spec = Spec("sgd", counts_steps=False, check_together=_check_nesterov)
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-3,
-        momentum: Rate = 0.0,
-        dampening: float = 0.0,
-        weight_decay: Rate = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 1e-3, momentum: Rate = 0.0, dampening: float = 0.0,
+        weight_decay: Rate = 0.0, nesterov: bool = False, *, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
     @contextmanager
@@ -164,15 +157,9 @@ class Lion(Optimizer):
     spec = Spec("lion", fixed={"decoupled_weight_decay": True})
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-4,
-        betas: Betas = (0.9, 0.99),
-        weight_decay: Rate = 0.0,
-        *,
-        maximize: bool = False,
-        groups: Iterable[Group] = (),
-    ) -> None:
+        self, params: Params, lr: Rate = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Rate = 0.0,
+        *, maximize: bool = False, groups: Iterable[Group] = (),
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -210,17 +197,10 @@ class Adagrad(Optimizer):
     spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"})
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-2,
-        lr_decay: float = 0.0,
-        weight_decay: Rate = 0.0,
-        initial_accumulator_value: float = 0.0,
-        eps: float = 1e-10,
-        *,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,
+        initial_accumulator_value: float = 0.0, eps: float = 1e-10, *, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -261,18 +241,10 @@ class RMSprop(Optimizer):
     spec = Spec("rmsprop")
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: Rate = 0.0,
-        momentum: Rate = 0.0,
-        centered: bool = False,
-        *,
-        maximize: bool = False,
-        groups: Iterable[Group] = (),
-    ) -> None:
+        self, params: Params, lr: Rate = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
+        weight_decay: Rate = 0.0, momentum: Rate = 0.0, centered: bool = False, *,
+        maximize: bool = False, groups: Iterable[Group] = (),
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -313,16 +285,9 @@ class Adadelta(Optimizer):
     spec = Spec("adadelta")
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1.0,
-        rho: float = 0.9,
-        eps: float = 1e-6,
-        weight_decay: Rate = 0.0,
-        *,
-        maximize: bool = False,
-        groups: Iterable[Group] = (),
-    ) -> None:
+        self, params: Params, lr: Rate = 1.0, rho: float = 0.9, eps: float = 1e-6,
+        weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -365,19 +330,11 @@ class Adam(Optimizer):
     spec = Spec("adam", beyond_torch=("bias_correction",))
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate = 0.0,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        decoupled_weight_decay: bool = False,
-        bias_correction: bool = True,
+        self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: Rate = 0.0, amsgrad: bool = False, *, maximize: bool = False,
+        decoupled_weight_decay: bool = False, bias_correction: bool = True,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -416,18 +373,10 @@ class AdamW(Optimizer):
     spec = Spec("adam", fixed={"decoupled_weight_decay": True}, beyond_torch=("bias_correction",))
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        bias_correction: bool = True,
-        groups: Iterable[Group] = (),
-    ) -> None:
+        self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: Rate = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
+        bias_correction: bool = True, groups: Iterable[Group] = (),
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -467,16 +416,9 @@ class Adamax(Optimizer):
     spec = Spec("adamax")
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 2e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate = 0.0,
-        *,
-        maximize: bool = False,
-        groups: Iterable[Group] = (),
-    ) -> None:
+        self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -517,18 +459,11 @@ class NAdam(Optimizer):
     spec = Spec("nadam", carried=("mu_product",), initial={"mu_product": 1.0})
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 2e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate = 0.0,
-        momentum_decay: float = 4e-3,
-        decoupled_weight_decay: bool = False,
-        *,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: Rate = 0.0, momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False, *, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -569,17 +504,10 @@ class RAdam(Optimizer):
     spec = Spec("radam")
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-3,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: Rate = 0.0,
-        decoupled_weight_decay: bool = False,
-        *,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: Rate = 0.0, decoupled_weight_decay: bool = False, *, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -626,17 +554,10 @@ class ASGD(Optimizer):
     )
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-2,
-        lambd: float = 1e-4,
-        alpha: float = 0.75,
-        t0: float = 1e6,
-        weight_decay: Rate = 0.0,
-        *,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 1e-2, lambd: float = 1e-4, alpha: float = 0.75,
+        t0: float = 1e6, weight_decay: Rate = 0.0, *, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 
@@ -678,16 +599,10 @@ class Rprop(Optimizer):
     spec = Spec("rprop", beyond_torch=("weight_decay",))
 
     def __init__(
-        self,
-        params: Params,
-        lr: Rate = 1e-2,
-        etas: Pair = (0.5, 1.2),
-        step_sizes: Pair = (1e-6, 50.0),
-        *,
-        weight_decay: Rate = 0.0,
-        maximize: bool = False,
+        self, params: Params, lr: Rate = 1e-2, etas: Pair = (0.5, 1.2),
+        step_sizes: Pair = (1e-6, 50.0), *, weight_decay: Rate = 0.0, maximize: bool = False,
         groups: Iterable[Group] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
 

@@ -59,7 +59,7 @@ def _guarded(clip: Any, said: str) -> Any:
 
 
 class StepInBackward:
-    """What `step_in_backward` returns: `remove()`, or leaving it as a context, ends it."""
+    """The handle of `step_in_backward`: `remove()`, or leaving it as a context, ends it."""
 
     def __init__(self, optimizer: Optimizer, params: list[torch.Tensor]) -> None:
         self._optimizer = optimizer

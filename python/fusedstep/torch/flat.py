@@ -73,7 +73,7 @@ class _Part:
         return k if k is not None and self.params[k]() is param else None
 
     def broken(self) -> str | None:
-        """What has left its view, if anything."""
+        """The first parameter or gradient that has left its view, in words, if any."""
         for k, ref in enumerate(self.params):
             if (param := ref()) is None or self.place(param) is None:
                 continue

@@ -173,7 +173,7 @@ class LRScheduler(torch.optim.lr_scheduler.LRScheduler):
             self._last_lr = [_copied(group["lr"]) for group in groups]
 
     def _compared(self, saved: Any) -> Resumed:
-        """What a checkpoint's schedules mean for the present ones."""
+        """The present schedules as a checkpoint's resume them."""
         shape = {name: _shape(given) for name, given in self._schedules.items()}
         if not isinstance(saved, Mapping) or {n: _shape(v) for n, v in saved.items()} != shape:
             raise ValueError(f"state_dict['schedules'] must be for {shape}, got {saved!r}")

@@ -63,7 +63,7 @@ _Row = tuple[list[Any], list[float], dict[str, Any], Any]
 # `state_dict`.
 Place = tuple[int, int, int]
 
-# What torch.amp.GradScaler sets for one step.
+# Attributes that torch.amp.GradScaler sets for one step.
 _AMP = ("grad_scale", "found_inf")
 
 _OURS = "fusedstep"  # the key of our hook among torch's, which have numbers
@@ -74,7 +74,7 @@ _EXCHANGE = True  # read tensors through DLPack's C functions where torch has th
 
 
 class Optimizer(torch.optim.Optimizer):
-    """What the drop-in classes share: `torch.optim.Optimizer` with a step in one sweep over memory.
+    """Base of the drop-in classes: `torch.optim.Optimizer` with a step in one sweep over memory.
 
     Parameter groups, hooks, closures, schedulers, `state_dict`, deepcopy and pickle are torch's.
     Parameters are tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
@@ -178,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
         return None if found is None else [self._key(i) for i, _, finite in found if not finite]
 
     def _key(self, i: int) -> str | int:
-        """What users call parameter i: its name, or its number."""
+        """The name of parameter i, or its number."""
         first = 0
         for group in self.param_groups:
             if i < first + len(group["params"]):
@@ -604,7 +604,7 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     def _late(self) -> dict[int, dict[str, torch.Tensor]]:
-        """What the next step would make for a hyperparameter edited since the last, by number.
+        """States that the next step would make for an edited hyperparameter, by parameter number.
 
         Else a checkpoint could not be told from one of which a state was lost.
         """
@@ -630,7 +630,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @classmethod
     def _own_names(cls) -> list[str]:
-        """What a parameter's state may have of the rule's."""
+        """The keys of the rule in a parameter's state."""
         return [*cls._spec.scalars, *cls._spec.states]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -807,7 +807,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 class LookAhead(Optimizer):
-    """What SGD has beside the others."""
+    """SGD, which can look ahead."""
 
     _ahead = False  # whether the parameters stand at the look-ahead point
 
@@ -957,7 +957,7 @@ class _Helper:
         return result, back
 
     def _written(self) -> dict[str, torch.Tensor]:
-        """What the step may write to, by what errors call it."""
+        """The tensors that the step may write to, by their names in errors."""
         found = {}
         for i, (param, *_) in enumerate(self._found(), self._first):
             if param.grad is None:
@@ -1014,7 +1014,7 @@ class _Helper:
 
 
 def _names_in(group: Mapping[str, Any], first: int, n: int, at: int = 0) -> list[str]:
-    """What errors call the n parameters of a group from place `at` on: their names or numbers."""
+    """Names of n parameters of a group from place `at` on, in errors: the user's, or numbers."""
     given = group.get("param_names", ())[at : at + n]
     return [*map(str, given), *map(str, range(first + len(given), first + n))]
 
@@ -1079,7 +1079,7 @@ def _scalar(name: str, value: Any, default: float, device: torch.device) -> torc
 
 
 def _plain(value: Any, name: str) -> Any:
-    """What torch takes beside numbers: tensors of one element, and 0 and 1 for a flag."""
+    """A hyperparameter without what torch takes too: tensors of one element, 0 and 1 for flags."""
     if isinstance(value, torch.Tensor):
         return value.detach().reshape(()) if value.numel() == 1 else value
     if isinstance(value, tuple | list):
@@ -1110,7 +1110,7 @@ def _as_python(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """What a hyperparameter is now, to be compared with what it is later."""
+    """A hyperparameter's present value, to be compared with a later one."""
     if _is_fixed(value):
         return value
     if isinstance(value, Sequence) and not isinstance(value, str):

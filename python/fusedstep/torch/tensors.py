@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from fusedstep import _core, _gpu, _runtime
+from fusedstep import _arrays, _core, _gpu, _runtime
 
-DTYPES = (
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-    *(torch.complex64, torch.complex128),
-)
+DTYPES = (*(getattr(torch, name) for name in _arrays.DTYPES), torch.complex64, torch.complex128)
 
 
 def gpu_of(device: torch.device) -> Any:
-    """What steps on a CUDA device; None for the CPU. ValueError where this build has no CUDA."""
+    """The core's device for a CUDA device; None for the CPU. ValueError in a build without CUDA."""
     return _gpu.needed("params", device).device() if device.type == "cuda" else None
 
 
