@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
     bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
     bench.add_argument("--dtype", default="float32", choices=DTYPES)
+    bench.add_argument("--grad-dtype", choices=DTYPES, help="of gradients (as --dtype)")
     bench.add_argument("--isa", choices=fs.usable_isas(), help="instruction set (the widest)")
     bench.add_argument("--rounds", type=_count, default=9, help="timings of each (%(default)s)")
     bench.add_argument("--compile", action="store_true", help="measure torch.compile too")
@@ -278,7 +279,7 @@ def _bench_models(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
     from fusedstep import bench_models
 
-    for name in ("n", "sweep", "plot", "compile", "no_torch"):
+    for name in ("n", "sweep", "plot", "compile", "no_torch", "grad_dtype"):
         if getattr(args, name):
             raise _Usage(f"--{name.replace('_', '-')} must not be given with --models")
     if args.dtype != "float32":
@@ -317,6 +318,7 @@ def _bench(args: argparse.Namespace) -> None:
         args.optimizers or list(OPTIMIZERS),
         sizes,
         dtype=args.dtype,
+        grad_dtype=args.grad_dtype,
         threads=args.threads,
         isa=args.isa,
         rounds=args.rounds,

@@ -131,29 +131,43 @@ def interleave(
     return pairs
 
 
-def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str) -> dict[str, Any]:
-    """Our step and, on the same memory, the ceiling: the same streams and one addition each."""
-    params = FlatBuffer.zeros({"flat": n}, as_dtype(dtype))
-    grads = params.zeros_like()
-    # Positive, so that the ceiling's sums leave valid second moments behind.
+def _filled(buffer: FlatBuffer) -> FlatBuffer:
+    """Positive numbers, so that the ceiling's sums leave valid second moments behind."""
+    flat, n = buffer["flat"], buffer.n
     block = np.abs(np.random.default_rng(0).standard_normal(min(n, 1 << 16)))
     for at in range(0, n, block.size):
-        grads["flat"][at : at + block.size] = block[: n - at]
-    opt = getattr(optimizers, cls)(params, **kwargs)
-    states = list(opt.state["flat"].values())
+        flat[at : at + block.size] = block[: n - at]
+    return buffer
+
+
+def _ceiling(
+    params: FlatBuffer, grads: FlatBuffer, states: Sequence[Any]
+) -> Callable[[], tuple[int, int]]:
+    """The least that a step over these streams can do: one addition for each that is written."""
     table = _core.ArrayTable("ceiling", ["flat"], [params["flat"]], [0])
     streams = {
         name: [states[i] if i < len(states) else None] for i, name in enumerate(table.states)
     }
     table.load(streams, [(0, 0.0, 0.0)], 0, [], [])
     group = [[0.0, 0.0, 0.0, float(len(states))]]
-    offsets = [0]
-    moved = 3 * params.dtype.itemsize + sum(2 * s.dtype.itemsize for s in states)
-    return {
-        "step": lambda: opt.step(grads),
-        "ceiling": lambda: table.step_flat(grads.flat, offsets, group),
-        "bytes": moved,
-    }
+    return lambda: table.step_flat(grads.flat, [0], group)
+
+
+def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str, grad_dtype: str) -> dict[str, Any]:
+    """Our step, its bytes and the ceiling: on the same memory, or, as no kernel takes a mix of
+    dtypes as it lies, on float32 streams of as many bytes."""
+    params = FlatBuffer.zeros({"flat": n}, as_dtype(dtype))
+    grads = _filled(params.zeros_like(as_dtype(grad_dtype)))
+    opt = getattr(optimizers, cls)(params, **kwargs)
+    states = list(opt.state["flat"].values())
+    moved = 2 * params.dtype.itemsize + grads.dtype.itemsize
+    moved += sum(2 * s.dtype.itemsize for s in states)
+    same = params, grads, states
+    if dtype != grad_dtype:
+        other = FlatBuffer.zeros({"flat": n * moved // (12 + 8 * len(states))})
+        alike = [other.zeros_like()["flat"] for _ in states]
+        same = other, _filled(other.zeros_like()), alike
+    return {"step": lambda: opt.step(grads), "ceiling": _ceiling(*same), "bytes": moved}
 
 
 def _torch(
@@ -237,6 +251,7 @@ def measure(
     sizes: Sequence[int] = (1 << 24,),
     *,
     dtype: str = "float32",
+    grad_dtype: str | None = None,
     threads: int | None = None,
     isa: str | None = None,
     rounds: int = 9,
@@ -250,6 +265,7 @@ def measure(
         names: of `OPTIMIZERS`.
         sizes: numbers of elements of the one flat buffer.
         dtype: of parameters and gradients.
+        grad_dtype: of gradients, if it is another; torch is left out then.
         threads: for us and for torch; by default ours.
         isa: the instruction set of ours.
         rounds: timings of each contender.
@@ -268,15 +284,19 @@ def measure(
             raise ValueError(f"n must be >= 1, got {n}")
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
+    grad_dtype = grad_dtype or dtype
     as_dtype(dtype)
-    with_torch = has_torch() if torch is None else torch
+    as_dtype(grad_dtype, "grad_dtype")
+    with_torch = (has_torch() if torch is None else torch) and grad_dtype == dtype
     rows = []
     with _settings(threads, isa, with_torch):
         for name in names:
             for n in sizes:
                 progress(f"{name}, n = {n:,}")
                 cls, kwargs = OPTIMIZERS[name]
-                rows.append(_row(name, cls, kwargs, n, dtype, rounds, with_torch, compiled))
+                rows.append(
+                    _row(name, cls, kwargs, n, dtype, grad_dtype, rounds, with_torch, compiled)
+                )
     return rows
 
 
@@ -286,11 +306,12 @@ def _row(
     kwargs: dict[str, Any],
     n: int,
     dtype: str,
+    grad_dtype: str,
     rounds: int,
     with_torch: bool,
     compiled: bool,
 ) -> Row:
-    ours = _ours(cls, kwargs, n, dtype)
+    ours = _ours(cls, kwargs, n, dtype, grad_dtype)
     moved = ours["bytes"]
     peers, seconds = _torch(cls, kwargs, n, dtype, compiled) if with_torch else ({}, None)
     pairs = interleave(ours["step"], {"ceiling": ours["ceiling"], **peers}, rounds)
@@ -298,7 +319,7 @@ def _row(
     return Row(
         optimizer=name,
         n=n,
-        dtype=dtype,
+        dtype=dtype if grad_dtype == dtype else f"{dtype}/{grad_dtype}",
         threads=_runtime.num_threads(),
         isa=_runtime.isa(),
         ms=ours_s * 1e3,
