@@ -277,7 +277,7 @@ def _bench_models(args: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
-    from fusedstep import bench_models
+    from fusedstep import bench, bench_models
 
     for name in ("n", "sweep", "plot", "compile", "no_torch", "grad_dtype"):
         if getattr(args, name):
@@ -300,7 +300,7 @@ def _bench_models(args: argparse.Namespace) -> None:
     _print(bench_models.table(rows))
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(bench_models.as_json(rows), file, indent=1)
+            json.dump(bench.as_json(rows), file, indent=1)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -44,6 +44,20 @@ class StepReport(_Report):
     nonfinite: list[Key] | None = None
 
 
+# What docstrings say of every optimizer's arguments.
+_ARGS = """Args:
+        params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.
+        {}
+        groups: `Group` objects: parameters with hyperparameters of their own.
+
+    Raises:
+        TypeError: something is not an array or has an unsupported dtype, or a hyperparameter
+            is not of its kind.
+        ValueError: a hyperparameter is outside its range, a group matches no parameter, or
+            memory is not where the first parameter's is, C-contiguous, aligned, writable and
+            free of overlap."""
+
+
 def _state_dtype(dtype: str) -> str:
     """The dtype of a parameter's states."""
     return "float64" if dtype == "float64" else "float32"
@@ -84,23 +98,10 @@ class Optimizer:
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
-        if not hasattr(cls, "spec"):  # a base of somebody's own
-            return
-        args = [
-            "params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.",
-            *cls.spec.argument_docs(inspect.signature(cls.__init__), schedules=True),
-            "groups: `Group` objects: parameters with hyperparameters of their own.",
-        ]
-        raises = [
-            "TypeError: something is not an array or has an unsupported dtype, or a hyperparameter",
-            "    is not of its kind.",
-            "ValueError: a hyperparameter is outside its range, a group matches no parameter, or",
-            "    memory is not where the first parameter's is, C-contiguous, aligned, writable and",
-            "    free of overlap.",
-        ]
-        text = "\n        ".join(["Args:", *args]) + "\n\n    "
-        text += "\n        ".join(["Raises:", *raises])
-        cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
+        if hasattr(cls, "spec"):  # not where it is a base of somebody's own
+            docs = cls.spec.argument_docs(inspect.signature(cls.__init__), schedules=True)
+            text = _ARGS.format("\n        ".join(docs))
+            cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
 
     def __setattr__(self, name: str, value: Any) -> None:
         cls = type(self)
@@ -535,14 +536,9 @@ class Optimizer:
 
     def _load(self, state_dict: Any) -> None:
         """`load_state_dict`, while nobody else has a turn."""
-        own = _checkpoint.Holder(
-            self.spec,
-            self._names,
-            self._named,
-            [(group._hypers, group._params) for group in self._groups],
-            self._shapes,
-            list(map(_state_dtype, self._dtypes)),
-        )
+        groups = [(group._hypers, group._params) for group in self._groups]
+        dtypes = list(map(_state_dtype, self._dtypes))
+        own = _checkpoint.Holder(self.spec, self._names, self._named, groups, self._shapes, dtypes)
         found = _checkpoint.loaded(own, state_dict)
         begun = found.begun
         clocks = [begun[i][0] if i in begun else (0, 0.0, 0.0) for i in range(len(self._names))]

@@ -170,34 +170,43 @@ def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str, grad_dtype: str)
     return {"step": lambda: opt.step(grads), "ceiling": _ceiling(*same), "bytes": moved}
 
 
+def torch_ways(cls: str) -> dict[str, dict[str, bool]]:
+    """What asks a class of torch's for each of its implementations; none if there is no class."""
+    import torch
+
+    make = getattr(torch.optim, cls, None)
+    if make is None:
+        return {}
+    has_fused = "fused" in inspect.signature(make).parameters
+    plain = {"foreach": False, "fused": False} if has_fused else {"foreach": False}
+    ways = {"for-loop": plain, "foreach": {"foreach": True}}
+    return {**ways, "fused": {"fused": True}} if has_fused else ways
+
+
 def _torch(
     cls: str, kwargs: dict[str, Any], n: int, dtype: str, compiled: bool
 ) -> tuple[dict[str, Callable[[], Any]], float | None]:
     """Every implementation that torch has of this optimizer, and the time one took to compile."""
     import torch
 
-    make = getattr(torch.optim, cls, None)
-    if make is None:
+    ways = torch_ways(cls)
+    if not ways:
         return {}, None
     random = torch.Generator("cpu").manual_seed(0)  # torch's own, the caller's, stays as it is
     gradient = torch.randn(n, dtype=torch.float32, device="cpu", generator=random)
     gradient = gradient.abs_().to(getattr(torch, dtype))
-    accepted = inspect.signature(make).parameters
 
     def stepper(**how: bool) -> Callable[[], Any]:
         param = torch.nn.Parameter(torch.zeros(n, dtype=gradient.dtype, device="cpu"))
         param.grad = gradient
-        step: Callable[[], Any] = make([param], **kwargs, **how).step
+        step: Callable[[], Any] = getattr(torch.optim, cls)([param], **kwargs, **how).step
         return step
 
-    plain = {"foreach": False} | ({"fused": False} if "fused" in accepted else {})
-    steps = {"for-loop": stepper(**plain), "foreach": stepper(foreach=True)}
-    if "fused" in accepted:
-        steps["fused"] = stepper(fused=True)
+    steps = {name: stepper(**how) for name, how in ways.items()}
     seconds = None
     if compiled:
         torch.compiler.reset()  # a compiler that met many optimizers before gives up on new ones
-        steps["compile"] = torch.compile(stepper(**plain))
+        steps["compile"] = torch.compile(stepper(**ways["for-loop"]))
         with _quiet("torch._dynamo"):  # it remarks on the profiler
             begin = time.perf_counter()
             for _ in range(3):  # the first steps specialize on state that does not exist before
@@ -246,6 +255,15 @@ def _quiet(logger: str) -> Iterator[None]:
         found.setLevel(before)
 
 
+def check(names: Sequence[str], rounds: int) -> None:
+    """Raises ValueError for a name that is not of `OPTIMIZERS`, or no rounds."""
+    for name in names:
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optimizers must be of {', '.join(OPTIMIZERS)}, got {name!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
+
+
 def measure(
     names: Sequence[str] = tuple(OPTIMIZERS),
     sizes: Sequence[int] = (1 << 24,),
@@ -276,14 +294,10 @@ def measure(
     Raises:
         ValueError: an unknown name, or a size or count below 1.
     """
-    for name in names:
-        if name not in OPTIMIZERS:
-            raise ValueError(f"optimizers must be of {', '.join(OPTIMIZERS)}, got {name!r}")
+    check(names, rounds)
     for n in sizes:
         if n < 1:
             raise ValueError(f"n must be >= 1, got {n}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
     grad_dtype = grad_dtype or dtype
     as_dtype(dtype)
     as_dtype(grad_dtype, "grad_dtype")
@@ -339,7 +353,7 @@ def _row(
     )
 
 
-def as_json(rows: Sequence[Row]) -> dict[str, Any]:
+def as_json(rows: Sequence[Any]) -> dict[str, Any]:
     """Rows with the machine they were measured on, ready for `json.dump`."""
     return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
 
@@ -348,7 +362,7 @@ def table(rows: Sequence[Row]) -> Any:
     """Rows as a rich table."""
     from rich.table import Table
 
-    result = Table(title=_title(rows), title_justify="left", caption_justify="left")
+    result = Table(title=title(rows, rows[0].dtype), title_justify="left", caption_justify="left")
     result.caption = (
         "x: torch's time over ours, above 1 we are faster. ceiling: the same streams on the same"
         " memory with one addition each."
@@ -356,9 +370,8 @@ def table(rows: Sequence[Row]) -> Any:
     result.add_column("optimizer")
     for heading in ("n", "ms", "B/param", "GB/s", "ceiling", "share"):
         result.add_column(heading, justify="right")
-    peers = [
-        p for p in ("for-loop", "foreach", "fused", "compile") if any(p in r.torch for r in rows)
-    ]
+    every = ("for-loop", "foreach", "fused", "compile")
+    peers = [peer for peer in every if any(peer in row.torch for row in rows)]
     for peer in peers:
         result.add_column(f"torch {peer}", justify="right")
     for row in rows:
@@ -383,10 +396,11 @@ def _peer_cell(peer: Peer | None) -> str:
     return f"{peer.ratio:.2f}x{compiled}"
 
 
-def _title(rows: Sequence[Row]) -> str:
+def title(rows: Sequence[Any], dtype: str) -> str:
+    """The machine and settings of rows, in a line."""
     machine = _runtime.info()
     return (
-        f"{rows[0].dtype}, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']},"
+        f"{dtype}, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']},"
         f" torch {machine['torch'] or 'not installed'}"
     )
 
@@ -418,5 +432,5 @@ def plot(rows: Sequence[Row], path: str) -> None:
     grid[0][0].legend(fontsize=8)
     figure.supxlabel("elements in the buffer")
     figure.supylabel("GB/s of the step's own traffic")
-    figure.suptitle(_title(rows), fontsize=10)
+    figure.suptitle(title(rows, rows[0].dtype), fontsize=10)
     figure.savefig(path, dpi=130)

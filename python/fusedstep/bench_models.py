@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from statistics import median
 from typing import Any
@@ -115,14 +115,10 @@ def measure(
     Raises:
         ValueError: an unknown name, or a count below 1.
     """
-    for name in names:
-        if name not in bench.OPTIMIZERS:
-            raise ValueError(f"optimizers must be of {', '.join(bench.OPTIMIZERS)}, got {name!r}")
+    bench.check(names, rounds)
     for model in models:
         if model not in MODELS:
             raise ValueError(f"models must be of {', '.join(MODELS)}, got {model!r}")
-    if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
     rows = []
     with bench._settings(threads, isa, True):
         for model in models:
@@ -181,41 +177,25 @@ def _ours(shapes: Shapes, cls: str, kwargs: dict[str, Any], flat: bool) -> Calla
 
 def _torch(shapes: Shapes, cls: str, kwargs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """The steps of torch's implementations; they may share gradients, which they only read."""
-    import inspect
-
     import torch
 
-    make = getattr(torch.optim, cls, None)
-    if make is None:
-        return {}
-    implementations: dict[str, dict[str, bool]] = {"for-loop": {"foreach": False}}
-    implementations["foreach"] = {"foreach": True}
-    if "fused" in inspect.signature(make).parameters:
-        implementations["for-loop"]["fused"] = False
-        implementations["fused"] = {"fused": True}
-    gradients = [param.grad for param in _params(shapes, True)]
+    ways = bench.torch_ways(cls)
+    gradients = [param.grad for param in _params(shapes, True)] if ways else []
     steps = {}
-    for how, flags in implementations.items():
+    for name, how in ways.items():
         params = _params(shapes, False)
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
-        steps[how] = make(params, **kwargs, **flags).step
+        steps[name] = getattr(torch.optim, cls)(params, **kwargs, **how).step
     return steps
-
-
-def as_json(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows with the machine they were measured on, ready for `json.dump`."""
-    return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
 
 
 def table(rows: Sequence[Row]) -> Any:
     """Rows as a rich table."""
     from rich.table import Table
 
-    machine = _runtime.info()
     result = Table(
-        title=f"float32, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']}, torch"
-        f" {machine['torch']}",
+        title=bench.title(rows, "float32"),
         title_justify="left",
         caption="x: the time of torch's fastest over ours, above 1 we are faster.",
         caption_justify="left",
