@@ -105,8 +105,8 @@ def without_constructor(app, what, name, obj, options, signature, returns):
 
 
 def skip_fields(app, what, name, obj, skip, options):
-    """Leaves out named tuples' fields, which the signature has, and what classes declare."""
-    return True if type(obj).__name__ in ("_tuplegetter", "Spec") else None
+    """Leaves out the fields of named tuples: the signature has them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def without_repository_links(app, relative_path, parent_docname, content):

@@ -72,7 +72,8 @@ def optimizer_sections():
 
 def own_methods(found):
     """The public methods that a class has beside those of `Optimizer`."""
-    return [n for n in vars(found) if not n.startswith("_") and not hasattr(fs.Optimizer, n)]
+    public = [name for name in vars(found) if not name.startswith("_") and name != "spec"]
+    return [name for name in public if not hasattr(fs.Optimizer, name)]
 
 
 def optimizer_list():
