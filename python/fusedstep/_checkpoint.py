@@ -117,18 +117,14 @@ def arranged(
     return list(range(len(saved))), saved
 
 
-def check_sizes(saved: list[dict[str, Any]], sizes: list[int]) -> None:
-    """Raises ValueError unless the saved groups have as many parameters as the optimizer's."""
-    found = [len(group["params"]) for group in saved]
-    if found != sizes:
-        raise ValueError(f"{GROUPS} must hold {sizes} parameters, got {found}")
-
-
 def places(saved: list[dict[str, Any]], own: Sequence[Sequence[Hashable]]) -> dict[Any, Any]:
-    """This optimizer's parameter for each saved one: groups are as large, in the same order."""
+    """This optimizer's parameter for each saved one, or ValueError for groups of other sizes."""
+    sizes, mine = [len(group["params"]) for group in saved], list(map(len, own))
+    if sizes != mine:
+        raise ValueError(f"{GROUPS} must hold {mine} parameters, got {sizes}")
     found: dict[Any, Any] = {}
-    for k, (group, mine) in enumerate(zip(saved, own, strict=True)):
-        for i, (one, here) in enumerate(zip(group["params"], mine, strict=True)):
+    for k, (group, ours) in enumerate(zip(saved, own, strict=True)):
+        for i, (one, here) in enumerate(zip(group["params"], ours, strict=True)):
             if found.setdefault(one, here) is not here:
                 raise ValueError(f"{GROUPS}[{k}]['params'][{i}] must occur once, got {one!r} twice")
     return found
@@ -220,7 +216,6 @@ def loaded(own: Holder, state_dict: Any) -> Loaded:
     members = [members for _, members in own.groups if members]
     names = [[own.names[i] for i in group] for group in members]
     order, saved = arranged([group for group in saved if group["params"]], names, own.named)
-    check_sizes(saved, list(map(len, members)))
     index_of = places(saved, members)
     for one, entry in entries.items():
         if one not in index_of:

@@ -32,44 +32,36 @@ class Hyper(NamedTuple):
         return self.rule == _FLAG
 
 
-def _at_least_0(x: float) -> bool:
-    return x >= 0
-
-
-def _in_unit(x: float) -> bool:
-    return 0 <= x < 1
-
-
 def _flag(doc: str) -> Hyper:
     return Hyper(_FLAG, lambda x: isinstance(x, bool), doc)
 
 
 # Rules without a hyperparameter of their own.
-AT_LEAST_0 = Hyper(">= 0", _at_least_0, "")
+AT_LEAST_0 = Hyper(">= 0", lambda x: x >= 0, "")
 ANY = Hyper("or NaN", lambda x: True, "")
 FINITE = Hyper("finite", math.isfinite, "")
-FRACTION = Hyper("in [0, 1)", _in_unit, "")
+FRACTION = Hyper("in [0, 1)", lambda x: 0 <= x < 1, "")
 POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
 
 # The ranges are torch.optim's; what torch leaves open must still be a finite number.
 HYPERS: dict[str, Hyper] = {
-    "lr": Hyper(">= 0", _at_least_0, "learning rate", scheduled=True),
-    "betas": Hyper("in [0, 1)", _in_unit, "decay rates of the two moving averages", scheduled=True),
-    "eps": Hyper(">= 0", _at_least_0, "added to the denominator"),
-    "weight_decay": Hyper(
-        ">= 0", _at_least_0, "weight decay, `g + weight_decay*p` unless decoupled", scheduled=True
+    "lr": AT_LEAST_0._replace(doc="learning rate", scheduled=True),
+    "betas": FRACTION._replace(doc="decay rates of the two moving averages", scheduled=True),
+    "eps": AT_LEAST_0._replace(doc="added to the denominator"),
+    "weight_decay": AT_LEAST_0._replace(
+        doc="weight decay, `g + weight_decay*p` unless decoupled", scheduled=True
     ),
-    "momentum": Hyper(">= 0", _at_least_0, "momentum factor mu", scheduled=True),
+    "momentum": AT_LEAST_0._replace(doc="momentum factor mu", scheduled=True),
     "dampening": FINITE._replace(doc="share tau of each new gradient kept out of the buffer"),
     "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),
-    "lr_decay": Hyper(">= 0", _at_least_0, "lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
-    "initial_accumulator_value": Hyper(">= 0", _at_least_0, "the sum of squares to begin with"),
-    "alpha": Hyper(">= 0", _at_least_0, "decay rate of the mean square"),
+    "lr_decay": AT_LEAST_0._replace(doc="lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
+    "initial_accumulator_value": AT_LEAST_0._replace(doc="the sum of squares to begin with"),
+    "alpha": AT_LEAST_0._replace(doc="decay rate of the mean square"),
     "centered": _flag("divides by an estimate of the standard deviation, not of the raw moment"),
     "rho": Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "decay rate of both mean squares"),
     "amsgrad": _flag("divides by the largest second moment so far"),
     "bias_correction": _flag("divides the averages by `1 - beta^t`; False is the plain form"),
-    "momentum_decay": Hyper(">= 0", _at_least_0, "psi, how fast the momentum warms up"),
+    "momentum_decay": AT_LEAST_0._replace(doc="psi, how fast the momentum warms up"),
     "lambd": FINITE._replace(doc="decay term"),
     "t0": FINITE._replace(doc="update at which averaging begins"),
     "etas": Hyper("as 0 < etas[0] < 1 < etas[1]", math.isfinite, "factors by which steps change"),

@@ -9,6 +9,12 @@ from fusedstep import _core
 from fusedstep._types import Options
 
 
+def refuse_inside(optimizer: Any, what: str) -> None:
+    """Raises RuntimeError where the optimizer's parameters stand at a look-ahead point."""
+    if optimizer._ahead:
+        raise RuntimeError(f"{what} after a lookahead, not inside it")
+
+
 def check(groups: Iterable[Mapping[str, float]]) -> None:
     """Raises ValueError where a look-ahead would not be Nesterov's method."""
     groups = list(groups)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups
+from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups, _lookahead
 from fusedstep._arrays import announcer, in_order, is_tensor, name_params
 from fusedstep._groups import Group, ParamGroup, assignments
 from fusedstep._hypers import AT_LEAST_0, POSITIVE, as_number, at_step, check_flags, is_scheduled
@@ -174,8 +174,7 @@ class Optimizer:
 
         And changes of the groups' memory of what was read. Nothing is changed here.
         """
-        if self._ahead:
-            raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
+        _lookahead.refuse_inside(self, "step and lookahead must come")
         natives: list[list[float]] = []
         wanted: list[tuple[str, int]] = []
         read: Changes = []
@@ -530,8 +529,7 @@ class Optimizer:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
                 changed then.
         """
-        if self._ahead:
-            raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
+        _lookahead.refuse_inside(self, "load_state_dict must come")
         self._turn.run(self._load, state_dict)
 
     def _load(self, state_dict: Any) -> None:
@@ -558,8 +556,7 @@ class Optimizer:
         self._table.load(states, clocks, found.steps, [], changes)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._ahead:
-            raise RuntimeError("copies must be made after a lookahead, not inside it")
+        _lookahead.refuse_inside(self, "copies must be made")
         return self._turn.read(self._copied)
 
     def _copied(self) -> dict[str, Any]:

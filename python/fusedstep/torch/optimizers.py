@@ -108,6 +108,7 @@ class Optimizer(torch.optim.Optimizer):
     _stepping_in_backward: set[Any]
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
     _turn: Turn
+    _ahead = False  # whether the parameters stand at a look-ahead point
     _table: _core.TensorTable
     _gpu: Any  # what steps on the parameters' CUDA device, or None
     _device: torch.device
@@ -253,6 +254,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _settle(self, param: torch.Tensor | None) -> None:
         """Before a step: makes the table one for the device, to which a model may have moved."""
+        _lookahead.refuse_inside(self, "step and lookahead must come")
         if param is None or param.device == self._device or param.is_meta:
             return
         params = self._params()
@@ -634,6 +636,7 @@ class Optimizer(torch.optim.Optimizer):
         return [*cls._spec.scalars, *cls._spec.states]
 
     def __getstate__(self) -> dict[str, Any]:
+        _lookahead.refuse_inside(self, "copies must be made")
         return self._turn.read(self._copied)
 
     def _copied(self) -> dict[str, Any]:
@@ -664,6 +667,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError: an entry is missing or does not fit; nothing has changed then.
         """
+        _lookahead.refuse_inside(self, "load_state_dict must come")
         _checkpoint.check_mapping("state_dict", state_dict)
         given = state_dict if isinstance(state_dict, dict) else dict(state_dict)
         # After the caller's own hooks, and before torch looks at anything. A load that is
@@ -684,7 +688,6 @@ class Optimizer(torch.optim.Optimizer):
         names = [group.get("param_names", ()) for group in self.param_groups]
         named = list(map(len, names)) == list(map(len, own))
         order, saved = _checkpoint.arranged(saved, names if named else None, strict=False)
-        _checkpoint.check_sizes(saved, list(map(len, own)))
         param_of = _checkpoint.places(saved, own)
         number: dict[int, int] = {}
         for i, param in enumerate(self._params()):
@@ -809,8 +812,6 @@ class Optimizer(torch.optim.Optimizer):
 class LookAhead(Optimizer):
     """SGD, which can look ahead."""
 
-    _ahead = False  # whether the parameters stand at the look-ahead point
-
     @contextlib.contextmanager
     def lookahead(self) -> Iterator[None]:
         """Nesterov's method in its original form: `with opt.lookahead(): loss(model).backward()`.
@@ -849,22 +850,6 @@ class LookAhead(Optimizer):
             with torch.no_grad():
                 for (param, _, _), values in zip(moving, saved, strict=True):
                     param.copy_(values)
-
-    def __getstate__(self) -> Any:
-        if self._ahead:
-            raise RuntimeError("copies must be made after a lookahead, not inside it")
-        return super().__getstate__()
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        """As torch's; RuntimeError inside a look-ahead."""
-        if self._ahead:
-            raise RuntimeError("load_state_dict must come after a lookahead, not inside it")
-        super().load_state_dict(state_dict)
-
-    def _settle(self, param: torch.Tensor | None) -> None:
-        if self._ahead:
-            raise RuntimeError("step and lookahead must come after a lookahead, not inside it")
-        super()._settle(param)
 
 
 @torch.no_grad()
