@@ -13,7 +13,6 @@ import pytest
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 FAKE = Path(__file__).parent / "native" / "cuda_on_host"
-PAIRS = 6
 NAME = "fusedstep_cuda_on_host"
 CPU = 1  # DLPack's device type: the memory of this GPU is the CPU's
 PATIENCE = 500  # seconds for one compilation on a loaded machine
@@ -40,18 +39,15 @@ def build(directory):
         *(f"-DFUSEDSTEP_DEVICE_KIND={CPU}", f"-DFUSEDSTEP_MODULE={NAME}"),
         '-DFUSEDSTEP_ARCHITECTURES="host"',
     ]
-    units = [("sweep.cu", f"sweep{i}", [f"-DFUSEDSTEP_PAIR={i}"]) for i in range(PAIRS)]
-    units += [(f, Path(f).stem, []) for f in ("norm.cu", "backend.cu", "table.cpp", "bindings.cpp")]
-    units.append((FAKE / "controls.cpp", "controls", []))
+    sources = [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp")), FAKE / "controls.cpp"]
 
-    def compile(unit):
-        source, name, own = unit
-        made = directory / f"{name}.o"
-        run(command, *flags, *own, "-x", "c++", "-c", CUDA / source, "-o", made)
+    def compile(source):
+        made = directory / f"{source.stem}.o"
+        run(command, *flags, "-x", "c++", "-c", source, "-o", made)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile, units))
+        objects = list(pool.map(compile, sources))
     library = directory / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
     run(command, "-shared", *objects, "-o", library)
     return load(library)

@@ -6,6 +6,8 @@ Everything but the GPU is real here (tests/native/cuda_on_host); tests/test_gpu.
 import contextlib
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,14 @@ import torch
 import cuda_on_host
 import fusedstep as fs
 import fusedstep.torch as ft
-from cases import CASES, each_case, each_pair, make
+from cases import CASES, each_case_in_turn, each_pair, make
 from fusedstep import _arrays, _core, _gpu
 from fusedstep._arrays import as_dtype, is_array
 from fusedstep.torch import optimizers as torch_layer
 
-# Below, at and above a vector of each type, a tile (2048) and what three blocks sweep at a time.
-LENGTHS = [0, 1, 7, 8, 9, 2047, 2048, 2049, 30_001]
+# Below, at and above a vector (4), a tile (1024) and what three blocks sweep at a time.
+LENGTHS = [0, 1, 3, 4, 5, 1023, 1024, 1025, 2049, 30_001]
+TILE = 32 * 512  # elements of a tile of the norm
 STEPS = 3
 
 
@@ -87,11 +90,21 @@ def run_neutral(name, hypers, param, grad, place=lambda a: a, asked=None):
     return result(opt, params)
 
 
+def test_kernels_are_as_many_as_sets_of_states_in_float_and_in_double(module):
+    """Formats are read at run time: a further one would add none. On a GPU there are three more."""
+    names = Path(module.__file__).read_bytes()
+    sweeps = set(re.findall(rb"5sweepINS0_\d+(\w+?ELj\d+)ENS0_3F(32|64)E", names))
+    assert len(sweeps) == 42
+    assert len([name for name, width in sweeps if width == b"32"]) == 21
+    assert sorted(p.name for p in cuda_on_host.CUDA.glob("*.cu")) == [
+        *("backend.cu", "norm.cu", "sweep.cu"),  # an object each
+    ]
+
+
 # -- bits ------------------------------------------------------------------------------------------
 
 
-@each_pair()
-@each_case()
+@each_case_in_turn()
 def test_gpu_has_the_cpu_bits(gpu, name, hypers, param, grad):
     here = run_neutral(name, hypers, param, grad)
     with gpu():
@@ -142,18 +155,52 @@ def test_gpu_results_do_not_depend_on_the_order_of_blocks_and_threads(gpu, monke
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "lengths",
-    [[1], [511], [512], [513], [16384 * 3 + 5], [700, 0, 16384, 1, 16385, 40_000], [5] * 300],
+    [
+        *([1], [511], [512], [513], [TILE], [TILE + 1], [0]),
+        *([3 * TILE + 5], [32 * TILE], [32 * TILE + 1]),  # a tree of one node, of three
+        [700, 0, TILE, 1, TILE + 1, 40_000, 513, 2000],  # side by side in a tile, and with gaps
+        *([5] * 300, [600, 5] * 520, [TILE + 1, 9] * 20),  # trees of tensors
+    ],
+    ids=lambda lengths: f"{len(lengths)}x{max(lengths)}",
 )
 @pytest.mark.parametrize("place", [lambda a: a, unaligned])
 def test_norm_has_the_cpu_bits(gpu, dtype, lengths, place):
     rng = np.random.default_rng(3)
     grads = [place(drawn(rng, n, dtype)) for n in lengths]
-    total, finite = _core.sum_of_squares(grads)
-    assert finite
+
+    def run():
+        opt = fs.SGD([np.zeros(n, np.float32) for n in lengths])
+        opt.step([grads[0], *[None for _ in grads[1:]]], norms=True)  # a tree of its own
+        opt.step(grads, norms=True)
+        return opt.grad_norm, opt.grad_norms, opt.nonfinite
+
+    here = run()
+    assert here[0] == np.sqrt(_core.sum_of_squares(grads)[0])
     with gpu():
-        opt = fs.SGD([np.zeros_like(g) for g in grads])
-        opt.step(grads, max_norm=1.0)
-        assert opt.grad_norm == np.sqrt(total)
+        assert run() == here
+
+
+def test_norms_of_tensors_are_those_of_the_step_that_measured(gpu, controls):
+    def run():
+        params = {
+            name: np.ones(n, np.float32) for name, n in zip("abcd", (9, 40_000, 0, 3), strict=True)
+        }
+        opt = fs.SGD(params)
+        grads = {name: np.full(p.shape, 2.0, np.float32) for name, p in params.items()}
+        grads["b"][39_999] = np.inf
+        opt.step({**grads, "a": None}, norms=True, loss_scale=4.0)
+        found = [(opt.grad_norms, opt.nonfinite)]
+        opt.step({**grads, "b": None}, norms=True)
+        found.append((opt.grad_norms, opt.nonfinite))
+        with pytest.raises(ValueError, match="shape"):
+            opt.step({**grads, "d": grads["a"]}, norms=True)
+        return [*found, (opt.grad_norms, opt.nonfinite)]
+
+    here = run()
+    with gpu():
+        assert run() == here
+    assert here[0][1] == ["b"]
+    assert here[2] == here[1] == ({"a": 6.0, "c": 0.0, "d": 2 * np.sqrt(3)}, [])
 
 
 def test_norm_of_more_tiles_than_one_pass_of_the_tree_takes(gpu):
@@ -195,6 +242,21 @@ def test_float64_gradient_whose_square_overflows_is_finite(gpu):
         opt.step(np.full(600, 2.0**600), skip_nonfinite=True)
         assert opt.grad_norm == np.inf
         np.testing.assert_array_equal(params, 0)
+
+
+def test_torch_has_the_cpu_s_norms_of_tensors(gpu):
+    def bad(opt, params, k):
+        params[1].grad[7] = torch.nan
+        params[2].grad = None
+
+    def run():
+        opt, _ = torch_run("AdamW", before=bad, norms=True)
+        return opt.grad_norms, opt.nonfinite
+
+    here = repr(run())  # NaN is NaN
+    assert "nan" in here
+    with gpu():
+        assert repr(run()) == here
 
 
 # -- launches and tables ---------------------------------------------------------------------------
@@ -299,7 +361,8 @@ def test_types_and_variants_that_need_kernels_of_their_own(gpu, controls):
     with gpu():
         before = controls.launches()
         assert run() == here
-        assert controls.launches() - before == STEPS * (1 + 5)
+        # The norm; in float, without and with amsgrad's state; and in double.
+        assert controls.launches() - before == STEPS * (1 + 3)
 
 
 def test_staging_memory_is_not_written_while_it_is_being_sent(gpu, controls, monkeypatch):

@@ -1,7 +1,8 @@
-// A GPU as a StepTable sees it: a step's table in its memory, and at most two launches.
+// A GPU as a Stepper sees it: a step's table in its memory, and at most two launches.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <deque>
 #include <map>
@@ -104,12 +105,22 @@ HostMemory host_memory(size_t bytes) {
 
 size_t room_for(size_t bytes) { return std::max<size_t>(4096, bytes + bytes / 2); }
 
-// Device memory that grows. What it was stays: a step under way, or a graph, may be using it.
+// Memory of zeros, before any stream uses it.
+DeviceMemory cleared_memory(size_t bytes) {
+  DeviceMemory memory = device_memory(std::max<size_t>(bytes, 1));
+  const Aside aside;
+  check(cudaMemsetAsync(memory.get(), 0, bytes, aside.stream()), "clear memory");
+  aside.finish();
+  return memory;
+}
+
+// Device memory that grows, and is of zeros at first. What it was stays: a step under way, or a graph,
+// may be using it.
 class Growing {
  public:
   char* get(size_t bytes) {
     if (bytes > room_) {
-      DeviceMemory larger = device_memory(room_for(bytes));
+      DeviceMemory larger = cleared_memory(room_for(bytes));
       if (here_) kept_.push_back(std::move(here_));
       here_ = std::move(larger);
       room_ = room_for(bytes);
@@ -226,39 +237,27 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
 }
 
-const SweepKernels& kernels_for(int pair) {
-  static const SweepKernels* const all[] = {&sweep_kernels<0>(), &sweep_kernels<1>(),
-                                            &sweep_kernels<2>(), &sweep_kernels<3>(),
-                                            &sweep_kernels<4>(), &sweep_kernels<5>()};
-  static_assert(sizeof(all) / sizeof(all[0]) == kPairs, "one for each of kTypePairs");
-  return *all[pair];
-}
-
 // Pieces whose arrays lie at offsets of `base`, or travel with the launch.
-template <class P>
-Pieces<P> pieces_of(const std::vector<P>& all, const std::vector<int64_t>& starts, size_t all_at,
-                    size_t starts_at, const char* base) {
-  Pieces<P> pieces = {};
-  pieces.n = static_cast<int64_t>(all.size());
+Pieces pieces_of(const Table& table, const std::vector<int64_t>& starts, size_t all_at,
+                 size_t starts_at, const char* base) {
+  Pieces pieces = {};
+  pieces.n = static_cast<int64_t>(table.pieces.size());
   pieces.end = starts.back();
-  if (all.size() == 1) {
-    pieces.only = all[0];
+  if (pieces.n == 1) {
+    pieces.only = table.pieces[0];
   } else {
-    pieces.all = reinterpret_cast<const P*>(base + all_at);
+    pieces.all = reinterpret_cast<const Piece*>(base + all_at);
     pieces.starts = reinterpret_cast<const int64_t*>(base + starts_at);
   }
   return pieces;
 }
 
-// What one StepTable has on its device.
+// What one Stepper has on its device.
 class Memory {
  public:
   explicit Memory(int device) : device_(device) {
     const OnDevice on(device_);
-    gate_ = device_memory(sizeof(Gate));
-    const Aside aside;
-    check(cudaMemsetAsync(gate_.get(), 0, sizeof(Gate), aside.stream()), "clear memory");
-    aside.finish();
+    gate_ = cleared_memory(sizeof(Gate));
     check(cudaEventCreateWithFlags(&done_, cudaEventDisableTiming), "make an event");
   }
   ~Memory() {
@@ -276,30 +275,25 @@ class Memory {
   void step(const DeviceStep& step) {
     const OnDevice on(device_);
     const Relaxed relaxed;
-    const auto stream = static_cast<cudaStream_t>(step.control.stream);
-    const Control& control = step.control;
-    if (!control.live && capturing(stream)) {
+    const Options& options = step.options;
+    const auto stream = static_cast<cudaStream_t>(options.stream);
+    if (!options.live && capturing(stream)) {
       throw std::runtime_error(
           "a step can be recorded in a CUDA graph only with capturable=True, of fusedstep.torch");
     }
     const Table table = build_table(step, [this](int64_t slot) { return clock_at(slot); });
     await_other_stream(stream);
-    if (control.live) enter(step, stream);
+    if (options.live) enter(step, stream);
 
     // The tensors, which are mostly the same in the next step, apart from what mostly is not.
     Packed tensors, scalars;
-    const bool one_norm = table.norm_pieces.size() == 1;
+    const bool one = table.pieces.size() == 1, measures = options.measure && !table.pieces.empty();
     const size_t tallies = tensors.add(table.tallies);
-    const size_t norm_pieces = one_norm ? 0 : tensors.add(table.norm_pieces);
-    const size_t norm_starts = one_norm ? 0 : tensors.add(table.norm_starts);
-    std::vector<std::pair<size_t, size_t>> at;
-    for (const Launch& l : table.launches) {
-      const bool one = l.pieces.size() == 1;
-      const size_t pieces = one ? 0 : tensors.add(l.pieces);
-      at.emplace_back(pieces, one ? 0 : tensors.add(l.starts));
-    }
-    const size_t groups =
-        scalars.add(std::vector<DeviceGroup>(step.groups, step.groups + step.n_groups));
+    const size_t pieces = one ? 0 : tensors.add(table.pieces);
+    const size_t norm_starts = one ? 0 : tensors.add(table.norm_starts);
+    std::vector<size_t> starts;
+    for (const Launch& l : table.launches) starts.push_back(one ? 0 : tensors.add(l.starts));
+    const size_t groups = scalars.add(std::vector<Group>(step.groups, step.groups + step.n_groups));
     const size_t rows = step.n_rows <= kRowsHere
                             ? 0
                             : scalars.add(std::vector<Row>(step.rows, step.rows + step.n_rows));
@@ -307,53 +301,53 @@ class Memory {
     const char* const scalars_at = scalars_.put(scalars.bytes(), stream);
 
     // All that can fail, before anything is launched.
+    std::vector<SweepKernel> kernels;
     std::vector<int64_t> resident;
     for (const Launch& l : table.launches) {
-      const SweepKernel kernel = kernels_for(l.pair).find[step.rule][l.uses];
-      resident.push_back(resident_blocks(kernel, kThreads, device_));
+      kernels.push_back(sweep_kernel(step.rule, l.states, l.wide));
+      resident.push_back(resident_blocks(kernels.back(), kThreads, device_));
     }
     const int64_t norm_resident =
-        control.measure ? resident_blocks(norm_kernel, kNormThreads, device_) : 0;
+        measures ? resident_blocks(norm_kernel, kNormThreads, device_) : 0;
 
-    const bool gated = control.live || control.measure;
+    const bool gated = options.live || options.measure;
     auto* const gate = reinterpret_cast<Gate*>(gate_.get());
     Row* counted = nullptr;
     if (gated) {
-      Finish finish = {gate, control, step.rule, nullptr, 0, nullptr, nullptr};
-      if (control.live) {
+      Finish finish = {gate, options, step.rule, 0, nullptr, 0, nullptr, nullptr};
+      if (options.live) {
         counted = reinterpret_cast<Row*>(rows_.get(step.n_tensors * sizeof(Row)));
         finish.tallies = reinterpret_cast<const Tally*>(tensors_at + tallies);
         finish.n = static_cast<int64_t>(table.tallies.size());
-        finish.groups = reinterpret_cast<const DeviceGroup*>(scalars_at + groups);
+        finish.groups = reinterpret_cast<const Group*>(scalars_at + groups);
         finish.rows = counted;
       }
-      if (control.measure) {
-        Norm norm = {};
-        norm.pieces =
-            pieces_of(table.norm_pieces, table.norm_starts, norm_pieces, norm_starts, tensors_at);
-        const int64_t tiles = (norm.pieces.end + kNormTile - 1) / kNormTile;
-        norm.sums = reinterpret_cast<double*>(sums_.get((tiles + 1) * sizeof(double)));
+      if (measures) {
+        NormArguments norm = {};
+        norm.pieces = pieces_of(table, table.norm_starts, pieces, norm_starts, tensors_at);
+        norm.sums = reinterpret_cast<NormSum*>(
+            sums_.get(table.norm_nodes * size_t{kFan} * sizeof(NormSum)));
+        norm.arrived =
+            reinterpret_cast<unsigned*>(arrived_.get(table.norm_nodes * sizeof(unsigned)));
         norm.finish = finish;
-        launch(norm_kernel, std::max<int64_t>(1, std::min(tiles, norm_resident)), kNormThreads,
-               stream, norm);
+        const int64_t tiles = (norm.pieces.end + kFan - 1) / kFan;
+        launch(norm_kernel, std::min(tiles, norm_resident), kNormThreads, stream, norm);
       } else {
         launch(finish_kernel, 1, kNormThreads, stream, finish);
       }
     }
     for (size_t i = 0; i < table.launches.size(); ++i) {
-      const Launch& l = table.launches[i];
-      Sweep sweep = {};
-      sweep.pieces = pieces_of(l.pieces, l.starts, at[i].first, at[i].second, tensors_at);
+      SweepArguments sweep = {};
+      sweep.pieces = pieces_of(table, table.launches[i].starts, pieces, starts[i], tensors_at);
       sweep.gate = gated ? gate : nullptr;
-      if (control.live) {
+      if (options.live) {
         sweep.rows = counted;
       } else if (step.n_rows > kRowsHere) {
         sweep.rows = reinterpret_cast<const Row*>(scalars_at + rows);
       } else {
         std::copy(step.rows, step.rows + step.n_rows, sweep.here);
       }
-      const SweepKernel kernel = kernels_for(l.pair).find[step.rule][l.uses];
-      launch(kernel, std::min(sweep.pieces.end, resident[i]), kThreads, stream, sweep);
+      launch(kernels[i], std::min(sweep.pieces.end, resident[i]), kThreads, stream, sweep);
     }
     if (capturing(stream)) return;
     check(cudaEventRecord(done_, stream), "record an event");
@@ -378,13 +372,29 @@ class Memory {
 
   double read_norm() {
     const OnDevice on(device_);
-    Gate gate;
-    check(cudaDeviceSynchronize(), "finish the steps under way");
-    check(cudaMemcpy(&gate, gate_.get(), sizeof(gate), cudaMemcpyDeviceToHost), "read the norm");
-    return gate.norm;
+    return read_gate().norm;
+  }
+
+  void read_norms(size_t n, double* norms, int* finite) {
+    const OnDevice on(device_);
+    const Gate gate = read_gate();
+    std::vector<NormSum> sums(n);
+    check(cudaMemcpy(sums.data(), sums_.get(0), n * sizeof(NormSum), cudaMemcpyDeviceToHost),
+          "read the tensors' norms");
+    for (size_t i = 0; i < n; ++i) {
+      norms[i] = std::sqrt(sums[i].sum) * gate.factor;
+      finite[i] = !sums[i].bad;
+    }
   }
 
  private:
+  Gate read_gate() {
+    Gate gate;
+    check(cudaDeviceSynchronize(), "finish the steps under way");
+    check(cudaMemcpy(&gate, gate_.get(), sizeof(gate), cudaMemcpyDeviceToHost), "read the norm");
+    return gate;
+  }
+
   static constexpr int64_t kChunk = 1024;  // clocks that lie together
 
   Clock* clock_at(int64_t slot) {
@@ -430,7 +440,7 @@ class Memory {
   DeviceMemory gate_;
   std::deque<DeviceMemory> clocks_;  // their places stay
   Mirror tensors_, scalars_, entering_;
-  Growing sums_, rows_;  // which only the device writes
+  Growing sums_, arrived_, rows_;  // which only the device writes
 };
 
 template <class Body>
@@ -481,6 +491,9 @@ const char* read_clocks(void* memory, const int64_t* slots, size_t n, Clock* clo
 const char* read_norm(void* memory, double* norm) {
   return guarded([&] { *norm = static_cast<Memory*>(memory)->read_norm(); });
 }
+const char* read_norms(void* memory, size_t n, double* norms, int* finite) {
+  return guarded([&] { static_cast<Memory*>(memory)->read_norms(n, norms, finite); });
+}
 
 }  // namespace
 
@@ -491,17 +504,14 @@ void FreeDevice::operator()(char* memory) const {
 
 const Device& device() {
   static const Device offered = {
-      sizeof(Device), FUSEDSTEP_DEVICE_KIND, open,     close, take_step, use, index_of,
-      order,          read_clocks,           read_norm};
+      sizeof(Device), FUSEDSTEP_DEVICE_KIND, open,      close,     take_step, use, index_of,
+      order,          read_clocks,           read_norm, read_norms};
   return offered;
 }
 
 Allocation::Allocation(size_t bytes, int index) : bytes_(bytes), index_(index) {
   const OnDevice on(index);
-  memory_ = device_memory(std::max<size_t>(bytes, 1));
-  const Aside aside;
-  check(cudaMemsetAsync(memory_.get(), 0, bytes, aside.stream()), "clear memory");
-  aside.finish();  // before any stream uses it
+  memory_ = cleared_memory(bytes);
 }
 void Allocation::check_range(size_t at, size_t bytes) const {
   if (at > bytes_ || bytes > bytes_ - at) {

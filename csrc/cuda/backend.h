@@ -1,4 +1,4 @@
-// The GPUs of this machine, and what they offer a StepTable.
+// The GPUs of this machine, and what they offer a Stepper.
 #pragma once
 
 #include <cstddef>

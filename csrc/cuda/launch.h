@@ -5,18 +5,14 @@
 
 namespace fusedstep {
 
-using SweepKernel = void (*)(Sweep);
+using SweepKernel = void (*)(SweepArguments);
 
-// By rule, and by the states that the step has; null where there is no such variant.
-struct SweepKernels {
-  SweepKernel find[kRules][1 << kMaxStates];
-};
+// Of a rule, by its number, for the states that a step has; null where there is no such variant.
+// `wide` computes in double, for float64 parameters, else in float.
+SweepKernel sweep_kernel(int rule, StateMask states, bool wide);
 
-template <int kPair>
-const SweepKernels& sweep_kernels();
-
-extern void (*const norm_kernel)(Norm);      // the norm, then the finish
-extern void (*const finish_kernel)(Finish);  // the finish alone, in one block
+extern void (*const norm_kernel)(NormArguments);  // the norm, then the finish
+extern void (*const finish_kernel)(Finish);       // the finish alone, in one block
 extern void (*const enter_kernel)(const Enter*, int64_t);
 
 }  // namespace fusedstep

@@ -3,9 +3,9 @@
 #include <cuda_runtime.h>
 
 #define FUSEDSTEP_TARGET cuda
-#include "find.h"
 #include "kernels/update.h"
 #include "launch.h"
+#include "pieces.h"
 #include "rules/power.cpp"
 #include "rules/scalars.h"
 #include "vector.h"
@@ -14,77 +14,63 @@ namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 namespace {
 
-constexpr int kSums = kNormLanes / kNormShare;  // of one thread
-static_assert(kSums == 4, "a thread reads sixteen bytes of float32 at a time");
 constexpr int kAhead = 8;  // vectors in flight
 static_assert(kNormBlock % (kAhead * kNormLanes) == 0, "a whole block is read to its end");
-static_assert((kNormTile & (kNormTile - 1)) == 0 && (kNormThreads & (kNormThreads - 1)) == 0,
-              "subtrees of the tree");
-
-// What is read at a time: 16 bytes, or the 8 that four numbers of 16 bits are.
-template <bool kHalf>
-struct VectorOf {
-  using type = uint4;
-};
-template <>
-struct VectorOf<true> {
-  using type = uint2;
-};
-
-// Four neighbouring elements as doubles; those from n on are 0, which adds nothing to a square.
-template <bool kWhole, class T>
-FN void fetch_four(const T* from, int64_t at, int64_t n, double (&to)[kSums]) {
-  using V = typename Register<T>::type;
-  if constexpr (kWhole) {
-    using Vector = typename VectorOf<(kSums * sizeof(T) < 16)>::type;
-    alignas(16) T four[kSums];
-    UNROLL
-    for (unsigned i = 0; i < kSums * sizeof(T) / sizeof(Vector); ++i) {
-      const Vector vector = load_vector(reinterpret_cast<const Vector*>(from + at) + i);
-      __builtin_memcpy(reinterpret_cast<char*>(four) + sizeof(Vector) * i, &vector, sizeof(Vector));
-    }
-    UNROLL
-    for (int i = 0; i < kSums; ++i) to[i] = load<V>(four + i).v;
-  } else {
-    UNROLL
-    for (int i = 0; i < kSums; ++i) to[i] = at + i < n ? load<V>(from + at + i).v : 0;
-  }
-}
+static_assert((kFan & (kFan - 1)) == 0, "a small tensor's rows are a subtree");
 
 // This thread's share of a block's sixteen sums, as in kernels/squares.h. Returns whether an element
-// is not finite.
-template <bool kWhole, class T>
-FN bool add_squares(const NormPiece& piece, int64_t begin, int share, double (&sums)[kSums]) {
+// is not finite. Those from n on are 0, which adds nothing to a square.
+template <bool kWhole, class F>
+FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n,
+                    double (&sums)[kVector]) {
+  using T = typename F::Element;
+  constexpr bool kExact = !kDouble<typename F::Register>;  // squares of floats do not overflow
   double bad = 0;
 #pragma unroll 1
   for (int k = 0; k < kNormBlock; k += kAhead * kNormLanes) {
-    double x[kAhead][kSums];
+    T own[kAhead][kVector];
     UNROLL
-    for (int i = 0; i < kAhead; ++i) {
-      const int64_t at = begin + k + i * kNormLanes + share * kSums;
-      fetch_four<kWhole>(static_cast<const T*>(piece.grad), at, piece.n, x[i]);
+    for (int i = 0; i < kAhead; ++i, at += kNormLanes) {
+      if constexpr (kWhole) {
+        load_vector(from + at, own[i]);
+      } else {
+        UNROLL
+        for (int l = 0; l < kVector; ++l) own[i][l] = at + l < n ? from[at + l] : T{};
+      }
     }
     UNROLL
     for (int i = 0; i < kAhead; ++i) {
       UNROLL
-      for (int l = 0; l < kSums; ++l) {
-        sums[l] = __fma_rn(x[i][l], x[i][l], sums[l]);
-        if (sizeof(T) == 8) bad = __fma_rn(x[i][l], 0, bad);  // its square may overflow
+      for (int l = 0; l < kVector; ++l) {
+        const double x = F::load(&own[i][l]).v;
+        sums[l] = __fma_rn(x, x, sums[l]);
+        if (!kExact) bad = __fma_rn(x, 0, bad);
       }
     }
   }
-  if (sizeof(T) < 8) {
+  if (kExact) {
     UNROLL
-    for (int l = 0; l < kSums; ++l) bad = __fma_rn(sums[l], 0, bad);
+    for (int l = 0; l < kVector; ++l) bad = __fma_rn(sums[l], 0, bad);
   }
   return !(bad == 0);
 }
-template <class T>
-FN bool add_squares(const NormPiece& piece, int64_t begin, int share, double (&sums)[kSums]) {
-  if (piece.aligned && begin + kNormBlock <= piece.n) {
-    return add_squares<true, T>(piece, begin, share, sums);
+
+template <int kNumber = 1>
+FN bool add_squares(const Piece& piece, int64_t block, int share, double (&sums)[kVector]) {
+  const Segment& segment = piece.segment;
+  const Stream& grad = segment.stream[kGrad];
+  if constexpr (kNumber + 1 < kFormats) {
+    if (static_cast<int>(grad.format) != kNumber) {
+      return add_squares<kNumber + 1>(piece, block, share, sums);
+    }
   }
-  return add_squares<false, T>(piece, begin, share, sums);
+  using F = In<static_cast<Format>(kNumber)>;
+  const auto* from = static_cast<const typename F::Element*>(grad.data);
+  const int64_t at = block * kNormBlock + share * kVector;
+  if (piece.aligned && (block + 1) * kNormBlock <= segment.n) {
+    return add_squares<true, F>(from, at, segment.n, sums);
+  }
+  return add_squares<false, F>(from, at, segment.n, sums);
 }
 
 // The sum of 2*kWidth values by adding the second half to the first, until one is left in x[0].
@@ -95,68 +81,66 @@ FN void add_halves(double* x) {
   if constexpr (kWidth > 1) add_halves<kWidth / 2>(x);
 }
 
-// The same by adding neighbours.
-template <int kWidth>
-FN void add_pairs(double* x) {
-  UNROLL
-  for (int i = 0; i < kWidth; ++i) x[i] = __dadd_rn(x[2 * i], x[2 * i + 1]);
-  if constexpr (kWidth > 1) add_pairs<kWidth / 2>(x);
-}
+// The sums of a node, in shared memory: sum i is that of sums 2*i and 2*i + 1, down to those of its
+// children, from kFan on.
+struct Sums {
+  double sum[2 * kFan];
+  int bad[2 * kFan];
 
-// The sum of the first 2*kWidth values of `level` by adding neighbours too, in level[0]; by one block.
-template <int kWidth>
-FN void add_shared(double* level) {
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int width = kWidth; width > 0; width /= 2) {
-    double sum = 0;
-    if (thread < width) sum = __dadd_rn(level[2 * thread], level[2 * thread + 1]);
-    __syncthreads();
-    if (thread < width) level[thread] = sum;
+  FN void put(int child, double s, int b) {
+    sum[kFan + child] = s;
+    bad[kFan + child] = b;
+  }
+  // By one block, after all children.
+  FN void add_up() {
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int width = kFan / 2; width > 0; width /= 2) {
+      __syncthreads();
+      if (thread >= width) continue;
+      const int i = width + thread;
+      sum[i] = __dadd_rn(sum[2 * i], sum[2 * i + 1]);
+      bad[i] = bad[2 * i] | bad[2 * i + 1];
+    }
     __syncthreads();
   }
+};
+
+// One of n sums, whose tree begins at a node: a tensor's by its tiles, or all tensors'.
+struct Child {
+  int64_t node, n, at;
+  int64_t piece;  // the tensor's number, or that of none
+};
+constexpr int64_t kAllPieces = -1;
+
+// Puts a sum in its place. Returns whether its node has all of its children now.
+FN bool arrive(const NormArguments& norm, const Child& child, double sum, int bad) {
+  volatile NormSum& to = norm.sums[child.node * kFan + child.at];
+  to.sum = sum;
+  to.bad = bad;
+  __threadfence();
+  const int64_t above = child.at / kFan, children = child.n - above * kFan;
+  unsigned& arrived = norm.arrived[child.node + above];
+  if (atomicAdd(&arrived, 1u) != (children < kFan ? children : kFan) - 1) return false;
+  arrived = 0;  // for the next step
+  return true;
 }
 
-// The tree over the sums of all tiles, by one block; it overwrites them. Missing sums are 0.
-FN double tree(volatile double* sums, int64_t n) {
-  constexpr int kLeaves = 16;  // of one thread
-  __shared__ double level[kNormThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  do {
-    constexpr int kChunk = kLeaves * kNormThreads;
-    const int64_t chunks = n > 0 ? (n + kChunk - 1) / kChunk : 1;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t at = (chunk * kNormThreads + thread) * kLeaves;
-      double x[kLeaves];
-      UNROLL
-      for (int i = 0; i < kLeaves; ++i) x[i] = at + i < n ? sums[at + i] : 0;
-      add_pairs<kLeaves / 2>(x);
-      level[thread] = x[0];
-      __syncthreads();
-      add_shared<kNormThreads / 2>(level);
-      if (thread == 0) sums[chunk] = level[0];  // which the chunks before this one have read
-      __syncthreads();
-    }
-    n = chunks;
-  } while (n > 1);
-  return level[0];
+FN double read(const Stream& number) {
+  return number.format == Format::kF64 ? *static_cast<const double*>(number.data)
+                                       : *static_cast<const float*>(number.data);
 }
-
-FN double read(const Live& live) {
-  return live.dtype == DType::f64 ? *static_cast<const double*>(live.at)
-                                  : *static_cast<const float*>(live.at);
-}
-FN void write(const Live& live, double value) {
-  if (live.dtype == DType::f64) {
-    *static_cast<double*>(live.at) = value;
+FN void write(const Stream& number, double value) {
+  if (number.format == Format::kF64) {
+    *static_cast<double*>(number.data) = value;
   } else {
-    *static_cast<float*>(live.at) = static_cast<float>(value);
+    *static_cast<float*>(number.data) = static_cast<float>(value);
   }
 }
 // What a tensor's number shows, if it is not what is known of it.
-FN bool differs(const Live& live, double known, double& shown) {
-  if (!live.at) return false;
-  shown = read(live);
-  return shown != (live.dtype == DType::f64 ? known : static_cast<float>(known));
+FN bool differs(const Stream& number, double known, double& shown) {
+  if (!number.data) return false;
+  shown = read(number);
+  return shown != (number.format == Format::kF64 ? known : static_cast<float>(known));
 }
 
 // The clock as kept, unless the numbers that show it say another.
@@ -174,10 +158,10 @@ FN Clock clock_of(const Tally& tally) {
 }
 
 FN void show(const Tally& tally, const Clock& clock) {
-  if (tally.shown[0].at) write(tally.shown[0], static_cast<double>(clock.t));
+  if (tally.shown[0].data) write(tally.shown[0], static_cast<double>(clock.t));
   UNROLL
   for (int c = 0; c < kCounts - 1; ++c) {
-    if (tally.shown[1 + c].at) write(tally.shown[1 + c], clock.carry[c]);
+    if (tally.shown[1 + c].data) write(tally.shown[1 + c], clock.carry[c]);
   }
 }
 
@@ -216,8 +200,8 @@ __device__ __noinline__ void count_updates(const Finish& finish) {
       finish.rows[i] = finish.rows[last.at];
     } else {
       Clock after = clock;
-      Group now = finish.groups[tally.group].group;
-      if (finish.groups[tally.group].lr.at) now.hypers[0] = read(finish.groups[tally.group].lr);
+      Group now = finish.groups[tally.group];
+      if (now.lr.data) now.hypers[0] = read(now.lr);
       finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after);
       last = {tally.group, clock, after, i};
     }
@@ -227,73 +211,110 @@ __device__ __noinline__ void count_updates(const Finish& finish) {
 }
 
 // Decides what the sweep is to do, from the gradients' sum of squares; by one block.
-FN void decide(const Finish& finish, double sum) {
+FN void decide(const Finish& finish, double sum, bool bad) {
   Gate& gate = *finish.gate;
-  const Control& control = finish.control;
+  const Options& options = finish.options;
   __shared__ int skip;
   if (threadIdx.x == 0) {
-    double factor = control.factor;
-    if (control.scale.at) factor = factor * (1 / read(control.scale));
-    const bool found_inf = control.found_inf.at && read(control.found_inf) != 0;
-    const Verdict verdict = judge(sum, gate.nonfinite, found_inf, factor, control);
-    gate.norm = verdict.norm;
+    double factor = options.factor;
+    if (options.scale.data) factor = factor * (1 / read(options.scale));
+    const bool found_inf = options.found_inf.data && read(options.found_inf) != 0;
+    const Verdict verdict = judge(sum, bad, found_inf, factor, options);
+    if (options.measure) {
+      gate.norm = verdict.norm;
+      gate.factor = factor;
+    }
     gate.multiplier = verdict.factor;
     gate.skip = skip = verdict.skip;
-    if (control.norm.at) write(control.norm, verdict.norm);
-    gate.nonfinite = 0;
-    gate.arrived = 0;
+    if (options.norm.data) write(options.norm, verdict.norm);
   }
   __syncthreads();
   if (finish.tallies && !skip) count_updates(finish);
 }
 
-__global__ void __launch_bounds__(kNormThreads) norm(const __grid_constant__ Norm norm) {
-  __shared__ double lanes[kNormTile][kNormLanes + 1];  // the odd length spreads rows over the banks
-  __shared__ double level[kNormTile];
-  __shared__ bool last;
+// From a node that has all of its children upwards, for as long as this block is the last to arrive.
+// Returns whether it has the sum of all, in node.sum[1].
+FN bool climb(const NormArguments& norm, Child child, Sums& node) {
+  __shared__ bool full;
+  const int thread = static_cast<int>(threadIdx.x);
+  do {
+    __threadfence();
+    if (thread < kFan) {
+      const int64_t at = child.at / kFan * kFan + thread;
+      const volatile NormSum& from = norm.sums[child.node * kFan + at];
+      const bool there = at < child.n;
+      node.put(thread, there ? from.sum : 0, there ? from.bad : 0);
+    }
+    node.add_up();
+    const int64_t nodes = (child.n + kFan - 1) / kFan;
+    if (nodes > 1) {
+      child = {child.node + nodes, nodes, child.at / kFan, child.piece};
+    } else if (child.piece != kAllPieces) {
+      child = {0, norm.pieces.n, child.piece, kAllPieces};
+    } else {
+      return true;
+    }
+    if (thread == 0) full = arrive(norm, child, node.sum[1], node.bad[1]);
+    __syncthreads();
+  } while (full);
+  return false;
+}
+
+__global__ void __launch_bounds__(kNormThreads) norm(const __grid_constant__ NormArguments norm) {
+  __shared__ double lanes[kFan][kNormLanes + 1];  // the odd length spreads rows over the banks
+  __shared__ bool bad[kNormThreads];
+  __shared__ Sums node;
+  __shared__ Child full[2];  // children of one or two nodes, at least, arrive from a tile
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread / kNormShare, share = thread % kNormShare;
-  const int64_t tiles = (norm.pieces.end + kNormTile - 1) / kNormTile;
-  bool bad = false;
   int place = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t block = tile * kNormTile + row;
-    double sums[kSums] = {};
-    if (block < norm.pieces.end) {
-      int64_t start;
-      const NormPiece piece = find(norm.pieces, block, place, start);
-      const int64_t begin = (block - start) * kNormBlock;
-      if (piece.dtype == DType::f32) bad |= add_squares<float>(piece, begin, share, sums);
-      if (piece.dtype == DType::f64) bad |= add_squares<double>(piece, begin, share, sums);
-      if (piece.dtype == DType::bf16) bad |= add_squares<bf16>(piece, begin, share, sums);
-      if (piece.dtype == DType::f16) bad |= add_squares<f16>(piece, begin, share, sums);
+  bool last = false;
+  for (int64_t tile = blockIdx.x; tile * kFan < norm.pieces.end; tile += gridDim.x) {
+    int64_t start, block = 0, blocks = 0;  // of the row's tensor, which may end before
+    Piece piece;
+    double sums[kVector] = {};
+    bad[thread] = false;
+    if (const int64_t at = tile * kFan + row; at < norm.pieces.end) {
+      piece = find(norm.pieces, at, place, start);
+      block = at - start;
+      blocks = (piece.segment.n + kNormBlock - 1) / kNormBlock;
+      if (block < blocks) bad[thread] = add_squares(piece, block, share, sums);
     }
     UNROLL
-    for (int l = 0; l < kSums; ++l) lanes[row][share * kSums + l] = sums[l];
+    for (int l = 0; l < kVector; ++l) lanes[row][share * kVector + l] = sums[l];
     __syncthreads();
-    if (thread < kNormTile) {
+    if (thread < kFan) {
       double x[kNormLanes];
       UNROLL
       for (int l = 0; l < kNormLanes; ++l) x[l] = lanes[thread][l];
       add_halves<kNormLanes / 2>(x);
-      level[thread] = x[0];
+      int any = 0;
+      UNROLL
+      for (int i = 0; i < kNormShare; ++i) any |= bad[thread * kNormShare + i];
+      node.put(thread, x[0], any);
+      if (thread < 2) full[thread].n = 0;
+    }
+    node.add_up();
+    // The first of a tensor's rows here has its sum: of a tile, or of the whole tensor.
+    if (share == 0 && block < blocks && block % kFan == 0) {
+      int64_t rows = 1;
+      while (rows < blocks && rows < kFan) rows *= 2;
+      const int i = static_cast<int>((kFan + row) / rows);
+      const Child child = blocks > kFan
+                              ? Child{piece.node, (blocks + kFan - 1) / kFan, block / kFan, place}
+                              : Child{0, norm.pieces.n, place, kAllPieces};
+      if (arrive(norm, child, node.sum[i], node.bad[i])) full[child.at / kFan % 2] = child;
     }
     __syncthreads();
-    add_shared<kNormTile / 2>(level);
-    if (thread == 0) norm.sums[tile] = level[0];
+    for (const Child& child : full) {
+      if (child.n) last |= climb(norm, child, node);
+    }
   }
-  if (bad) atomicOr(&norm.finish.gate->nonfinite, 1);
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) last = atomicAdd(&norm.finish.gate->arrived, 1u) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  decide(norm.finish, tree(norm.sums, tiles));
+  if (last) decide(norm.finish, node.sum[1], node.bad[1] != 0);
 }
 
 __global__ void __launch_bounds__(kNormThreads) finish(const __grid_constant__ Finish finish) {
-  decide(finish, 0);
+  decide(finish, 0, false);
 }
 
 __global__ void enter(const Enter* entries, int64_t n) {
@@ -304,7 +325,7 @@ __global__ void enter(const Enter* entries, int64_t n) {
 }  // namespace
 }  // namespace FUSEDSTEP_TARGET
 
-void (*const norm_kernel)(Norm) = FUSEDSTEP_TARGET::norm;
+void (*const norm_kernel)(NormArguments) = FUSEDSTEP_TARGET::norm;
 void (*const finish_kernel)(Finish) = FUSEDSTEP_TARGET::finish;
 void (*const enter_kernel)(const Enter*, int64_t) = FUSEDSTEP_TARGET::enter;
 

@@ -9,61 +9,51 @@
 
 namespace fusedstep {
 
-// The sizes that tie kernels and tables together. A tile is what a block sweeps at a time, eight
-// elements for each thread: whole 16-byte vectors of every type.
-constexpr int kThreads = 256, kPerThread = 8, kTile = kThreads * kPerThread;
+// The sizes that tie kernels and tables together. A tile is what a block sweeps at a time: kVector
+// elements for each thread, side by side where they can be moved together.
+constexpr int kThreads = 256, kVector = 4, kTile = kThreads * kVector;
 
-// The norm's blocks of kNormBlock elements, and the threads that share one: each has four of the
-// sixteen sums. A tile of blocks is a subtree of the tree over all of them.
-constexpr int kNormThreads = 128, kNormShare = 4, kNormTile = kNormThreads / kNormShare;
+// The norm's tree. A node has kFan sums; a tile is a node of rows, each of which is a block of
+// kNormBlock elements, read by four threads that have kVector of its sixteen sums each.
+constexpr int kFan = 32, kNormShare = kNormLanes / kVector, kNormThreads = kFan * kNormShare;
 
 constexpr int kRowsHere = 16;  // rows that travel with the launch; more are sent
 
-// One tensor in a sweep. No struct of a table has padding, as tables are compared as bytes.
+// One tensor of a step that has elements. No struct of a table has padding, as tables are compared
+// as bytes.
 struct Piece {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];
-  int64_t n;
-  int row;
-  int aligned;  // every stream begins at a multiple of 16 bytes
-};
-
-// One gradient in the norm.
-struct NormPiece {
-  const void* grad;
-  int64_t n;
-  DType dtype;
-  int aligned;
+  Segment segment;  // its row with live counts: the tensor's number in the step
+  int aligned;      // every stream begins where its vectors may
+  int node;         // of the norm's tree, from which on there are the tensor's own
 };
 
 // What the norm decides and a sweep obeys.
 struct Gate {
-  double norm, multiplier;  // of the gradients
-  int skip, nonfinite;
-  unsigned arrived;  // blocks that are done with the norm
+  double norm, factor;  // of the last step that measured, and what its gradients were multiplied by
+  double multiplier;    // of the gradients in the sweep
+  int skip;
+  int padding;
 };
 
 // A tensor's place among those whose rows a GPU prepares.
 struct Tally {
   Clock* clock;
-  Live shown[kCounts];
+  Stream shown[kCounts];
   int group;
-  int padding = 0;
+  int padding;
 };
 
-// Pieces [0, n) and where each begins, in tiles or blocks; starts[n] is the end. Where there is one
-// piece, it travels with the launch.
-template <class P>
+// Pieces [0, n) and where each begins, in tiles or rows; starts[n] is the end. A piece that another
+// kernel sweeps has none. Where there is one piece, it travels with the launch.
 struct Pieces {
   const int64_t* starts;
-  const P* all;
-  P only;
+  const Piece* all;
+  Piece only;
   int64_t n, end;
 };
 
-struct Sweep {
-  Pieces<Piece> pieces;
+struct SweepArguments {
+  Pieces pieces;
   const Gate* gate;  // null: no skip, no multiplier
   const Row* rows;   // null: the rows here
   Row here[kRowsHere];
@@ -77,33 +67,42 @@ struct Enter {
 // After the norm, or instead of it.
 struct Finish {
   Gate* gate;
-  Control control;
+  Options options;
   int rule;
+  int padding;
   const Tally* tallies;  // null: the rows were prepared on the host
   int64_t n;
-  const DeviceGroup* groups;
+  const Group* groups;
   Row* rows;
 };
 
-struct Norm {
-  Pieces<NormPiece> pieces;
-  double* sums;  // one for each tile
+// A sum of squares, and whether an element of it is not finite.
+struct NormSum {
+  double sum;
+  int bad;
+  int padding;
+};
+
+struct NormArguments {
+  Pieces pieces;
+  NormSum* sums;      // kFan for each node; those of the pieces come first
+  unsigned* arrived;  // how many of them are there, by node
   Finish finish;
 };
 
 // The tensors of one step that one kernel sweeps.
 struct Launch {
-  unsigned uses;
-  int pair;
-  std::vector<Piece> pieces;
-  std::vector<int64_t> starts;
+  StateMask states;
+  bool wide;                    // float64 parameters
+  std::vector<int64_t> starts;  // of all pieces, in tiles
 };
 
 // Everything in a step that a GPU keeps from one step to the next while it is the same.
 struct Table {
+  std::vector<Piece> pieces;
   std::vector<Launch> launches;
-  std::vector<NormPiece> norm_pieces;
-  std::vector<int64_t> norm_starts;
+  std::vector<int64_t> norm_starts;  // in rows
+  int norm_nodes = 0;
   std::vector<Tally> tallies;
 };
 

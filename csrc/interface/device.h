@@ -61,6 +61,8 @@ struct Device {
   // Wait for the device.
   const char* (*read_clocks)(void* memory, const int64_t* slots, size_t n, Clock* clocks);
   const char* (*read_norm)(void* memory, double* norm);
+  // Of the tensors that have elements, in the order of the last step that measured n such.
+  const char* (*read_norms)(void* memory, size_t n, double* norms, int* finite);
 };
 
 }  // namespace fusedstep

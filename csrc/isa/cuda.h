@@ -11,6 +11,7 @@ namespace FUSEDSTEP_TARGET {
 
 struct F32 {
   static constexpr int kWidth = 1;
+  using Scalar = float;
   float v;
   F32() = default;
   FN F32(float x) : v(x) {}
@@ -27,6 +28,7 @@ struct F32 {
 
 struct F64 {
   static constexpr int kWidth = 1;
+  using Scalar = double;
   double v;
   F64() = default;
   FN F64(double x) : v(x) {}
@@ -43,7 +45,7 @@ struct F64 {
 
 // As for a CPU's registers (lanes.h), of one lane.
 template <class V>
-FN V load(const decltype(V::v)* from) {
+FN V load(const typename V::Scalar* from) {
   return *from;
 }
 FN void store(float* to, F32 x) { *to = x.v; }
@@ -61,6 +63,17 @@ template <int N>
 FN void store_high(uint16_t* to, uint32_t x) {
   *to = static_cast<uint16_t>(x >> 16);
 }
+
+// Floats as doubles, exactly, and doubles rounded to floats.
+template <class To, class From>
+FN To as(From x) {
+  if constexpr (sizeof(To) < sizeof(From)) {
+    return __double2float_rn(x.v);
+  } else {
+    return To(x.v);
+  }
+}
+
 FN F32 load_f16(const uint16_t* from) { return __half2float(__half(__half_raw{*from})); }
 FN void store_f16(uint16_t* to, F32 x) { *to = __half_raw(__float2half_rn(x.v)).x; }
 

@@ -178,6 +178,22 @@ Verdict Stepper::measure(const Options& options) {
 
 std::vector<std::optional<Norm>> Stepper::norms() const {
   std::vector<std::optional<Norm>> all;
+  if (device_) {
+    const auto n = std::count(measured_there_.begin(), measured_there_.end(), true);
+    std::vector<double> norms(n);
+    std::vector<int> finite(n);
+    check_device(device_->read_norms(memory_, norms.size(), norms.data(), finite.data()));
+    size_t next = 0;
+    for (const std::optional<bool>& elements : measured_there_) {
+      Norm norm = {0, true};
+      if (elements == true) {
+        norm = {norms[next], finite[next] != 0};
+        ++next;
+      }
+      all.push_back(elements ? std::optional(norm) : std::nullopt);
+    }
+    return all;
+  }
   for (const std::optional<Squared>& squared : measured_.each) {
     all.push_back(squared ? std::optional(Norm{std::sqrt(squared->sum) * factor_, squared->finite})
                           : std::nullopt);
@@ -215,6 +231,11 @@ void Stepper::sweep_there(const std::vector<Group>& groups, const Options& optio
                            options.live ? groups.size() : 0,
                            options};
   check_device(device_->step(memory_, &step));
+  if (!options.measure) return;
+  measured_there_.clear();
+  for (const Segment& segment : segments_) {
+    measured_there_.push_back(takes_part(segment) ? std::optional(segment.n > 0) : std::nullopt);
+  }
 }
 
 void Stepper::commit(bool live, Outcome& outcome) {

@@ -113,6 +113,8 @@ class Stepper {
 
   Measured measured_;
   double factor_ = 1;  // of the gradients that were measured
+  // On a device, of those that took part: whether they have elements.
+  std::vector<std::optional<bool>> measured_there_;
 };
 
 }  // namespace fusedstep

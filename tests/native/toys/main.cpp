@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <vector>
 
-#define FUSEDSTEP_PAIR 0
 #include "cuda/sweep.cu"
 #include "step/rules.h"
 
@@ -20,33 +19,34 @@ int main() {
     const Rule& rule = rules()[r];
     Group group = {};
     group.hypers[0] = 0.5;
-    const unsigned uses = used_states(rule, group.hypers);
     for (const bool gpu : {false, true}) {
-      std::vector<float> streams[2 + kMaxStates];  // parameter, gradient, states
-      for (size_t s = 0; s < 2 + rule.states.size(); ++s) {
+      const size_t n_streams = kState + rule.states.size();
+      std::vector<std::vector<float>> streams(n_streams);
+      Segment segment;
+      segment.n = 5;
+      for (size_t s = 0; s < n_streams; ++s) {
         for (int i = 0; i < 5; ++i) streams[s].push_back(static_cast<float>(10 * s + i));
+        segment.stream[s] = {streams[s].data(), Format::kF32};
       }
       Clock clock = {0, {0, 0}};
       for (int t = 1; t <= 2; ++t) {
         const Row row = rule.prepare(group, clock, 1);
-        Segment segment = {streams[0].data(), streams[1].data(), {}, 5, row.scalars, nullptr};
-        for (int s = 0; s < kMaxStates; ++s) segment.state[s] = streams[2 + s].data();
         if (gpu) {
-          Sweep sweep = {};
+          SweepArguments sweep = {};
           sweep.here[0] = row;
           sweep.pieces.n = sweep.pieces.end = 1;
-          Piece& piece = sweep.pieces.only = {segment.param, segment.grad, {}, 5, 0, 0};
-          for (int s = 0; s < kMaxStates; ++s) piece.state[s] = segment.state[s];
+          sweep.pieces.only.segment = segment;
           cudaLaunchConfig_t config = {};
           config.gridDim = 1;
           config.blockDim = kThreads;
-          cudaLaunchKernelEx(&config, sweep_kernels<0>().find[r][uses], sweep);
+          cudaLaunchKernelEx(
+              &config, sweep_kernel(static_cast<int>(r), rule.mask_of(group.hypers), false), sweep);
           cudaDeviceSynchronize();
         } else {
-          scalar::kernels.find[r][row.variant][row.decay][0](segment, 0, 5);
+          scalar::kernels.sweep(static_cast<int>(r), segment, row, 0, 5);
         }
       }
-      for (size_t s = 0; s < 2 + rule.states.size(); ++s) {
+      for (size_t s = 0; s < n_streams; ++s) {
         std::printf("%s %s %zu", rule.name.c_str(), gpu ? "gpu" : "cpu", s);
         for (const float x : streams[s]) std::printf(" %g", x);
         std::printf("\n");

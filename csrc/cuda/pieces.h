@@ -1,4 +1,4 @@
-// Which piece a tile or block belongs to.
+// Which piece a tile of the sweep or a row of the norm lies in.
 #pragma once
 
 #include "isa/isa.h"
@@ -9,8 +9,7 @@ namespace FUSEDSTEP_TARGET {
 
 // The piece that `at` lies in, and where it starts. `place` is the number of one that lies not
 // behind it, at first 0, and becomes the number of the piece: mostly it is the same again.
-template <class P>
-FN P find(const Pieces<P>& pieces, int64_t at, int& place, int64_t& start) {
+FN Piece find(const Pieces& pieces, int64_t at, int& place, int64_t& start) {
   start = 0;
   if (pieces.n == 1) return pieces.only;
   int64_t low = place, high = pieces.n;  // starts[low] <= at < starts[high]
