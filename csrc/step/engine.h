@@ -44,7 +44,6 @@ struct Counted {
 class Plan {
  public:
   // Prepares the rows of a rule's next update, tells each segment its own, and which clock follows.
-  // Throws std::logic_error, naming the segment's number, where a state is missing.
   void make(int rule, const std::vector<Counted>& counted, const std::vector<Group>& groups,
             double factor, std::vector<Segment>& segments);
 
