@@ -183,19 +183,19 @@ py::object TensorReader::storage_of(py::handle tensor) const {
   return storage;
 }
 
-// torch's object begins with the addresses of its storage, autograd's data and its version, between
-// others; which are where is not ours to know, nor matters.
-Around TensorReader::around(py::handle tensor) const {
-  constexpr size_t kWords = 8;
-  Around found = {tensor.attr("_cdata").cast<uintptr_t>()};
-  uintptr_t words[kWords];
-  std::memcpy(words, reinterpret_cast<const void*>(found[0]), sizeof(words));
-  size_t n = 1;
-  for (const uintptr_t word : words) {
-    const bool address = word % alignof(void*) == 0 && word >> 20 && !(word >> 47);
-    if (address && n < found.size()) found[n++] = word;
+// torch's object begins with its functions' address, and then has those of its storage, autograd's
+// data and its version, between others; which are where is not ours to know, nor matters.
+void TensorReader::add_lines(py::handle tensor, Lines& lines) const {
+  constexpr size_t kObject = 32, kTensor = 192, kOther = 64;  // bytes, about
+  const auto at = tensor.attr("_cdata").cast<uintptr_t>();
+  lines.add(reinterpret_cast<uintptr_t>(tensor.ptr()), kObject);
+  lines.add(at, kTensor);
+  uintptr_t words[8];
+  std::memcpy(words, reinterpret_cast<const void*>(at), sizeof(words));
+  for (const uintptr_t* word = words + 1; word != std::end(words); ++word) {
+    const bool address = *word % alignof(void*) == 0 && *word >> 20 && !(*word >> 47);
+    if (address) lines.add(*word, kOther);
   }
-  return found;
 }
 
 TensorReader::Owners TensorReader::owners(py::handle tensor) const {

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <utility>
@@ -31,8 +32,25 @@ bool same_strides(const TensorView& a, const TensorView& b);
 // Whether the elements fill one run of memory, in any order of the dimensions.
 bool dense(const TensorView& view);
 
-// Addresses of objects of torch's. They are hints, for prefetching: nothing is read there.
-using Around = std::array<uintptr_t, 5>;
+inline void prefetch(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address));
+}
+
+// Cache lines of objects of torch's. They are hints, for prefetching: nothing is read there.
+struct Lines {
+  std::array<uintptr_t, 20> address;
+  size_t n = 0;
+
+  void add(uintptr_t begin, size_t bytes) {
+    for (uintptr_t line = begin & ~uintptr_t{63}; line < begin + bytes; line += 64) {
+      const auto end = address.begin() + n;
+      if (n < address.size() && std::find(address.begin(), end, line) == end) address[n++] = line;
+    }
+  }
+  void fetch(size_t first) const {
+    for (size_t i = 0; i < first; ++i) prefetch(address[i]);
+  }
+};
 
 class TensorReader {
  public:
@@ -66,8 +84,8 @@ class TensorReader {
   bool alone(pybind11::handle tensor) const;
   bool knows_alone() const { return alone_ != Owners{}; }
 
-  // What torch will look at for a tensor, as far as it can be guessed.
-  Around around(pybind11::handle tensor) const;
+  // Adds what torch will look at for a tensor, as far as it can be guessed.
+  void add_lines(pybind11::handle tensor, Lines& lines) const;
 
   // `tensor.grad`, and `tensor.grad = None`.
   pybind11::object grad(pybind11::handle tensor) const;

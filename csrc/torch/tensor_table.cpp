@@ -296,6 +296,7 @@ void TensorTable::read(size_t place, bool begins) {
   }
 
   Tensor& tensor = tensors_[place];
+  filled_[place] = 0;
   tensor = {};
   tensor.segment.stream[kParam] = {p.data, p.format};
   tensor.segment.n = p.n;
@@ -322,13 +323,7 @@ bool TensorTable::recall(size_t place) {
   if (kept.shown != shown_ || kept.mask != a.mask || live_) return false;
   TensorView p, g;
   if (!reader_.read(a.param, p, place_)) return false;
-  trail_.pass_tensor(a.param, p);
   if (!reader_.read(a.grad, g, place_)) return false;
-  trail_.pass_tensor(a.grad, g);
-  for (const Around& around : kept.around) {
-    for (const uintptr_t address : around) trail_.pass(address);
-  }
-  for (size_t s = 0; s < scalars_.size(); ++s) trail_.pass(kept.numbers[s].data);
   if (p.data != kept.param || p.format != kept.format || p.reals != kept.reals ||
       p.ndim != kept.ndim || !std::equal(p.shape, p.shape + p.ndim, kept.layout.data()) ||
       !std::equal(p.strides, p.strides + p.ndim, kept.layout.data() + p.ndim)) {
@@ -344,12 +339,15 @@ bool TensorTable::recall(size_t place) {
   kept.grad = g.data;
   a.kept = true;
   Tensor& tensor = tensors_[place];
-  tensor.segment.stream[kParam] = {p.data, p.format};
-  tensor.segment.n = p.n;
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.mask >> s & 1) {
+  if (filled_[place] != kept.serial) {
+    tensor = {};
+    tensor.segment.stream[kParam] = {p.data, p.format};
+    tensor.segment.n = p.n;
+    for (size_t s = 0; s < states_.size(); ++s) {
+      if (!(a.mask >> s & 1)) continue;
       tensor.segment.stream[kState + s] = {kept.states[s], state_format(p.format)};
     }
+    filled_[place] = kept.serial;
   }
   tensor.counted = {a.group, clock_of(a, false)};
   gradients_[place] = {g.data, g.format};
@@ -448,7 +446,6 @@ void TensorTable::collect(const py::list& groups, size_t first) {
   active_.clear();
   readings_.clear();
   groups_.clear();
-  tensors_.clear();
   gradients_.clear();
   sources_.clear();
   back_.clear();
@@ -458,6 +455,7 @@ void TensorTable::collect(const py::list& groups, size_t first) {
   ran_ = false;
   trail_.begin();
 
+  constexpr size_t kAhead = 4;  // parameters whose objects are on the way to the cache
   std::vector<size_t> begins;
   py::list wanted;
   Ordered entries(state_);
@@ -474,6 +472,10 @@ void TensorTable::collect(const py::list& groups, size_t first) {
     }
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
+      if (here + kAhead < kept_.size()) {
+        const Lines& lines = kept_[here + kAhead].lines;
+        lines.fetch(lines.n);
+      }
       ran_ = ran_ || !reader_.ordinary(param);
       py::object grad = reader_.grad(param);
       if (grad.is_none()) continue;
@@ -488,7 +490,10 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       a.param = param;
       a.given = grad;
       a.grad = std::move(grad);
-      tensors_.emplace_back();
+      if (place == tensors_.size()) {
+        tensors_.emplace_back();
+        filled_.push_back(0);
+      }
       gradients_.emplace_back();
       a.mask = mask;
       written_.append(param);
@@ -504,6 +509,8 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       wanted.append(py::make_tuple(param, group[2], names_missing(a)));
     }
   }
+  tensors_.resize(active_.size());
+  filled_.resize(active_.size());
   ran_ = ran_ || entries.hashed;
   if (begins.empty()) return;
   ran_ = true;
@@ -622,7 +629,14 @@ void TensorTable::keep() {
         kept.states[s] = tensors_[place].segment.stream[kState + s].data;
       }
       kept.numbers = a.numbers;
-      kept.around = {reader_.around(a.param), reader_.around(a.given)};
+      kept.serial = ++serial_;
+      kept.lines = {};
+      reader_.add_lines(a.param, kept.lines);
+      kept.of_param = kept.lines.n;
+      reader_.add_lines(a.given, kept.lines);
+      for (size_t s = 0; s < scalars_.size(); ++s) {
+        kept.lines.add(reinterpret_cast<uintptr_t>(a.numbers[s].data), sizeof(double));
+      }
       std::copy(p.shape, p.shape + p.ndim, kept.layout.begin());
       std::copy(p.strides, p.strides + p.ndim, kept.layout.begin() + p.ndim);
       kept.shown = shown;
@@ -715,9 +729,7 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
     }
   }
   for (const Active& a : active_) {
-    trail_.prefetch(reinterpret_cast<uintptr_t>(a.param.ptr()));
-    if (a.kept)
-      for (const uintptr_t address : kept_[a.i].around[0]) trail_.prefetch(address);
+    if (a.kept) kept_[a.i].lines.fetch(kept_[a.i].of_param);
   }
   insistence.run([&] { announce(written_); });
   for (const Active& a : active_) {

@@ -24,9 +24,6 @@ namespace fusedstep {
 // none of it is there any more. Its addresses are hints; nothing is read through them.
 class Trail {
  public:
-  static void prefetch(uintptr_t address) {
-    __builtin_prefetch(reinterpret_cast<const void*>(address));
-  }
   void begin() {
     std::swap(now_, before_);
     now_.clear();
@@ -132,7 +129,9 @@ class TensorTable {
     void *param, *grad;  // the gradient: the last one found to have its memory
     std::array<void*, kMaxStates> states;
     std::array<Stream, kCounts> numbers;
-    std::array<Around, 2> around;           // hints for Trail, of the parameter and the gradient
+    uint64_t serial;                        // no two are the same
+    Lines lines;                            // what a step looks at, the parameter's first
+    size_t of_param;                        // how many those are
     std::array<int64_t, 2 * kDims> layout;  // the parameter's shape and strides
   };
 
@@ -234,6 +233,7 @@ class TensorTable {
   size_t recalled_ = 0;
   pybind11::object state_;
   uint64_t shown_ = 1;  // how often it was
+  uint64_t serial_ = 0;
 
   // Of the step being taken.
   bool stepping_ = false;
@@ -253,6 +253,7 @@ class TensorTable {
   Trail trail_;
 
   std::vector<Tensor> tensors_;
+  std::vector<uint64_t> filled_;  // the serial of what was kept that each is from, or 0
   // Of that step and of the last one. Addresses of the last one are compared, never followed.
   std::vector<Stream> gradients_, gradients_before_;
 };
