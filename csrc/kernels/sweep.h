@@ -56,37 +56,29 @@ void update(const Row& row, void* const* at, int64_t n) {
   }
 }
 
-// Registers of a format's own width from and to floats or doubles.
-template <class F>
-FN void decode_register(const typename F::Element* from, float* to) {
-  if constexpr (kDouble<typename F::Register>) {
+// As many elements of a format as a register has floats, from and to floats or doubles.
+template <class F, class T>
+FN void decode_register(const typename F::Element* from, T* to) {
+  if constexpr (sizeof(*from) == sizeof(T)) {
+    __builtin_memcpy(to, from, F32::kWidth * sizeof(T));
+  } else if constexpr (sizeof(*from) == sizeof(double)) {
     store(to, narrow<F32>(from));
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    widen(F::load(from), to);
   } else {
     store(to, F::load(from));
   }
 }
-template <class F>
-FN void decode_register(const typename F::Element* from, double* to) {
-  if constexpr (kDouble<typename F::Register>) {
-    for (int l = 0; l < F32::kWidth; l += F64::kWidth) store(to + l, F::load(from + l));
-  } else {
-    widen(F::load(from), to);
-  }
-}
-template <class F>
-FN void encode_register(const float* from, typename F::Element* to) {
-  if constexpr (kDouble<typename F::Register>) {
+template <class F, class T>
+FN void encode_register(const T* from, typename F::Element* to) {
+  if constexpr (sizeof(*to) == sizeof(T)) {
+    __builtin_memcpy(to, from, F32::kWidth * sizeof(T));
+  } else if constexpr (sizeof(*to) == sizeof(double)) {
     widen(load<F32>(from), to);
+  } else if constexpr (sizeof(T) == sizeof(double)) {
+    F::store(to, narrow<F32>(from));
   } else {
     F::store(to, load<F32>(from));
-  }
-}
-template <class F>
-FN void encode_register(const double* from, typename F::Element* to) {
-  if constexpr (kDouble<typename F::Register>) {
-    for (int l = 0; l < F32::kWidth; l += F64::kWidth) F::store(to + l, load<F64>(from + l));
-  } else {
-    F::store(to, narrow<F32>(from));
   }
 }
 
@@ -100,6 +92,7 @@ FN void copy_few(char* to, const char* from, int64_t bytes) {
   }
   if constexpr (kLargest > 2) copy_few<kLargest / 2>(to, from, bytes);
 }
+
 template <Format kFormat, class T>
 void decode(const Stream& stream, int64_t at, int64_t n, void* to) {
   using F = In<kFormat>;
