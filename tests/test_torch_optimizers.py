@@ -161,10 +161,10 @@ def test_arguments_have_types_torch_s_where_torch_has_them(name):
     assert {n: hints[n] for n in theirs} == theirs
     for key, value in defaults(name).items():
         if key not in theirs:
-            kinds = {bool: bool, tuple: tuple[float, float]}
-            assert hints[key] == (
-                float | torch.Tensor if key == "lr" else kinds.get(type(value), float)
-            )
+            kind = bool if isinstance(value, bool) else float
+            if isinstance(value, tuple):
+                kind = tuple[(float,) * len(value)]
+            assert hints[key] == (float | torch.Tensor if key == "lr" else kind)
     # The neutral classes' hints name types of ours, which resolve too.
     assert set(defaults(name)) < set(typing.get_type_hints(getattr(fs, name).__init__))
 

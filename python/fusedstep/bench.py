@@ -154,8 +154,8 @@ def _ceiling(
 
 
 def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str, grad_dtype: str) -> dict[str, Any]:
-    """Our step, its bytes and the ceiling: on the same memory, or, as no kernel takes a mix of
-    dtypes as it lies, on float32 streams of as many bytes."""
+    """Our step, its bytes and the ceiling: on the same memory, or, as the ceiling takes no mix of
+    dtypes as it lies and no more than three states, on float32 streams of as many bytes."""
     params = FlatBuffer.zeros({"flat": n}, as_dtype(dtype))
     grads = _filled(params.zeros_like(as_dtype(grad_dtype)))
     opt = getattr(optimizers, cls)(params, **kwargs)
@@ -163,9 +163,10 @@ def _ours(cls: str, kwargs: dict[str, Any], n: int, dtype: str, grad_dtype: str)
     moved = 2 * params.dtype.itemsize + grads.dtype.itemsize
     moved += sum(2 * s.dtype.itemsize for s in states)
     same = params, grads, states
-    if dtype != grad_dtype:
-        other = FlatBuffer.zeros({"flat": n * moved // (12 + 8 * len(states))})
-        alike = [other.zeros_like()["flat"] for _ in states]
+    most = min(len(states), len(_core.rules()["ceiling"][1]))
+    if dtype != grad_dtype or most < len(states):
+        other = FlatBuffer.zeros({"flat": n * moved // (12 + 8 * most)})
+        alike = [other.zeros_like()["flat"] for _ in range(most)]
         same = other, _filled(other.zeros_like()), alike
     return {"step": lambda: opt.step(grads), "ceiling": _ceiling(*same), "bytes": moved}
 
