@@ -179,6 +179,16 @@ def test_kernels_of_a_set_are_few(isa, compiled):
     assert (len(variants), len(shapes), len(found)) == (25, 6, 150)
 
 
+def test_shapes_beyond_the_two_that_computing_needs_have_a_measurement():
+    text = (CSRC / "interface" / "kernels.h").read_text()
+    lines = re.search(r"kShapeList\[\] = {\n(.*?)\n};", text, re.DOTALL)[1].splitlines()
+    shapes = [line for line in lines if "{Format::" in line]
+    assert len(shapes) == text.count("{Format::k")
+    for line in shapes[2:]:
+        figures = re.search(r"}, +// ([\d.]+), ([\d.]+)$", line).groups()
+        assert max(map(float, figures)) > 1.05, line  # what staging may lose
+
+
 @pytest.mark.parametrize("isa", [isa for isa in SETS if isa in ("avx2", "avx512")])
 def test_adam_loop_has_full_registers_and_no_spills(isa, compiled):
     # One spill per element would cost as much as a stream of memory.
