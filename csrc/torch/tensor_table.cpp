@@ -95,11 +95,12 @@ void TensorTable::set_state(py::object state) {
   state_ = std::move(state);
 }
 
-// Before anybody else has the state, or it is dropped. A step that is sweeping in another thread goes
-// on with the memory that it found.
+// Before anybody else has the state, or it is dropped. A step under way, in another thread, goes on
+// with the memory that it found.
 void TensorTable::show() {
+  const bool pins = stepping_ && shown_ == begun_ && PyDict_Check(state_.ptr());
   ++shown_;
-  if (!stepping_ || !PyDict_Check(state_.ptr())) return;
+  if (!pins) return;
   for (const py::handle entry : py::reinterpret_steal<py::list>(PyDict_Values(state_.ptr()))) {
     if (!PyDict_Check(entry.ptr())) continue;
     pinned_.append(py::reinterpret_steal<py::object>(PyDict_Copy(entry.ptr())));
@@ -663,6 +664,7 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
     throw py::type_error("state must be a dict, got " + py::repr(state_).cast<std::string>());
   }
   stepping_ = true;
+  begun_ = shown_;
   active_.clear();  // a process forked in the middle of a step has its parent's
   owner_ = owner;
   Options own = as_options(options);

@@ -237,6 +237,7 @@ class TensorTable {
 
   // Of the step being taken.
   bool stepping_ = false;
+  uint64_t begun_ = 0;     // shown_ when it began
   pybind11::list pinned_;  // what keeps all states alive once others can drop them
   pybind11::handle owner_;
   bool live_ = false;

@@ -70,6 +70,8 @@ _OURS = "fusedstep"  # the key of our hook among torch's, which have numbers
 
 _CPU = torch.device("cpu")
 
+_PARAMS = operator.itemgetter("params")
+
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
 
 
@@ -246,7 +248,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _current(self) -> list[_Row]:
         """All groups as the table takes them; those that were edited are checked again."""
-        self._settle(next((p for group in self.param_groups for p in group["params"]), None))
+        self._settle(next(filter(None, map(_PARAMS, self.param_groups)), (None,))[0])
         rows = [self._row(k, group) for k, group in enumerate(self.param_groups)]
         if len(self._seen) > len(rows):
             self._seen = {k: self._seen[k] for k in range(len(rows))}
@@ -373,11 +375,12 @@ class Optimizer(torch.optim.Optimizer):
             if observed:
                 return self._observed_step(*args, **kwargs)
             return self._step(*args, **kwargs)
-        finally:
+        except BaseException:
             self._end_scaling()
+            raise
 
     def _end_scaling(self) -> None:
-        """After a step, one that raised too: the next one is not scaled by it."""
+        """After a step that raised, or was none of ours: the next one is not scaled by it."""
         attributes = self.__dict__
         for name in _AMP:
             if name in attributes:
@@ -943,12 +946,12 @@ class _Helper:
 
     def _written(self) -> dict[str, torch.Tensor]:
         """The tensors that the step may write to, by their names in errors."""
-        found = {}
+        found, entries = {}, self._optimizer.state
         for i, (param, *_) in enumerate(self._found(), self._first):
             if param.grad is None:
                 continue
             found[self._label(i, "params")] = param
-            for name, value in self._optimizer.state.get(param, {}).items():
+            for name, value in entries.get(param, {}).items():
                 if self._optimizer._is_array(name) and isinstance(value, torch.Tensor):
                     found[self._label(i, name)] = value
         return {label: local(tensor) for label, tensor in found.items()}
@@ -975,8 +978,9 @@ class _Helper:
         self._check_not_recording()
         packed = flat.packed_states(wanted, opt._is_array)
         made: list[dict[str, torch.Tensor]] = []
+        entries = opt.state
         for param, group, names in wanted:
-            entry = opt.state.get(param, {})
+            entry = entries.get(param, {})
             fresh: dict[str, torch.Tensor] = {}
             made.append(fresh)
             hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
