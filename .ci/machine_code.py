@@ -18,18 +18,27 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-# csrc/interface/kernels.h's kTypePairs as bytes of a parameter, a gradient, a state.
-PAIRS = [(4, 4, 4), (8, 8, 8), (2, 2, 4), (2, 2, 4), (4, 2, 4), (4, 2, 4)]
-PER_THREAD = 8  # csrc/cuda/table.h's kPerThread: elements of a stream on one path
-DECAYS = 2  # every variant is compiled for coupled and for scaled decay
-# csrc/cuda/norm.cu's kAhead: its 16-byte loads are one a row of float32 and two of float64, while
-# four numbers of 16 bits are 8 bytes.
-NORM_AHEAD = 8
-NORM_LOADS = {16: NORM_AHEAD * (1 + 2), 8: NORM_AHEAD * 2}
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def constant(path: str, name: str) -> int:
+    found = re.search(rf"\b{name} = (\d+)\b", (CSRC / path).read_text())
+    assert found, f"{name} in {path}"
+    return int(found[1])
+
+
+# Bytes of an element, by format; elements that a thread has side by side; vectors that the norm has
+# in flight.
+FORMATS = [
+    int(n) for n in re.findall(r'{"\w+", (\d+), \d+}', (CSRC / "interface/format.h").read_text())
+]
+VECTOR = constant("cuda/table.h", "kVector")
+NORM_AHEAD = constant("cuda/norm.cu", "kAhead")
 
 # What ptxas makes of a correctly rounded operation, {PTX: {SASS: how many}}, beside a function for
 # rare operands that it calls. It holds for CUDA 13.0, on sm_80 as on sm_90; should another toolkit
@@ -55,11 +64,12 @@ class Kernel(NamedTuple):
 
     name: str
     rule: str = ""
-    uses: int = 0
-    pair: int = 0
+    states: int = 0  # a mask
+    wide: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}<{self.rule}, {self.uses}, {self.pair}>" if self.rule else self.name
+        computing = "F64" if self.wide else "F32"
+        return f"{self.name}<{self.rule}, {self.states}, {computing}>" if self.rule else self.name
 
 
 class Line(NamedTuple):
@@ -77,9 +87,9 @@ class Code(NamedTuple):
 
 
 def kernel_of(symbol: str) -> Kernel:
-    if found := re.search(r"5sweepINS\w*?_(\d+)(\w+?)ELj(\d+)ELi(\d+)EEE", symbol):
-        length, rule, uses, pair = found.groups()
-        return Kernel("sweep", rule[: int(length)], int(uses), int(pair))
+    if found := re.search(r"5sweepINS\w*?_(\d+)(\w+?)ELj(\d+)ENS\w_3F(32|64)EEE", symbol):
+        length, rule, states, bits = found.groups()
+        return Kernel("sweep", rule[: int(length)], int(states), bits == "64")
     if found := re.search(r"(norm|finish|enter)E\w+$", symbol):
         return Kernel(found[1])
     return Kernel(symbol)
@@ -195,6 +205,15 @@ def accesses(body: list[Line], *opcodes: str) -> dict[int, list[str]]:
     return found
 
 
+def vectors(formats: Collection[int]) -> Counter[int]:
+    """Accesses to kVector elements side by side in each of the formats, by their bytes."""
+    due: Counter[int] = Counter()
+    for each in formats:
+        size = min(16, VECTOR * each)
+        due[size] += VECTOR * each // size
+    return due
+
+
 class Check:
     def __init__(self) -> None:
         self.failures: list[str] = []
@@ -202,58 +221,38 @@ class Check:
     def refuse(self, kernel: Kernel | str, arch: str, why: str, line: str = "") -> None:
         self.failures.append(f"{kernel} on {arch}: {why}" + (f"\n    {line}" if line else ""))
 
-    def sweep_accesses(self, kernel: Kernel, arch: str, code: Code) -> int:
-        """Whole tiles move in vectors of 16 bytes, and nothing else does. Returns how many states
-        are read: over all whole-tile paths, those of a path."""
-        p, g, s = PAIRS[kernel.pair]
-        states = kernel.uses.bit_count()
+    def sweep_accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
+        """Whole tiles move in vectors, others in as many elements as a thread has, and nothing else
+        does: so many accesses of each width for each format that a stream may be in."""
+        own = [each for each in FORMATS if (each == 8) == kernel.wide]
+        written = 1 + kernel.states.bit_count()
         body = code.body()
         for opcode, what in (("LD", "loads"), ("ST", "stores")):
             if wide := accesses(body, opcode).get(16):
                 why = f"{len(wide)} {what} of 16 bytes are generic, not global"
                 self.refuse(kernel, arch, why, wide[0])
-        loads, stores = accesses(body, "LD", "LDG"), accesses(body, "ST", "STG")
 
-        # Every path stores the parameter and all states, whole tiles in vectors of 16 bytes, others
-        # in as many elements as a thread has: so many of each width, and no other store.
-        def tail(paths: int, size: int, *streams: tuple[int, int]) -> int:
-            return paths * PER_THREAD * sum(n for n, each in streams if each == size)
-
-        per_path = (p + states * s) * PER_THREAD // 16
-        paths, rest = divmod(len(stores.get(16, [])), per_path)
-        if rest or paths == 0 or paths % DECAYS:
-            narrow = next((lines[0] for size, lines in sorted(stores.items()) if size < 16), "")
-            here = len(stores.get(16, []))
-            why = f"{here} stores of 16 bytes, not a multiple of {DECAYS}*{per_path}"
-            self.refuse(kernel, arch, why, narrow)
-            return -1
-        for size in sorted(set(stores) - {16} | {p, s}):
-            here, due = stores.get(size, []), tail(paths, size, (1, p), (states, s))
-            if len(here) != due:
-                why = f"{len(here)} stores of {size} bytes, {due} due beside whole tiles"
+        stores = accesses(body, "ST", "STG")
+        due: Counter[int] = Counter()
+        for _ in range(written):
+            due += vectors(own) + Counter({each: VECTOR * own.count(each) for each in own})
+        for size in sorted(set(stores) | set(due)):
+            here = stores.get(size, [])
+            if len(here) != due[size]:
+                why = f"{len(here)} stores of {size} bytes, {due[size]} due"
                 self.refuse(kernel, arch, why, here[-1] if here else "")
 
-        # Loads are the same but for a state that a variant has and does not read, such as one that
-        # begins now; and for the tables, whose accesses are few.
-        here = 2 * len(loads.get(16, []))
-        read, rest = divmod(here - paths * (p + g), s)
-        if rest or not 0 <= read <= paths * states or read % DECAYS:
-            why = (
-                f"{here // 2} loads of 16 bytes: {paths} paths are due {paths * (p + g) // 2} for "
-                f"parameter and gradient, and {s // 2} for each state that a path reads"
-            )
-            narrow = next((loads[size][0] for size in (g, p, s) if size in loads), "")
-            self.refuse(kernel, arch, why, narrow)
-            return -1
-        for size in sorted({p, g, s}):
-            lines = loads.get(size, [])
-            due = tail(paths, size, (1, p), (1, g)) + (PER_THREAD * read if s == size else 0)
-            # The tables hold many numbers of 8 bytes: for those, compare with float32 (in main).
-            too_many = size < 8 and len(lines) - due >= PER_THREAD
-            if len(lines) < due or too_many:
-                why = f"{len(lines)} loads of {size} bytes, {due} due beside whole tiles"
-                self.refuse(kernel, arch, why, lines[-1] if lines else "")
-        return read
+        # Formats of one width may share the loads of a whole tile: they differ in what comes later.
+        # The tables are read too, in 4 and 8 bytes.
+        loads = accesses(body, "LD", "LDG")
+        due = Counter()
+        for formats in [own] * written + [FORMATS]:
+            due += vectors(set(formats)) + Counter({e: VECTOR * formats.count(e) for e in formats})
+        for size in sorted(set(loads) | set(due)):
+            here = loads.get(size, [])
+            if len(here) < due[size] or (size not in (4, 8) and len(here) > due[size]):
+                why = f"{len(here)} loads of {size} bytes, {due[size]} due"
+                self.refuse(kernel, arch, why, here[-1] if here else "")
 
     def local_memory(self, kernel: Kernel, arch: str, code: Code, used: dict[str, int]) -> None:
         # What the other kernels call is exempt: count_updates and the powers in it compute the few
@@ -270,7 +269,8 @@ class Check:
 
     def norm_accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
         loads = accesses(code.body(), "LDG")
-        for size, due in NORM_LOADS.items():
+        for size, each in vectors(FORMATS).items():
+            due = NORM_AHEAD * each
             here = len(loads.get(size, []))
             if here < due or (size == 16 and here > due):  # tables are read in 8 bytes too
                 generic = accesses(code.body(), "LD").get(size, [""])
@@ -363,31 +363,25 @@ def main() -> int:
 
     print(f"{'':10}{'kernels':>9}{'registers':>11}{'LDG.128':>9}{'STG.128':>9}")
     for arch, kernels in sorted(compiled.items()):
-        sweeps = {(kernel.rule, kernel.uses) for kernel in kernels if kernel.rule}
-        expected = {Kernel("sweep", *key, pair) for key in sweeps for pair in range(len(PAIRS))}
+        sweeps = {(kernel.rule, kernel.states) for kernel in kernels if kernel.rule}
+        expected = {Kernel("sweep", *key, wide) for key in sweeps for wide in (False, True)}
         expected |= {Kernel("norm"), Kernel("finish"), Kernel("enter")}
         if not sweeps or expected != set(kernels):
             missing = ", ".join(map(str, sorted(expected ^ set(kernels))))
             check.refuse("the kernels", arch, f"not those that were expected: {missing}")
-        read_by: dict[tuple[str, int], dict[int, int]] = {}
         for kernel, code in kernels.items():
             check.local_memory(kernel, arch, code, resources[arch, kernel])
             if kernel.name == "norm":
                 check.norm_accesses(kernel, arch, code)
             if not kernel.rule:
                 continue
-            read = check.sweep_accesses(kernel, arch, code)
-            read_by.setdefault((kernel.rule, kernel.uses), {})[kernel.pair] = read
+            check.sweep_accesses(kernel, arch, code)
             # Where an architecture has no PTX of its own, another's: both come from one source.
             text = texts.get((kernel, arch), some_text.get(kernel))
             if text:
                 check.contraction(kernel, arch, code, text)
             else:
                 check.refuse(kernel, arch, "no PTX to compare with")
-        for (rule, uses), read in read_by.items():
-            if len(set(read.values())) > 1 and -1 not in read.values():
-                why = f"states read over all paths, by pair of types: {read}"
-                check.refuse(f"sweep<{rule}, {uses}>", arch, why)
         opcodes = Counter(
             line.opcode.split(".")[0]
             for code in kernels.values()
