@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from cases import CASES, each_case, each_pair, make
+from cases import CASES, each_case, each_case_in_turn, each_pair, make
 
 torch = pytest.importorskip("torch")
 
@@ -37,9 +37,9 @@ from test_against_torch import torch_has, torch_optimizer  # noqa: E402  # likew
 
 DEVICE = "cuda"
 
-# Below, at and above what a thread takes (8 elements) and what a block does (2048); the last is
+# Below, at and above what a thread takes (4 elements) and what a block does (1024); the last is
 # many blocks and no multiple of anything.
-LENGTHS = [0, 1, 7, 8, 9, 2047, 2048, 2049, 100_003]
+LENGTHS = [0, 1, 3, 4, 5, 1023, 1024, 1025, 100_003]
 STARTS = np.cumsum([0, *LENGTHS])
 STEPS = 3
 DTYPES = {n: getattr(torch, n) for n in ("float32", "float64", "bfloat16", "float16")}
@@ -219,8 +219,7 @@ LAYOUTS = {
 # -- the CPU's bits --------------------------------------------------------------------------------
 
 
-@each_pair()
-@each_case()
+@each_case_in_turn()
 def test_steps_have_the_bits_of_the_cpu(name, hypers, param, grad):
     want = yardstick(name, tuple(hypers.items()), param, grad)
     for layout, run in LAYOUTS.items():
@@ -237,8 +236,7 @@ def specials(dtype):
     return torch.tensor([sign * v for v in values for sign in (1, -1)], dtype=torch.float64)
 
 
-@each_pair()
-@each_case()
+@each_case_in_turn()
 def test_special_values_have_the_bits_of_the_cpu(name, hypers, param, grad):
     p, g = specials(DTYPES[param]), specials(DTYPES[grad])
     start = p.repeat_interleave(len(g)).to(DTYPES[param])
@@ -331,7 +329,7 @@ def test_clipped_steps_have_the_bits_of_the_cpu(name, param, grad, max_norm):
 
 
 def test_norm_of_one_tensor_has_the_bits_of_the_cpu():
-    for n in (1, 15, 16, 17, 1023, 1024, 1025, 2**20 + 3):
+    for n in (1, 15, 16, 17, 1023, 1024, 1025, 16384, 16385, 2**20 + 3, 2**25 + 5):
         values = torch.randn(n, generator=torch.Generator().manual_seed(n))
         found = []
         for device in ("cpu", DEVICE):
@@ -340,6 +338,32 @@ def test_norm_of_one_tensor_has_the_bits_of_the_cpu():
             train(opt, [param], [[values]], max_norm=0.25)
             found.append((norm_bits(opt), bits(param).tolist()))
         assert found[0] == found[1], f"n = {n}"
+
+
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, [16385, 9] * 20, [600, 5] * 3000, [3] * 70_000], ids=len
+)
+def test_norms_of_tensors_have_the_bits_of_the_cpu(lengths):
+    """Small tensors side by side in a tile, large ones in trees of their own; one is not finite."""
+    draw = torch.Generator().manual_seed(8)
+    flat = torch.randn(sum(lengths), generator=draw)
+    flat[-1] = math.inf
+    found = []
+    for device in ("cpu", DEVICE):
+        params = [parameter(torch.zeros(n, device=device)) for n in lengths]
+        for param, values in zip(params, flat.to(device).split(lengths), strict=True):
+            param.grad = values
+        opt = ft.SGD(params, lr=0.5)
+        for finite in (True, False):
+            if finite:
+                params[-1].grad = None
+            else:
+                params[-1].grad = flat[-lengths[-1] :].to(device)
+            opt.step(norms=True)
+            found.append((norm_bits(opt), list(opt.grad_norms.values()), opt.nonfinite))
+    assert found[2:] == found[:2]
+    assert not found[0][2]
+    assert len(found[1][2]) == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -8,7 +8,7 @@
 #include "pieces.h"
 #include "rules/power.cpp"
 #include "rules/scalars.h"
-#include "vector.h"
+#include "stream.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -55,22 +55,20 @@ FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n,
   return !(bad == 0);
 }
 
-template <int kNumber = 1>
-FN bool add_squares(const Piece& piece, int64_t block, int share, double (&sums)[kVector]) {
-  const Segment& segment = piece.segment;
+FN bool add_squares(const Segment& segment, int64_t block, int share, double (&sums)[kVector]) {
   const Stream& grad = segment.stream[kGrad];
-  if constexpr (kNumber + 1 < kFormats) {
-    if (static_cast<int>(grad.format) != kNumber) {
-      return add_squares<kNumber + 1>(piece, block, share, sums);
-    }
-  }
-  using F = In<static_cast<Format>(kNumber)>;
-  const auto* from = static_cast<const typename F::Element*>(grad.data);
-  const int64_t at = block * kNormBlock + share * kVector;
-  if (piece.aligned && (block + 1) * kNormBlock <= segment.n) {
-    return add_squares<true, F>(from, at, segment.n, sums);
-  }
-  return add_squares<false, F>(from, at, segment.n, sums);
+  bool bad = false;
+  in_format<F64, true>(grad.format, [&](auto format) {
+    using F = decltype(format);
+    using T = typename F::Element;
+    const auto* from = static_cast<const T*>(grad.data);
+    const int64_t at = block * kNormBlock + share * kVector;
+    const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(Words<T>) == 0;
+    bad = aligned && (block + 1) * kNormBlock <= segment.n
+              ? add_squares<true, F>(from, at, segment.n, sums)
+              : add_squares<false, F>(from, at, segment.n, sums);
+  });
+  return bad;
 }
 
 // The sum of 2*kWidth values by adding the second half to the first, until one is left in x[0].
@@ -278,7 +276,7 @@ __global__ void __launch_bounds__(kNormThreads) norm(const __grid_constant__ Nor
       piece = find(norm.pieces, at, place, start);
       block = at - start;
       blocks = (piece.segment.n + kNormBlock - 1) / kNormBlock;
-      if (block < blocks) bad[thread] = add_squares(piece, block, share, sums);
+      if (block < blocks) bad[thread] = add_squares(piece.segment, block, share, sums);
     }
     UNROLL
     for (int l = 0; l < kVector; ++l) lanes[row][share * kVector + l] = sums[l];

@@ -6,7 +6,7 @@
 #include "kernels/update.h"
 #include "launch.h"
 #include "pieces.h"
-#include "vector.h"
+#include "stream.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -37,52 +37,22 @@ FN void store_tile(T* to, int64_t begin, int rest, const T (&from)[kVector]) {
   }
 }
 
-// The first format, from number kNumber on, that a stream may be in: of all, as a gradient's may be,
-// or of those that are computed with in V. kFormats where there is none.
-template <class V, bool kAny, int kNumber>
-FN constexpr int first_from() {
-  if constexpr (kNumber < kFormats) {
-    using F = In<static_cast<Format>(kNumber)>;
-    if constexpr (kAny || kDouble<typename F::Register> == kDouble<V>) return kNumber;
-    return first_from<V, kAny, kNumber + 1>();
-  }
-  return kFormats;
-}
-
-// Calls body with the format that a stream is in.
-template <class V, bool kAny, int kNumber = first_from<V, kAny, 1>(), class Body>
-FN void in_format(Format format, const Body& body) {
-  constexpr int kNext = first_from<V, kAny, kNumber + 1>();
-  if constexpr (kNext < kFormats) {
-    if (static_cast<int>(format) != kNumber) return in_format<V, kAny, kNext>(format, body);
-  }
-  body(In<static_cast<Format>(kNumber)>());
-}
-
-// Elements as they lie in memory, so that nothing waits for one stream before all are asked for; or
-// rounded to what is computed with, where they are wider.
+// What a thread keeps of a stream that it has asked for, so that nothing waits for one stream before
+// all are asked for: elements as they lie in memory, or as floats where doubles would be too many.
 template <class V>
-struct Fetched {
-  static constexpr int kWords = kVector * sizeof(V) / sizeof(uint32_t);
-  uint32_t words[kWords];
-
-  template <class T>
-  FN void put(const T (&from)[kVector]) {  // word by word, else a part of them lies in the stack
-    UNROLL
-    for (unsigned i = 0; i < sizeof(from) / sizeof(uint32_t); ++i) {
-      __builtin_memcpy(words + i, reinterpret_cast<const char*>(from) + 4 * i, 4);
-    }
-  }
-  template <class T>
-  FN void get(T (&to)[kVector]) const {
-    UNROLL
-    for (unsigned i = 0; i < sizeof(to) / sizeof(uint32_t); ++i) {
-      __builtin_memcpy(reinterpret_cast<char*>(to) + 4 * i, words + i, 4);
-    }
-  }
-};
+using Fetched = uint32_t[kVector * sizeof(V) / sizeof(uint32_t)];
 template <class F, class V>
 constexpr bool kFits = sizeof(typename F::Element) <= sizeof(V);
+template <class F, class V>
+using Kept = std::conditional_t<kFits<F, V>, F, In<Format::kF32>>;
+
+template <int kBytes>
+FN void copy_words(void* to, const void* from) {  // at once, a part would lie in the stack
+  UNROLL
+  for (int i = 0; i < kBytes; i += 4) {
+    __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 4);
+  }
+}
 
 template <bool kWhole, bool kAny, class V>
 FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched) {
@@ -91,41 +61,38 @@ FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched
     typename F::Element own[kVector];
     load_tile<kWhole>(static_cast<const typename F::Element*>(stream.data), begin, rest, own);
     if constexpr (kFits<F, V>) {
-      fetched.put(own);
+      copy_words<sizeof(own)>(fetched, own);
     } else {
-      typename V::Scalar rounded[kVector];
+      float rounded[kVector];
       UNROLL
       for (int i = 0; i < kVector; ++i) rounded[i] = as<V>(F::load(own + i)).v;
-      fetched.put(rounded);
+      copy_words<sizeof(rounded)>(fetched, rounded);
     }
   });
 }
 
-template <bool kAny, class V>
-FN void decode(Format format, const Fetched<V>& fetched, V (&to)[kVector]) {
-  in_format<V, kAny>(format, [&](auto format) {
-    using F = decltype(format);
-    if constexpr (kFits<F, V>) {
-      typename F::Element own[kVector];
-      fetched.get(own);
-      UNROLL
-      for (int i = 0; i < kVector; ++i) to[i] = as<V>(F::load(own + i));
-    } else {
-      typename V::Scalar own[kVector];
-      fetched.get(own);
-      UNROLL
-      for (int i = 0; i < kVector; ++i) to[i] = V(own[i]);
-    }
+// A thread's elements, each of all streams.
+template <class V, int kAll>
+using Elements = V[kVector][kAll];
+
+template <bool kAny, class V, int kAll>
+FN void decode(const Stream& stream, const Fetched<V>& fetched, Elements<V, kAll>& to, int k) {
+  in_format<V, kAny>(stream.format, [&](auto format) {
+    using F = Kept<decltype(format), V>;
+    typename F::Element own[kVector];
+    copy_words<sizeof(own)>(own, fetched);
+    UNROLL
+    for (int i = 0; i < kVector; ++i) to[i][k] = as<V>(F::load(own + i));
   });
 }
 
-template <bool kWhole, class V>
-FN void put(const Stream& stream, int64_t begin, int rest, const V (&from)[kVector]) {
+template <bool kWhole, class V, int kAll>
+FN void put(const Stream& stream, int64_t begin, int rest, const Elements<V, kAll>& from, int k) {
   in_format<V, false>(stream.format, [&](auto format) {
     using F = decltype(format);
     typename F::Element own[kVector];
     UNROLL
-    for (int i = 0; i < kVector; ++i) F::store(own + i, from[i]);
+    for (int i = 0; i < kVector; ++i) F::store(own + i, from[i][k]);
     store_tile<kWhole>(static_cast<typename F::Element*>(stream.data), begin, rest, own);
   });
 }
@@ -148,69 +115,52 @@ struct Scalars {
   }
 };
 
-// A thread's elements of every stream.
-template <class Rule, class V>
-struct Elements {
-  V p[kVector], g[kVector];
-  V s[count(Rule::kStates) + 1][kVector];  // there are no empty arrays
-};
-
 // The variant that the row names, of those with these states.
-template <class Rule, StateMask kStates, class V, int kVariant = 0>
-FN void advance_all(const Scalars<Rule, V>& scalars, Elements<Rule, V>& e) {
+template <class Rule, StateMask kStates, class V, int kAll, int kVariant = 0>
+FN void advance_all(const Scalars<Rule, V>& scalars, Elements<V, kAll>& e) {
   using Step = typename Rule::template Step<V, kVariant>;
-  constexpr int kCount = count(Rule::kStates);
   if constexpr (mask_of<Rule, Step>(0) == kStates) {
     if (scalars.variant == kVariant) {
       Step step;
       __builtin_memcpy(reinterpret_cast<char*>(&step), &scalars.step, sizeof(step));
       UNROLL
       for (int i = 0; i < kVector; ++i) {
-        V states[kCount + 1];
-        UNROLL
-        for (int s = 0; s < kCount; ++s) {
-          if (has(kStates, s)) states[s] = e.s[s][i];
-        }
-        advance<Rule>(step, scalars.factor, scalars.decay, scalars.coupled, e.p[i], e.g[i], states);
-        UNROLL
-        for (int s = 0; s < kCount; ++s) {
-          if (has(kStates, s)) e.s[s][i] = states[s];
-        }
+        advance<Rule>(step, scalars.factor, scalars.decay, scalars.coupled, e[i][kParam],
+                      e[i][kGrad], e[i] + kState);
       }
     }
   }
   if constexpr (kVariant + 1 < Rule::kVariants) {
-    advance_all<Rule, kStates, V, kVariant + 1>(scalars, e);
+    advance_all<Rule, kStates, V, kAll, kVariant + 1>(scalars, e);
   }
 }
 
 // A tile of every stream through the rule.
 template <bool kWhole, class Rule, StateMask kStates, class V>
 FN void sweep_tile(const Scalars<Rule, V>& scalars, const Segment& segment, int64_t begin) {
-  constexpr int kCount = count(Rule::kStates);
+  constexpr int kAll = kState + count(Rule::kStates);
+  // Of the parameter and the states that there are.
+  constexpr StateMask kWritten = 1u << kParam | kStates << kState;
+  const Stream(&stream)[kStreams] = segment.stream;
   // Elements of the tile from this thread's first one on, which may be none.
   const int64_t left = segment.n - begin;
   const int rest = static_cast<int>(left < kTile ? left : kTile) - static_cast<int>(threadIdx.x);
-  const Stream &param = segment.stream[kParam], &grad = segment.stream[kGrad];
-  Fetched<V> p, g, s[kCount + 1];
-  fetch<kWhole, false>(param, begin, rest, p);
-  fetch<kWhole, true>(grad, begin, rest, g);
+  Fetched<V> fetched[kAll];
+  V e[kVector][kAll];
+  fetch<kWhole, true, V>(stream[kGrad], begin, rest, fetched[kGrad]);
   UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    if (has(kStates, i)) fetch<kWhole, false>(segment.stream[kState + i], begin, rest, s[i]);
+  for (int k = 0; k < kAll; ++k) {
+    if (has(kWritten, k)) fetch<kWhole, false, V>(stream[k], begin, rest, fetched[k]);
   }
-  Elements<Rule, V> e;
-  decode<false>(param.format, p, e.p);
-  decode<true>(grad.format, g, e.g);
+  decode<true, V, kAll>(stream[kGrad], fetched[kGrad], e, kGrad);
   UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    if (has(kStates, i)) decode<false>(segment.stream[kState + i].format, s[i], e.s[i]);
+  for (int k = 0; k < kAll; ++k) {
+    if (has(kWritten, k)) decode<false, V, kAll>(stream[k], fetched[k], e, k);
   }
-  advance_all<Rule, kStates>(scalars, e);
-  put<kWhole>(param, begin, rest, e.p);
+  advance_all<Rule, kStates, V, kAll>(scalars, e);
   UNROLL
-  for (int i = 0; i < kCount; ++i) {
-    if (has(kStates, i)) put<kWhole>(segment.stream[kState + i], begin, rest, e.s[i]);
+  for (int k = 0; k < kAll; ++k) {
+    if (has(kWritten, k)) put<kWhole, V, kAll>(stream[k], begin, rest, e, k);
   }
 }
 

@@ -1,16 +1,40 @@
-// kVector neighbouring elements of the device's memory at a time, in accesses of 16 bytes, or the 8
-// that four elements of 16 bits are. In PTX: from C++ the compiler splits some stores again, and does
-// not know of a pointer in a table whose memory it points to.
+// How a thread comes to a stream's elements: by the format, and kVector neighbours at a time.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "isa/isa.h"
+#include <type_traits>
+
+#include "kernels/update.h"
 #include "table.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
+// The first format, from number kNumber on, that a stream may be in: of all, as a gradient's may be,
+// or of those that are computed with in V. kFormats where there is none.
+template <class V, bool kAny, int kNumber>
+FN constexpr int first_from() {
+  if constexpr (kNumber < kFormats) {
+    using F = In<static_cast<Format>(kNumber)>;
+    if constexpr (kAny || kDouble<typename F::Register> == kDouble<V>) return kNumber;
+    return first_from<V, kAny, kNumber + 1>();
+  }
+  return kFormats;
+}
+
+// Calls body with the format that a stream is in.
+template <class V, bool kAny, int kNumber = first_from<V, kAny, 1>(), class Body>
+FN void in_format(Format format, const Body& body) {
+  constexpr int kNext = first_from<V, kAny, kNumber + 1>();
+  if constexpr (kNext < kFormats) {
+    if (static_cast<int>(format) != kNumber) return in_format<V, kAny, kNext>(format, body);
+  }
+  body(In<static_cast<Format>(kNumber)>());
+}
+
+// Accesses of 16 bytes, or the 8 that four elements of 16 bits are. In PTX: from C++ the compiler
+// splits some stores again, and does not know of a pointer in a table whose memory it points to.
 #ifdef __CUDACC__
 
 FN void load_words(const uint4* from, uint4& x) {
@@ -47,18 +71,12 @@ FN void store_words(Words* to, Words x) {
 
 #endif
 
-template <int kBytes>
-struct Words {
-  using type = uint4;
-};
-template <>
-struct Words<8> {
-  using type = uint2;
-};
+template <class T>
+using Words = std::conditional_t<kVector * sizeof(T) == sizeof(uint2), uint2, uint4>;
 
 template <class T>
 FN void load_vector(const T* from, T* to) {
-  using W = typename Words<kVector * sizeof(T)>::type;
+  using W = Words<T>;
   constexpr int kEach = sizeof(W) / sizeof(T);
   UNROLL
   for (int i = 0; i < kVector; i += kEach) {
@@ -69,7 +87,7 @@ FN void load_vector(const T* from, T* to) {
 }
 template <class T>
 FN void store_vector(T* to, const T* from) {
-  using W = typename Words<kVector * sizeof(T)>::type;
+  using W = Words<T>;
   constexpr int kEach = sizeof(W) / sizeof(T);
   UNROLL
   for (int i = 0; i < kVector; i += kEach) {
