@@ -7,7 +7,7 @@ import pickle
 import threading
 import time
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -237,6 +237,17 @@ def hold_the_count_and_set_it(opt, p):
 def hold_a_weak_reference(opt, p):
     tensor = weakref.ref(opt.state[p]["exp_avg"])
     return tensor, lambda: setattr(tensor(), "data", tensor().data * 2)
+
+
+def hold_weak_references_to_dicts(opt, p):
+    opt.state = OrderedDict((q, OrderedDict(entry)) for q, entry in opt.state.items())
+    state, entry = weakref.ref(opt.state), weakref.ref(opt.state[p])
+
+    def change():
+        state()[next(iter(state()))] = {}
+        entry().update(exp_avg=entry()["exp_avg"] * 2)
+
+    return None, change
 
 
 def hold_a_view(opt, p):
@@ -526,3 +537,26 @@ def test_steps_in_backward_look_at_no_state():
             other.zero_grad()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         assert bits(p) == bits(q)
+
+
+class Strict(torch.overrides.TorchFunctionMode):
+    """A mode under which nobody may ask for storages."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.untyped_storage:
+            raise RuntimeError("no storages here")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_that_refuses_to_show_storages_stops_no_step():
+    params, opt = made(ft.Adam, False)
+    others, other = made(ft.Adam, False)
+    take(opt, params, range(2))
+    with Strict():
+        for _ in range(4):
+            opt.step()
+            assert opt._table.recalled == 0
+    take(other, others, range(2))
+    for _ in range(4):
+        other.step()
+    assert seen(opt, params) == seen(other, others)

@@ -203,9 +203,13 @@ TensorReader::Owners TensorReader::owners(py::handle tensor) const {
   return {use_count_(storage.attr("_cdata")).cast<int64_t>(), Py_REFCNT(storage.ptr())};
 }
 
+bool TensorReader::referred_once(py::handle object) {
+  return Py_REFCNT(object.ptr()) == 1 && (!PyType_SUPPORTS_WEAKREFS(Py_TYPE(object.ptr())) ||
+                                          !*PyObject_GET_WEAKREFS_LISTPTR(object.ptr()));
+}
+
 bool TensorReader::alone(py::handle tensor) const {
-  return ordinary(tensor) && Py_REFCNT(tensor.ptr()) == 1 &&
-         !*PyObject_GET_WEAKREFS_LISTPTR(tensor.ptr()) && owners(tensor) == alone_;
+  return ordinary(tensor) && referred_once(tensor) && owners(tensor) == alone_;
 }
 
 const void* TensorReader::address(py::handle tensor) const {

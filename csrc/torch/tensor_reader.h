@@ -79,6 +79,9 @@ class TensorReader {
   // Whether the values are not those in memory: a negation or conjugation is pending.
   bool lazy(pybind11::handle tensor, const TensorView& view) const;
 
+  // Whether there is no reference to an object but one, weak ones counted.
+  static bool referred_once(pybind11::handle object);
+
   // Whether nobody has an ordinary tensor, or a storage under it, but the one reference to it that
   // there is. Only where `knows_alone`.
   bool alone(pybind11::handle tensor) const;

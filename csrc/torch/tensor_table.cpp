@@ -572,7 +572,7 @@ bool TensorTable::stayed() const {
 bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) const {
   const Active& a = active_[place];
   const Segment& segment = tensors_[place].segment;
-  if (!entry || !PyDict_CheckExact(entry.ptr()) || Py_REFCNT(entry.ptr()) != 1) return false;
+  if (!entry || !PyDict_Check(entry.ptr()) || !reader_.referred_once(entry)) return false;
   TensorView view;
   const auto is = [&](const py::str& name, const Place& where, const Stream& stream) {
     const py::handle tensor = lookup(entry, name);
@@ -598,7 +598,7 @@ void TensorTable::give_up(size_t i) {
 
 // After a step: what the next ones need not read. Not of a state that is shown between any two.
 void TensorTable::keep() {
-  if (ran_ || live_ || !reader_.knows_alone() || Py_REFCNT(state_.ptr()) != 1) return;
+  if (ran_ || live_ || !reader_.knows_alone() || !reader_.referred_once(state_)) return;
   const uint64_t shown = shown_;
   Ordered entries(state_);
   for (size_t place = 0; place < active_.size(); ++place) {
@@ -738,7 +738,11 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
     if (free) insistence.run([&] { reader_.drop_grad(a.param); });
   }
   insistence.raise();
-  keep();
+  try {
+    keep();
+  } catch (const py::error_already_set& error) {  // somebody's torch function mode
+    if (!error.matches(PyExc_Exception)) throw;
+  }
 }
 
 }  // namespace fusedstep
