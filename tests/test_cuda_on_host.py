@@ -63,10 +63,10 @@ def drawn(rng, n, dtype):
 
 
 def unaligned(array):
-    """A copy that begins one element behind an aligned address."""
-    memory = np.zeros(array.size + 1 + 64 // array.itemsize, array.dtype)
-    skip = -memory.ctypes.data % 64 // array.itemsize
-    view = memory[skip + 1 : skip + 1 + array.size]
+    """A copy that begins some elements behind an aligned address; vectors may begin after 4."""
+    memory = np.zeros(array.size + 4 + 64 // array.itemsize, array.dtype)
+    begin = -memory.ctypes.data % 64 // array.itemsize + (1, 2, 4)[array.size % 3]
+    view = memory[begin : begin + array.size]
     view[...] = array
     return view
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "interface/device.h"
@@ -27,6 +28,8 @@ struct Piece {
   int node;         // of the norm's tree, from which on there are the tensor's own
 };
 
+static_assert(std::has_unique_object_representations_v<Piece>, "no padding");
+
 // What the norm decides and a sweep obeys.
 struct Gate {
   double norm, factor;  // of the last step that measured, and what its gradients were multiplied by
@@ -42,6 +45,7 @@ struct Tally {
   int group;
   int padding;
 };
+static_assert(std::has_unique_object_representations_v<Tally>, "no padding");
 
 // Pieces [0, n) and where each begins, in tiles or rows; starts[n] is the end. A piece that another
 // kernel sweeps has none. Where there is one piece, it travels with the launch.
