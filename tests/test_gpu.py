@@ -166,7 +166,7 @@ def run_cpu(name, hypers, param, grad, **how):
     return opt, params
 
 
-@functools.lru_cache(maxsize=2)  # the type pairs of one case follow each other
+@functools.lru_cache(maxsize=2)  # the mixes of one case follow each other
 def yardstick(name, hypers, param, grad):
     return contents(*run_cpu(name, dict(hypers), param, grad))
 
