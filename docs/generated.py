@@ -72,7 +72,7 @@ def optimizer_sections():
 
 def own_methods(found):
     """The public methods that a class has beside those of `Optimizer`."""
-    public = [name for name in vars(found) if not name.startswith("_") and name != "spec"]
+    public = [name for name in vars(found) if not name.startswith("_")]
     return [name for name in public if not hasattr(fs.Optimizer, name)]
 
 

@@ -205,7 +205,7 @@ def load(opt, t, states):
     entries = {}
     for i, state in enumerate(states):
         entries[i] = dict(state)
-        if opt.spec.counts_steps:
+        if opt._spec.counts_steps:
             entries[i]["step"] = t - 1
     groups = opt.state_dict()["param_groups"]
     opt.load_state_dict({"state": entries, "param_groups": groups, "step": t - 1})

@@ -135,7 +135,7 @@ RULES = {
 
 def step(name, p, g, state, t, hypers):
     """Update number t of the optimizer class `name`: the parameter and the states after it."""
-    h = SimpleNamespace(**{**getattr(fs, name).spec.fixed, **defaults(name), **hypers})
+    h = SimpleNamespace(**{**getattr(fs, name)._spec.fixed, **defaults(name), **hypers})
     if h.maximize:
         g = -g
     if getattr(h, "decoupled_weight_decay", False):

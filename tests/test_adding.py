@@ -55,7 +55,7 @@ CLASS = '''class Toy(Optimizer):
         nothing.
     """
 
-    spec = Spec("toy")
+    _spec = Spec("toy")
 
     def __init__(
         self,

@@ -409,7 +409,7 @@ def test_names_in_another_order_are_followed_by_torch_s_class():
 @each_class
 def test_a_hyperparameter_set_as_an_attribute_is_refused(layer, name):
     run = small(layer, name, [1])
-    for key in set(run.opt.param_groups[0]) & set(fs.SGD.spec.table):
+    for key in set(run.opt.param_groups[0]) & set(fs.SGD._spec.table):
         before = repr(run.opt)
         if key in run.opt._read if layer is Torch else key != "decoupled_weight_decay":
             with pytest.raises(

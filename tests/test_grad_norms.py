@@ -1,6 +1,7 @@
 """The norm of each tensor's gradient, and which ones were not finite, in both layers."""
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -129,6 +130,48 @@ def test_torch_names_a_parameter_of_a_later_group():
     second.grad = torch.tensor([3.0, 4.0])
     opt.step(norms=True)
     assert opt.grad_norms == {"b": 5.0}
+
+
+def test_torch_tells_parameters_apart_that_have_one_name():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = ft.SGD([{"params": [("a", first)]}, {"params": [("a", second)]}])
+    first.grad, second.grad = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
+    opt.step(norms=True)
+    assert opt.grad_norms == {0: 5.0, 1: 10.0}
+
+
+def test_torch_calls_gradients_as_the_step_did_that_measured_them():
+    first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = ft.SGD([("a", first), ("b", second)])
+    first.grad, second.grad = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
+    opt.step(max_norm=1.0)
+    group = opt.param_groups[0]
+    group["params"].pop(0)
+    group["param_names"].pop(0)
+    assert opt.grad_norms == {"a": 5.0, "b": 10.0}
+
+
+def test_norms_are_not_read_in_the_middle_of_another_thread_s_step():
+    param = torch.nn.Parameter(torch.ones(2))
+    opt = ft.SGD([param])
+    param.grad = torch.ones(2)
+    opt.step(norms=True)
+    refused = []
+
+    def read():
+        for name in ("grad_norms", "nonfinite"):
+            try:
+                getattr(opt, name)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    def closure():
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+
+    opt._turn.run(closure)
+    assert refused == ["this optimizer is already stepping in another thread"] * 2
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])

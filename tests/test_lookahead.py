@@ -139,3 +139,16 @@ def test_look_ahead_of_tensors_runs_no_step_hook():
         hook.remove()
     assert ran == []
     assert torch.equal(param.grad, torch.ones(3))
+
+
+def test_look_ahead_names_a_buffer_of_another_shape():
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = ft.SGD([("weight", param)], lr=LR, momentum=MOMENTUM)
+    param.grad = torch.ones(3)
+    opt.step()
+    before = bits(param)
+    opt.state[param]["momentum_buffer"] = torch.ones(2)
+    wanted = r"state\[weight\]\['momentum_buffer'\] must have shape \(3,\), got \(2,\)"
+    with pytest.raises(ValueError, match=wanted), opt.lookahead():
+        pass
+    assert bits(param) == before

@@ -42,7 +42,7 @@ def draw(name, hypers, t, param, grad):
     opt = make(name, [p.copy()], hypers)
     states = {}
     for key in opt.state[0]:
-        value = near() ** 2 if key in opt.spec.positive else mean
+        value = near() ** 2 if key in opt._spec.positive else mean
         if key == "momentum_buffer" and name == "RMSprop":
             value = signs() * 32 * near()
         elif key == "step_size":
@@ -90,7 +90,7 @@ def run(name, hypers, t, param, grad):
             allowed = np.maximum(allowed, bound(p.astype(exact), expected, got.dtype))
         error = np.abs(got.astype(exact) - want) / allowed
         assert error.max() <= 1, f"{key}: {error.max()} of the bound at {error.argmax()}"
-    if opt.spec.counts_steps:
+    if opt._spec.counts_steps:
         assert entry["step"] == t
     return p.astype(exact), after.astype(exact), expected
 

@@ -504,7 +504,7 @@ def test_denominator_is_what_the_step_divided_by(name, steps):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if not _core.rules()[getattr(fs, name).spec.rule][2]]
+    "name", [name for name in CASES if not _core.rules()[getattr(fs, name)._spec.rule][2]]
 )
 def test_rules_that_do_not_divide_have_no_denominator(name):
     opt = getattr(fs, name)(values(0), **({"momentum": 0.9} if name == "SGD" else {}))

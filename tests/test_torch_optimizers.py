@@ -1614,7 +1614,7 @@ def test_every_hyperparameter_beyond_torch_s_is_here():
         if key not in inspect.signature(getattr(torch.optim, name)).parameters
     }
     assert found == {(name, key) for name, key, _ in BEYOND}
-    assert found == {(name, key) for name in CASES for key in getattr(fs, name).spec.beyond_torch}
+    assert found == {(name, key) for name in CASES for key in getattr(fs, name)._spec.beyond_torch}
 
 
 @each_beyond

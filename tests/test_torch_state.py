@@ -560,3 +560,41 @@ def test_a_mode_that_refuses_to_show_storages_stops_no_step():
     for _ in range(4):
         other.step()
     assert seen(opt, params) == seen(other, others)
+
+
+def test_a_storage_that_is_weakly_referenced_is_looked_at():
+    params, opt = made(ft.AdamW, False)
+    take(opt, params, [0])
+    ref = weakref.ref(opt.state[params[0]]["exp_avg"].untyped_storage())
+    take(opt, params, range(1, 6))
+    if ref() is None:  # this torch makes the object anew each time
+        return
+    assert opt._table.recalled < len(params)
+    ref().resize_(1 << 16)
+    take(opt, params, range(6, 9))
+    assert opt.state[params[0]]["exp_avg"].untyped_storage().nbytes() == 1 << 16
+
+
+def test_a_state_of_another_class_that_is_weakly_referenced_is_looked_at():
+    params, opt = made(ft.AdamW, False)
+    take(opt, params, [0])
+    state = OrderedDict(opt.state)
+    opt.state = state
+    ref = weakref.ref(state)
+    del state
+    take(opt, params, range(1, 6))
+    ref()[params[0]]["exp_avg"] = torch.zeros(SHAPES[0])
+    take(opt, params, [6])
+    params[0].grad.mul_(0.1)
+    assert torch.allclose(opt.state[params[0]]["exp_avg"], params[0].grad)
+
+
+@pytest.mark.parametrize("walk", [gc.get_objects, lambda: gc.get_referents(gc.get_objects())])
+def test_what_a_walk_over_all_objects_finds_is_looked_at(walk):
+    params, opt = settled(ft.AdamW, False)
+    entries = [one for one in walk() if type(one) is dict and "exp_avg" in one]
+    for entry in entries:
+        entry["exp_avg"] = torch.zeros_like(entry["exp_avg"])
+    del entries, entry
+    take(opt, params, [9])
+    assert torch.allclose(opt.state[params[0]]["exp_avg"], params[0].grad * 0.1)

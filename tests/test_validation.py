@@ -521,7 +521,7 @@ RANGES = [(cls, name) for cls in OPTIMIZERS for name in numeric(cls)]
 def test_hyper_range_is_torch_s(cls, name):
     peer = torch_class(cls)
     if peer is None or name not in inspect.signature(peer.__init__).parameters:
-        known = cls.__name__ in WITHOUT_PEER or name in cls.spec.beyond_torch
+        known = cls.__name__ in WITHOUT_PEER or name in cls._spec.beyond_torch
         assert known, f"torch has no {cls.__name__}.{name}: where does its range come from?"
         rule = (lambda x: 0 <= x < 1) if name == "betas" else (lambda x: x >= 0)
         for value in spread(cls, name, FINITE):

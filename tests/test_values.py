@@ -19,7 +19,7 @@ from fusedstep._arrays import as_dtype
 from reference import step
 
 N = 19  # a register of every set and a tail
-STREAMS = 2 + max(len(getattr(fs, name).spec.states) for name in CASES)  # parameter, gradient
+STREAMS = 2 + max(len(getattr(fs, name)._spec.states) for name in CASES)  # parameter, gradient
 
 
 def floats(width):

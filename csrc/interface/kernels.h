@@ -48,9 +48,10 @@ struct Row {
   Decay decay;
 };
 
-// What a kernel takes as it lies in memory. Anything else goes through blocks in the first-level
-// cache, in the first shape for float32 or the second for float64, which is how every segment's tail
-// goes. A line that is not one of these two is there because staging was measured to be slower.
+// Formats that a kernel takes as they lie in memory. Any other mix is staged: converted by blocks that
+// stay in the first-level cache, to the first shape, or to the second under a float64 parameter. The
+// other lines are there because staging was measured to be slower. No stream of a shape is wider than
+// the type that it is computed in, which is its parameter's or float32.
 struct Shape {
   Format param, grad, state;
 };

@@ -5,7 +5,8 @@
 
 namespace fusedstep {
 
-// A keyword of Python's step() each. Those of the second half are for a device only.
+// Each is a keyword of Python's step(), or where it runs. `stream`, `live` and `scale` matter on a
+// device only; `found_inf` and `norm` lie where the parameters do.
 struct Options {
   double factor = 1;                  // multiplies the gradients, before their norm is taken
   double max_norm = __builtin_inf();  // to which the gradients are clipped
@@ -17,7 +18,8 @@ struct Options {
   // step does not count, and a recorded one counts when replayed.
   int live = false;
   int padding = 0;
-  // Numbers in the device's memory, float32 or float64, where there are any.
+  // Numbers in memory, where there are any: float32 or float64 on a device, on the CPU `found_inf` is
+  // float32 and `norm` float64.
   Stream scale = {};      // the gradients were multiplied by it
   Stream found_inf = {};  // not 0: nothing changes at all
   Stream norm = {};       // where the norm of all is to be written

@@ -142,6 +142,19 @@ FN int shape_of(const Segment& segment, StateMask mask) {
   return -1;
 }
 
+constexpr bool tails_fit() {
+  for (const Shape& shape : kShapeList) {
+    const int room = shape.param == Format::kF64 ? sizeof(double) : sizeof(float);
+    const Format formats[] = {shape.param, shape.grad, shape.state};
+    for (const Format format : formats) {
+      const int bytes = kFormatInfo[static_cast<int>(format)].bytes;
+      if (bytes > room || bytes % 2 != 0) return false;
+    }
+  }
+  return true;
+}
+static_assert(tails_fit(), "sweep_tail's copies have room for a register, and no odd bytes");
+
 // A shape's elements [begin, end), fewer than a register holds: the same update on padded copies.
 FN void sweep_tail(Update update, const Segment& segment, StateMask mask, const Row& row,
                    int64_t width, int64_t begin, int64_t end) {

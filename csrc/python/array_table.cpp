@@ -1,4 +1,4 @@
-// Checks of Python's arguments; the arithmetic of a step is step.cpp's.
+// Checks of Python's arguments; the arithmetic of a step is engine.cpp's.
 #include "array_table.h"
 
 #include <algorithm>
@@ -77,7 +77,8 @@ ArrayTable::States ArrayTable::staged(const py::dict& states,
       const py::object array = arrays[i];
       if (array.is_none()) continue;
       const View& param = params_[i].view;
-      const Label label{"state", &names_[i]};
+      const std::string item = names_[i] + "]['" + rule_states[s] + "'";
+      const Label label{"state", &item};
       View state = view_of(array, label, place_);
       check_writable(state, label);
       check_shape(state, param, label);

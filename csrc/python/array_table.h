@@ -70,7 +70,7 @@ class ArrayTable {
     View view;  // with the shape above
   };
 
-  // States as the step table takes them, checked.
+  // States as the stepper takes them, checked.
   struct States {
     std::vector<Tensor> tensors;
     std::vector<View> views;  // for their owners

@@ -176,17 +176,18 @@ bool is_in(const Place& place, int type, int index) {
 // The capsule of object.__dlpack__(), by the newest protocol the exporter knows.
 py::object dlpack_capsule(py::handle object, const Place& place) {
   const py::object method = object.attr("__dlpack__");
-  py::dict asked;
+  py::dict keywords;
   if (place.device && place.device->kind != kCpu) {
     // The exporter lets this stream wait for its own; 1 is the one that CUDA calls 0.
-    asked["stream"] = place.stream ? reinterpret_cast<uintptr_t>(place.stream) : 1;
+    keywords["stream"] = place.stream ? reinterpret_cast<uintptr_t>(place.stream) : 1;
   }
   try {
-    return method(**asked, py::arg("max_version") = py::make_tuple(1, 0), py::arg("copy") = false);
+    return method(**keywords, py::arg("max_version") = py::make_tuple(1, 0),
+                  py::arg("copy") = false);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  return method(**asked);
+  return method(**keywords);
 }
 
 // The classes whose arrays may be written although a version of theirs exports unversioned capsules.

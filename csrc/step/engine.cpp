@@ -35,8 +35,8 @@ void each_part(const std::vector<int64_t>& starts, int64_t begin, int64_t end, c
 // Blocks that are summed at a time: a power of two, so that they are a subtree of their tensor's.
 constexpr int64_t kChunk = 64;
 
-// Chunks that one thread takes at a time. What is over before another thread has woken up stays on
-// the calling one.
+// Blocks below which a measurement is over before another thread has woken up, and stays on the
+// calling one.
 constexpr int64_t kBlocksAlone = 256;
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -1,5 +1,5 @@
-// The arithmetic of a step over plain memory: functions of segments, clocks, groups and options that
-// keep nothing. What lasts from one step to the next is the stepper's.
+// The arithmetic of a step over plain memory: functions of segments, clocks and groups. What lasts from
+// one step to the next is the stepper's.
 #pragma once
 
 #include <cstdint>

@@ -41,7 +41,7 @@ struct Norm {
   bool finite;
 };
 
-// One call at a time: the caller holds the optimizer's Turn (turn.h).
+// One call at a time: the caller holds the optimizer's Turn (python/turn.h).
 class Stepper {
  public:
   // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.

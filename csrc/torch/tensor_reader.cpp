@@ -200,7 +200,9 @@ void TensorReader::add_lines(py::handle tensor, Lines& lines) const {
 
 TensorReader::Owners TensorReader::owners(py::handle tensor) const {
   const py::object storage = storage_of(tensor);
-  return {use_count_(storage.attr("_cdata")).cast<int64_t>(), Py_REFCNT(storage.ptr())};
+  const bool watched = PyType_SUPPORTS_WEAKREFS(Py_TYPE(storage.ptr())) &&
+                       *PyObject_GET_WEAKREFS_LISTPTR(storage.ptr()) != nullptr;
+  return {use_count_(storage.attr("_cdata")).cast<int64_t>(), Py_REFCNT(storage.ptr()) + watched};
 }
 
 bool TensorReader::referred_once(py::handle object) {

@@ -1,8 +1,10 @@
-// Reads opt.param_groups and opt.state, checks all of it, lets the step table write, and then commits.
+// Reads opt.param_groups and opt.state, checks all of it, lets the stepper write, and then commits.
 #include "tensor_table.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "python/arrays.h"
@@ -54,6 +56,26 @@ std::string shape_text(const TensorView& view) {
   return fusedstep::shape_text(view.shape, view.ndim);
 }
 
+// Walks over all of Python's objects, by gc.get_objects and its like: who takes one may come to have
+// a part of a state that nobody was shown. Python tells an audit hook before it.
+std::atomic<uint64_t> walks{0};
+
+int see_walk(const char* event, PyObject*, void*) {
+  if (std::strncmp(event, "gc.get_", 7) == 0) ++walks;
+  return 0;
+}
+
+// Whether walks are seen: another hook may have refused ours.
+bool sees_walks() {
+  static const bool seen = [] {
+    if (PySys_AddAuditHook(see_walk, nullptr) != 0) PyErr_Clear();
+    const uint64_t before = walks;
+    if (PySys_Audit("gc.get_nothing", nullptr) != 0) PyErr_Clear();
+    return walks != before;
+  }();
+  return seen;
+}
+
 std::vector<py::str> interned(const std::vector<std::string>& names) {
   std::vector<py::str> all;
   for (const std::string& name : names) {
@@ -89,6 +111,8 @@ py::object TensorTable::state() {
   show();
   return state_;
 }
+
+uint64_t TensorTable::seen() const { return shown_ + walks; }
 
 void TensorTable::set_state(py::object state) {
   show();
@@ -321,7 +345,7 @@ void TensorTable::read(size_t place, bool begins) {
 bool TensorTable::recall(size_t place) {
   Active& a = active_[place];
   Kept& kept = kept_[a.i];
-  if (kept.shown != shown_ || kept.mask != a.mask || live_) return false;
+  if (kept.shown != seen() || kept.mask != a.mask || live_) return false;
   TensorView p, g;
   if (!reader_.read(a.param, p, place_)) return false;
   if (!reader_.read(a.grad, g, place_)) return false;
@@ -499,7 +523,7 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       a.mask = mask;
       written_.append(param);
       if (recall(place)) continue;
-      if (kept_[here].shown == shown_) give_up(here);  // the step may replace what it reads
+      if (kept_[here].shown == seen()) give_up(here);  // the step may replace what it reads
       a.reading = readings_.size();
       readings_.emplace_back();
       of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
@@ -551,7 +575,7 @@ bool TensorTable::stayed() const {
     const Active& a = active_[place];
     if (a.kept) {
       TensorView p, g;
-      if (kept_[a.i].shown != shown_ || !reader_.read(a.param, p, place_) ||
+      if (kept_[a.i].shown != seen() || !reader_.read(a.param, p, place_) ||
           !reader_.read(a.grad, g, place_) || p.data != kept_[a.i].param ||
           g.data != gradients_[place].data || p.n != tensors_[place].segment.n || p.n != g.n) {
         return false;
@@ -598,8 +622,9 @@ void TensorTable::give_up(size_t i) {
 
 // After a step: what the next ones need not read. Not of a state that is shown between any two.
 void TensorTable::keep() {
-  if (ran_ || live_ || !reader_.knows_alone() || !reader_.referred_once(state_)) return;
-  const uint64_t shown = shown_;
+  const bool knows = reader_.knows_alone() && sees_walks();
+  if (ran_ || live_ || !knows || !reader_.referred_once(state_)) return;
+  const uint64_t shown = seen();
   Ordered entries(state_);
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];

@@ -199,6 +199,7 @@ class TensorTable {
   void collect(const pybind11::list& groups, size_t first);
   bool recall(size_t place);
   void keep();
+  uint64_t seen() const;
   void give_up(size_t i);
   bool alone(size_t place, const TensorView& p, pybind11::handle entry) const;
   bool in_place(size_t first) const;
@@ -232,7 +233,7 @@ class TensorTable {
   bool lives_ = false;
   size_t recalled_ = 0;
   pybind11::object state_;
-  uint64_t shown_ = 1;  // how often it was
+  uint64_t shown_ = 1;  // how often it was, by name
   uint64_t serial_ = 0;
 
   // Of the step being taken.

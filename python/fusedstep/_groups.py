@@ -123,7 +123,7 @@ class ParamGroup(MutableMapping[str, Any]):
         return twin
 
     def _check(self, name: str, value: Any) -> Any:
-        return self._owner.spec.check(name, value, schedules=True)
+        return self._owner._spec.check(name, value, schedules=True)
 
     def __getitem__(self, name: str) -> Any:
         if name == "params":

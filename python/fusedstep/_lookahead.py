@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fusedstep import _core
@@ -24,14 +24,16 @@ def check(groups: Iterable[Mapping[str, float]]) -> None:
 
 
 def look_ahead(
-    moving: Sequence[tuple[Any, Any, Mapping[str, float]]],
+    moving: Mapping[str, tuple[Any, Any, Mapping[str, float]]],
     device: Any = None,
     index: int = 0,
     stream: int = 0,
 ) -> None:
     """Takes each (array, momentum buffer, group) to its look-ahead point, in one sweep."""
-    names = [str(i) for i in range(len(moving))]
-    arrays, buffers = [array for array, *_ in moving], [buffer for _, buffer, _ in moving]
-    table = _core.ArrayTable("lookahead", names, arrays, list(range(len(moving))), device, index)
-    groups = [[0.0, 0.0, 0.0, group["lr"], group["momentum"]] for *_, group in moving]
-    table.step(buffers, groups, Options(stream=stream))
+    arrays = [array for array, *_ in moving.values()]
+    buffers = [buffer for _, buffer, _ in moving.values()]
+    table = _core.ArrayTable(
+        "lookahead", list(moving), arrays, list(range(len(moving))), device, index
+    )
+    rates = [[0.0, 0.0, 0.0, group["lr"], group["momentum"]] for *_, group in moving.values()]
+    table.step(buffers, rates, Options(stream=stream))

@@ -93,20 +93,18 @@ class Optimizer:
     schedules. So a handler may save `state_dict()`.
     """
 
-    spec: ClassVar[Spec]
+    _spec: ClassVar[Spec]
     _ahead = False  # whether the parameters stand at a look-ahead point
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
-        if hasattr(cls, "spec"):  # not where it is a base of somebody's own
-            docs = cls.spec.argument_docs(inspect.signature(cls.__init__), schedules=True)
+        if hasattr(cls, "_spec"):  # not where it is a base of somebody's own
+            docs = cls._spec.argument_docs(inspect.signature(cls.__init__), schedules=True)
             text = _ARGS.format("\n        ".join(docs))
             cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
 
     def __setattr__(self, name: str, value: Any) -> None:
         cls = type(self)
-        if name == "spec":
-            raise AttributeError(f"spec must be the class's, got opt.spec = {value!r}")
         if name[0] != "_" and not hasattr(cls, name):
             hypers = self.__dict__["_groups"][0]._hypers if "_groups" in self.__dict__ else {}
             if name in hypers:
@@ -124,7 +122,7 @@ class Optimizer:
     # -- parameters and groups --------------------------------------------------------------------
 
     def __init__(self, params: Params, groups: Iterable[Group] = (), **hypers: Any) -> None:
-        if not hasattr(self, "spec"):
+        if not hasattr(self, "_spec"):
             known = Optimizer.__subclasses__()
             ours = [cls.__name__ for cls in known if cls.__module__ == Optimizer.__module__]
             raise TypeError(
@@ -157,7 +155,7 @@ class Optimizer:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
             device = _gpu.needed(label, **known).device()
         self._table = _core.ArrayTable(
-            self.spec.rule, self._names, params, self._group_of, device, self._index or 0
+            self._spec.rule, self._names, params, self._group_of, device, self._index or 0
         )
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
@@ -182,11 +180,11 @@ class Optimizer:
             hypers, native = group._last_read
             if hypers is not group._hypers:
                 hypers = group._hypers
-                native = self.spec.native_at(hypers, self._table.steps)
+                native = self._spec.native_at(hypers, self._table.steps)
                 states = self._states
                 wanted += [
                     (state, i)
-                    for state in self.spec.uses(native)
+                    for state in self._spec.uses(native)
                     for i in group._params
                     if states[state][i] is None
                 ]
@@ -202,7 +200,7 @@ class Optimizer:
         return self._with_rates(self._prepared()[0], self._table.steps)
 
     def _no_states(self) -> States:
-        return {state: [None] * len(self._names) for state in self.spec.states}
+        return {state: [None] * len(self._names) for state in self._spec.states}
 
     def _extended(
         self,
@@ -224,7 +222,7 @@ class Optimizer:
             )
             for i in indices:
                 view = buffer[i]
-                initial = self.spec.first(state, hypers[self._group_of[i]])
+                initial = self._spec.first(state, hypers[self._group_of[i]])
                 if initial:  # untouched memory is zero already, and unpaged until the first step
                     view[...] = initial
                 result[state][i] = view
@@ -235,7 +233,7 @@ class Optimizer:
         for k, group in enumerate(self._groups):
             lr = group._hypers["lr"]
             if type(lr) is not float and callable(lr):
-                rate = at_step("lr", lr, t, self.spec.table["lr"])
+                rate = at_step("lr", lr, t, self._spec.table["lr"])
                 natives[k] = [*natives[k][:LR], rate, *natives[k][LR + 1 :]]
         return natives
 
@@ -268,7 +266,6 @@ class Optimizer:
                 Finite and > 0 (default 1).
             skip_nonfinite: an infinite or NaN gradient makes the step do nothing at all: no
                 parameter, state or count changes (default False).
-
             norms: measures the gradient of each tensor too, for the report: `grad_norms` and
                 `nonfinite`. Costs another reading of the gradients, or with `max_norm` or
                 `skip_nonfinite` nothing; on a CUDA device it waits for the step (default False).
@@ -423,14 +420,14 @@ class Optimizer:
         natives = self._last_natives()
         groups = []
         for group, native in zip(self._groups, natives, strict=True):
-            stored = {**group, **self.spec.fixed, **self._followed(group._hypers, native)}
+            stored = {**group, **self._spec.fixed, **self._followed(group._hypers, native)}
             if self._named:
                 stored["param_names"] = [self._names[i] for i in group._params]
             groups.append(stored)
         begun = {i: c for i, c in enumerate(self._table.clocks()) if self._started(c)}
         # A hyperparameter that was edited may call for states which only the next step would make.
         uses = [
-            self.spec.uses(self.spec.native({name: stored[name] for name in group._hypers}))
+            self._spec.uses(self._spec.native({name: stored[name] for name in group._hypers}))
             for group, stored in zip(self._groups, groups, strict=True)
         ]
         wanted = [
@@ -442,8 +439,8 @@ class Optimizer:
         states = self._extended(self._states, wanted, self._groups)
         state: dict[int, dict[str, Any]] = {}
         for i, clock in begun.items():
-            entry: dict[str, Any] = {"step": clock[0]} if self.spec.counts_steps else {}
-            entry.update(zip(self.spec.carried, clock[1:], strict=False))
+            entry: dict[str, Any] = {"step": clock[0]} if self._spec.counts_steps else {}
+            entry.update(zip(self._spec.carried, clock[1:], strict=False))
             entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
             state[i] = _arrays.as_tensors(entry) if i in self._tensors else entry
         groups = [stored for stored in groups if stored["params"]]
@@ -453,7 +450,7 @@ class Optimizer:
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
-        numbers, parts = self.spec.numbers(native), self.spec.parts
+        numbers, parts = self._spec.numbers(native), self._spec.parts
         return {
             name: tuple(map(numbers.get, parts[name])) if name in parts else numbers[name]
             for name, value in group.items()
@@ -465,13 +462,13 @@ class Optimizer:
         if used := self._table.used:
             return used
         t = max(self.steps - 1, 0)
-        return self._with_rates([self.spec.native_at(g._hypers, t) for g in self._groups], t)
+        return self._with_rates([self._spec.native_at(g._hypers, t) for g in self._groups], t)
 
     def _divisors(self) -> list[tuple[Any, Array | None]]:
         """Each parameter with its `divisor` under the present hyperparameters."""
-        self.spec.check_divides(type(self).__name__)
+        self._spec.check_divides(type(self).__name__)
         t = max(self.steps - 1, 0)
-        natives = [self.spec.native_at(group._hypers, t) for group in self._groups]
+        natives = [self._spec.native_at(group._hypers, t) for group in self._groups]
         found = []
         for i, (param, clock) in enumerate(
             zip(self._params.values(), self._table.clocks(), strict=True)
@@ -479,7 +476,7 @@ class Optimizer:
             state = {
                 n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
             }
-            found.append((param, self.spec.divisor(natives[self._group_of[i]], clock[0], state)))
+            found.append((param, self._spec.divisor(natives[self._group_of[i]], clock[0], state)))
         return found
 
     def _keep(self) -> Callable[[], None]:
@@ -509,7 +506,7 @@ class Optimizer:
         return lambda: self._turn.run(put_back)
 
     def _started(self, clock: Clock) -> bool:
-        return clock[0] > 0 if self.spec.counts_steps else clock[1] != 0
+        return clock[0] > 0 if self._spec.counts_steps else clock[1] != 0
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
@@ -536,7 +533,7 @@ class Optimizer:
         """`load_state_dict`, while nobody else has a turn."""
         groups = [(group._hypers, group._params) for group in self._groups]
         dtypes = list(map(_state_dtype, self._dtypes))
-        own = _checkpoint.Holder(self.spec, self._names, self._named, groups, self._shapes, dtypes)
+        own = _checkpoint.Holder(self._spec, self._names, self._named, groups, self._shapes, dtypes)
         found = _checkpoint.loaded(own, state_dict)
         begun = found.begun
         clocks = [begun[i][0] if i in begun else (0, 0.0, 0.0) for i in range(len(self._names))]

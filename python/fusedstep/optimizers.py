@@ -66,7 +66,7 @@ class SGD(Optimizer):
         `nesterov` takes at the look-ahead point too, and `lookahead` at p.
     """
 
-    spec = Spec("sgd", counts_steps=False, check_together=_check_nesterov)
+    _spec = Spec("sgd", counts_steps=False, check_together=_check_nesterov)
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, momentum: Rate = 0.0, dampening: float = 0.0,
@@ -104,14 +104,16 @@ class SGD(Optimizer):
             Nesterov 1983; Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
         """
         natives = self._current()
-        numbers = list(map(self.spec.numbers, natives))
+        numbers = list(map(self._spec.numbers, natives))
         _lookahead.check(numbers)
         arrays = [as_array(p, f"params[{key}]") for key, p in self._params.items()]
         moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
         announced = [i for i, _ in moving if i in self._tensors]
         try:
-            _lookahead.look_ahead([(arrays[i], b, numbers[self._group_of[i]]) for i, b in moving])
+            _lookahead.look_ahead(
+                {self._names[i]: (arrays[i], b, numbers[self._group_of[i]]) for i, b in moving}
+            )
             self._announce(announced)
             self._ahead = True
             yield
@@ -154,7 +156,7 @@ class Lion(Optimizer):
         in torch: a NaN gradient shows in the momentum, not in the parameter.
     """
 
-    spec = Spec("lion", fixed={"decoupled_weight_decay": True})
+    _spec = Spec("lion", fixed={"decoupled_weight_decay": True})
 
     def __init__(
         self, params: Params, lr: Rate = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Rate = 0.0,
@@ -194,7 +196,7 @@ class Adagrad(Optimizer):
         torch.
     """
 
-    spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"})
+    _spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"})
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,
@@ -238,7 +240,7 @@ class RMSprop(Optimizer):
         number, so a constant gradient cannot turn a parameter into NaN.
     """
 
-    spec = Spec("rmsprop")
+    _spec = Spec("rmsprop")
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
@@ -282,7 +284,7 @@ class Adadelta(Optimizer):
         whose lr is 1e-3, for a thousandth of these steps, and rho 0.95. Not from torch.
     """
 
-    spec = Spec("adadelta")
+    _spec = Spec("adadelta")
 
     def __init__(
         self, params: Params, lr: Rate = 1.0, rho: float = 0.9, eps: float = 1e-6,
@@ -327,7 +329,7 @@ class Adam(Optimizer):
         in torch and in its paper; some libraries correct first.
     """
 
-    spec = Spec("adam", beyond_torch=("bias_correction",))
+    _spec = Spec("adam", beyond_torch=("bias_correction",))
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -370,7 +372,7 @@ class AdamW(Optimizer):
         the paper, where the decay is scaled by the schedule alone: as in torch it is scaled by lr.
     """
 
-    spec = Spec("adam", fixed={"decoupled_weight_decay": True}, beyond_torch=("bias_correction",))
+    _spec = Spec("adam", fixed={"decoupled_weight_decay": True}, beyond_torch=("bias_correction",))
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -413,7 +415,7 @@ class Adamax(Optimizer):
         number, but never `m`.
     """
 
-    spec = Spec("adamax")
+    _spec = Spec("adamax")
 
     def __init__(
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -456,7 +458,7 @@ class NAdam(Optimizer):
         twenty thousand.
     """
 
-    spec = Spec("nadam", carried=("mu_product",), initial={"mu_product": 1.0})
+    _spec = Spec("nadam", carried=("mu_product",), initial={"mu_product": 1.0})
 
     def __init__(
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -501,7 +503,7 @@ class RAdam(Optimizer):
         code.
     """
 
-    spec = Spec("radam")
+    _spec = Spec("radam")
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -546,7 +548,7 @@ class ASGD(Optimizer):
         default leaves `ax = p` for a million updates. torch rounds eta and mu to float32.
     """
 
-    spec = Spec(
+    _spec = Spec(
         "asgd",
         hypers={"alpha": FINITE._replace(doc="power by which eta falls")},
         carried=("eta", "mu"),
@@ -596,7 +598,7 @@ class Rprop(Optimizer):
         torch, which has no weight decay here. As in torch a NaN gradient counts as no sign.
     """
 
-    spec = Spec("rprop", beyond_torch=("weight_decay",))
+    _spec = Spec("rprop", beyond_torch=("weight_decay",))
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, etas: Pair = (0.5, 1.2),

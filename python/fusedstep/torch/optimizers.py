@@ -108,6 +108,7 @@ class Optimizer(torch.optim.Optimizer):
     _begins_at_once: ClassVar[bool]  # states exist before the first step
     param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
+    _keys: list[str] = []  # noqa: RUF012  # names, when the last step measured gradients
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
     _turn: Turn
     _ahead = False  # whether the parameters stand at a look-ahead point
@@ -168,27 +169,30 @@ class Optimizer(torch.optim.Optimizer):
     def grad_norms(self) -> dict[str | int, float] | None:
         """The norm of each parameter's gradient before the last step, if that measured them.
 
-        By name where the optimizer has names, else by number as in `state_dict`; without those that
-        had no gradient. On a CUDA device, reading it waits for the step.
+        By name where all parameters have one of their own, else by number as in `state_dict`;
+        without those that had no gradient. On a CUDA device, reading it waits for the step.
         """
-        found = self._table.norms()
-        return None if found is None else {self._key(i): norm for i, norm, _ in found}
+        found = self._measured()
+        return None if found is None else {key: norm for key, norm, _ in found}
 
     @property
     def nonfinite(self) -> list[str | int] | None:
         """The parameters whose gradients had an infinite or NaN element, as `grad_norms`."""
-        found = self._table.norms()
-        return None if found is None else [self._key(i) for i, _, finite in found if not finite]
+        found = self._measured()
+        return None if found is None else [key for key, _, finite in found if not finite]
 
-    def _key(self, i: int) -> str | int:
-        """The name of parameter i, or its number."""
-        first = 0
-        for group in self.param_groups:
-            if i < first + len(group["params"]):
-                names = group.get("param_names")
-                return str(names[i - first]) if names else i
-            first += len(group["params"])
-        return i
+    def _measured(self) -> list[tuple[str | int, float, bool]] | None:
+        """Key, norm and whether it is finite of each gradient of the last step."""
+        found = self._turn.read(self._table.norms)
+        keys = self._keys
+        if found is None:
+            return None
+        return [(keys[i] if keys else i, norm, finite) for i, norm, finite in found]
+
+    def _distinct_names(self) -> list[str]:
+        """The names of all parameters, or none."""
+        names = [str(name) for group in self.param_groups for name in group.get("param_names", ())]
+        return names if len(set(names)) == len(self._params()) else []
 
     def __delattr__(self, name: str) -> None:
         # torch.amp.GradScaler deletes after the step what it set before it; the step has by then.
@@ -491,6 +495,8 @@ class Optimizer(torch.optim.Optimizer):
             )
         helper = _Helper(self, options.live, groups, first, at)
         self._table.step(groups, options, first, free, helper)
+        if options.max_norm is not None or options.skip_nonfinite or options.norms:
+            self._keys = self._distinct_names()
 
     def _counts_live(self, rows: list[_Row]) -> bool:
         """Whether the step counts are on the device: once there, they stay."""
@@ -836,13 +842,14 @@ class LookAhead(Optimizer):
             if lr is not None:
                 group["lr"] = float(lr)
         _lookahead.check(numbers)
-        moving = []
+        names = iter(self._distinct_names() or map(str, range(len(self._params()))))
+        moving = {}
         for (params, *_), group in zip(rows, numbers, strict=True):
-            for param in params:
+            for param, name in zip(params, names, strict=False):
                 buffer = self.state.get(param, {}).get("momentum_buffer")
                 if buffer is not None:
-                    moving.append((param, buffer, group))
-        saved = [param.detach().clone() for param, _, _ in moving]
+                    moving[name] = param, buffer, group
+        saved = [param.detach().clone() for param, *_ in moving.values()]
         try:
             stream = 0 if self._gpu is None else stream_of(self._device)
             _look_ahead(moving, self._gpu, self._device.index or 0, stream)
@@ -851,30 +858,36 @@ class LookAhead(Optimizer):
         finally:
             self._ahead = False
             with torch.no_grad():
-                for (param, _, _), values in zip(moving, saved, strict=True):
+                for (param, *_), values in zip(moving.values(), saved, strict=True):
                     param.copy_(values)
 
 
 @torch.no_grad()
 def _look_ahead(
-    moving: list[tuple[torch.Tensor, torch.Tensor, dict[str, float]]],
+    moving: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, float]]],
     device: Any,
     index: int,
     stream: int,
 ) -> None:
     """Takes each (param, buffer, group) to its look-ahead point, where it lies if contiguous."""
-    plain = []
-    for param, buffer, group in moving:
+    plain, reals = {}, {}
+    for name, (param, buffer, group) in moving.items():
+        if buffer.shape != param.shape:
+            raise ValueError(
+                f"state[{name}]['momentum_buffer'] must have shape {tuple(param.shape)}, got"
+                f" {tuple(buffer.shape)}"
+            )
         both = (local(t).detach().resolve_conj().resolve_neg() for t in (param, buffer))
-        moved, along = (t.contiguous() for t in both)
-        plain.append((moved, along, group))
-    reals = [(_as_reals(moved), _as_reals(along), group) for moved, along, group in plain]
+        plain[name], along = (t.contiguous() for t in both)
+        reals[name] = _as_reals(plain[name]), _as_reals(along), group
     _lookahead.look_ahead(reals, device, index, stream)
-    for (param, *_), (moved, *_) in zip(moving, plain, strict=True):
-        own = local(param).detach()
+    for name, (param, *_) in moving.items():
+        own, moved = local(param).detach(), plain[name]
         if own.is_conj() or own.is_neg() or own.data_ptr() != moved.data_ptr():
             own.copy_(moved)
-    announcer()([param for param, *_ in moving])  # a shard's own writes are not its DTensor's
+    announcer()(
+        [param for param, *_ in moving.values()]
+    )  # a shard's own writes are not its DTensor's
 
 
 def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
@@ -1144,7 +1157,7 @@ class _InGroups:
 
 def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
-    name, spec = one.__name__, one.spec
+    name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
     del own["groups"]
     peer = getattr(torch.optim, name, None)
@@ -1212,7 +1225,7 @@ def _doc(one: type[neutral.Optimizer], signature: inspect.Signature, has_peer: b
         [
             "Args:",
             "params: parameters, (name, parameter) pairs, or dicts with `params` and overrides.",
-            *one.spec.argument_docs(signature, schedules=False),
+            *one._spec.argument_docs(signature, schedules=False),
             "foreach: accepted, without effect.",
             "fused: True lets `GradScaler` leave unscaling and skipping to the step, which then",
             "    leaves gradients scaled, as torch's fused classes do (default None).",
