@@ -60,8 +60,9 @@ def grads_of(seed, dtype="float32"):
     return {k: np.asarray(a / 1024).astype(dtype) for k, a in signed.items()}
 
 
-def exact_norm(grads):
-    values = np.concatenate([np.asarray(g, np.float64).ravel() for g in grads])
+def exact_norm(grads, compute=np.float64):
+    """Of gradients as a step reads them that computes in `compute`."""
+    values = np.concatenate([np.asarray(g).astype(compute).astype("f8").ravel() for g in grads])
     return math.sqrt(math.fsum((values * values).tolist()))
 
 
@@ -72,7 +73,7 @@ def clip_of(norm, max_norm):
 def factor_of(grads, compute, max_norm, loss_scale=1.0):
     """What a gradient is multiplied by, in the type that the step computes in."""
     inverse = 1 / loss_scale
-    return compute(inverse * clip_of(exact_norm(grads) * inverse, max_norm))
+    return compute(inverse * clip_of(exact_norm(grads, compute) * inverse, max_norm))
 
 
 def in_torch(arrays):
@@ -150,7 +151,8 @@ def test_clipped_step_is_the_step_of_gradients_multiplied_by_hand(name, hypers, 
         report = opt.step(grads, **asked)
         hand.step(grads, factor)
         assert (report.step, report.elements) == (seed + 1, TOTAL)
-        assert opt.grad_norm == exact_norm(grads.values()) * (1 / asked.get("loss_scale", 1.0))
+        norm = exact_norm(grads.values(), hand.compute)
+        assert opt.grad_norm == norm * (1 / asked.get("loss_scale", 1.0))
         assert contents(opt) == hand.contents()
 
 
@@ -187,8 +189,8 @@ def test_factor_is_rounded_once_to_the_type_computed_in(param, grad):
     for seed in range(40):
         rng = np.random.default_rng(seed)
         grads = [(rng.normal(size=700) * 2.0 ** rng.uniform(-6, 0, 700)).astype(grad)]
-        norm = exact_norm(grads)
         compute = np.float64 if param == "float64" else np.float32
+        norm = exact_norm(grads, compute)
         near = {compute(clip_of(norm * (1 + e * 2e-15), 0.3)) for e in (-1, 1)}
         if len(near) > 1 and compute is np.float32:
             continue
@@ -1203,7 +1205,7 @@ def test_dtensors_are_refused_and_stepped_without(mesh):
     part.grad = DTensor.from_local(torch.ones(4), mesh, [Replicate()])
     calls = []
     for asked in ({"max_norm": 1.0}, {"max_norm": math.inf}, {"skip_nonfinite": True}):
-        with pytest.raises(ValueError, match=r"max_norm and skip_nonfinite .*DTensors"):
+        with pytest.raises(ValueError, match=r"max_norm, skip_nonfinite and norms .*DTensors"):
             opt.step(lambda: calls.append(1), **asked)
         assert not opt.state
         assert not calls
@@ -1223,7 +1225,9 @@ def test_step_in_backward_excludes_what_needs_all_gradients(asked):
     handle = ft.step_in_backward(model, opt)
     model(torch.ones(3)).sum().backward()
     before, calls = fingerprint(opt), []
-    with pytest.raises(RuntimeError, match=r"max_norm and skip_nonfinite .*step_in_backward"):
+    with pytest.raises(
+        RuntimeError, match=r"max_norm, skip_nonfinite and norms .*step_in_backward"
+    ):
         opt.step(lambda: calls.append(1), **asked)
     assert (fingerprint(opt), calls, opt.grad_norm) == (before, [], None)
     opt.step()

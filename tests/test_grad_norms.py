@@ -37,7 +37,8 @@ def torch_params():
 def test_report_has_the_norm_of_each_gradient_by_name(dtype, isa):
     opt, grads = fs.AdamW(params()), gradients(dtype)
     report = opt.step({**grads, "b": None}, norms=True, loss_scale=4.0)
-    expected = {key: exact(g) / 4 for key, g in grads.items() if key != "b"}
+    read = {key: g.astype(np.float32) for key, g in grads.items()}
+    expected = {key: exact(g) / 4 for key, g in read.items() if key != "b"}
     assert report.grad_norms == pytest.approx(expected, rel=1e-14)
     assert list(report.grad_norms) == ["w", "none", "out"]
     assert report.grad_norm == pytest.approx(np.hypot(expected["w"], expected["out"]), rel=1e-14)
@@ -67,7 +68,9 @@ def test_skipped_step_says_which_gradients_were_to_blame(dtype, bad):
     assert report.elements == 0
     assert report.nonfinite == opt.nonfinite == ["w", "b"]
     assert not np.isfinite([report.grad_norms["w"], report.grad_norms["b"]]).any()
-    assert report.grad_norms["out"] == pytest.approx(exact(grads["out"]), rel=1e-14)
+    assert report.grad_norms["out"] == pytest.approx(
+        exact(grads["out"].astype(np.float32)), rel=1e-14
+    )
 
 
 def test_norm_that_overflows_is_no_gradient_that_is_not_finite():
@@ -190,3 +193,29 @@ def test_norms_need_all_gradients_at_once():
     ft.step_in_backward(torch.nn.ParameterList(mine.values()), opt)
     with pytest.raises(RuntimeError, match=r"norms need all gradients at once"):
         opt.step(norms=True)
+
+
+@pytest.mark.parametrize("isa", fs.usable_isas(), indirect=True)
+@pytest.mark.parametrize("param", ["float32", "bfloat16", "float16"])
+def test_gradients_are_measured_as_the_step_reads_them(param, isa):
+    # Finite in float64, but not in the float32 that the step computes in.
+    array = np.ones(600, as_dtype(param))
+    grads = np.full(600, 0.1)
+    grads[17] = 1e39
+    opt = fs.SGD(array)
+    report = opt.step(grads, skip_nonfinite=True, norms=True)
+    assert (report.elements, report.grad_norm, report.nonfinite) == (0, np.inf, [0])
+    assert (array == 1).all()
+    grads[17] = 0.1
+    read = exact(grads.astype(np.float32))
+    assert opt.step(grads, norms=True).grad_norm == pytest.approx(read, rel=1e-15)
+    wide = fs.SGD(np.ones(600)).step(grads, norms=True)
+    assert wide.grad_norm == pytest.approx(exact(grads), rel=1e-15)
+    assert wide.grad_norm != pytest.approx(read, rel=1e-12)
+
+
+def test_norms_are_gone_after_a_load():
+    opt = fs.SGD(params())
+    opt.step(gradients("float32"), norms=True)
+    opt.load_state_dict(opt.state_dict())
+    assert opt.grad_norm is opt.grad_norms is opt.nonfinite is None

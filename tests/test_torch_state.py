@@ -598,3 +598,43 @@ def test_what_a_walk_over_all_objects_finds_is_looked_at(walk):
     del entries, entry
     take(opt, params, [9])
     assert torch.allclose(opt.state[params[0]]["exp_avg"], params[0].grad * 0.1)
+
+
+def test_a_subclass_may_set_the_state_before_it_is_made():
+    class Mine(ft.SGD):
+        def __init__(self, params, **hypers):
+            self.state = defaultdict(dict)
+            assert self.state == {}
+            super().__init__(params, **hypers)
+
+    params, opt = made(Mine, False, momentum=0.9)
+    take(opt, params, range(2))
+    assert len(opt.state) == len(params)
+
+
+def test_a_subclass_s_own_state_is_the_one_that_steps_go_by():
+    class Mine(ft.SGD):
+        @property
+        def state(self):
+            return self._mine
+
+        @state.setter
+        def state(self, state):
+            self._mine = state
+
+    (params, mine), (others, plain) = (made(cls, False, momentum=0.9) for cls in (Mine, ft.SGD))
+    for opt, its in ((mine, params), (plain, others)):
+        take(opt, its, range(3))
+    assert seen(mine, params) == seen(plain, others)
+    assert len(mine.state_dict()["state"]) == len(params)
+
+
+def test_a_deleted_state_begins_anew():
+    (params, opt), (others, other) = (made(ft.SGD, False, momentum=0.9) for _ in range(2))
+    for one, its in ((opt, params), (other, others)):
+        take(one, its, range(2))
+    del opt.state
+    other.state = defaultdict(dict)
+    for one, its in ((opt, params), (other, others)):
+        take(one, its, [5])
+    assert seen(opt, params) == seen(other, others)

@@ -21,7 +21,7 @@ static_assert((kFan & (kFan - 1)) == 0, "a small tensor's rows are a subtree");
 // This thread's share of a block's sixteen sums, as in kernels/squares.h. Returns whether an element
 // is not finite. Those from n on are 0, which adds nothing to a square.
 template <bool kWhole, class F>
-FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n,
+FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n, bool narrow,
                     double (&sums)[kVector]) {
   using T = typename F::Element;
   constexpr bool kExact = !kDouble<typename F::Register>;  // squares of floats do not overflow
@@ -42,7 +42,8 @@ FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n,
     for (int i = 0; i < kAhead; ++i) {
       UNROLL
       for (int l = 0; l < kVector; ++l) {
-        const double x = F::load(&own[i][l]).v;
+        double x = F::load(&own[i][l]).v;
+        if (!kExact && narrow) x = __double2float_rn(x);
         sums[l] = __fma_rn(x, x, sums[l]);
         if (!kExact) bad = __fma_rn(x, 0, bad);
       }
@@ -57,6 +58,7 @@ FN bool add_squares(const typename F::Element* from, int64_t at, int64_t n,
 
 FN bool add_squares(const Segment& segment, int64_t block, int share, double (&sums)[kVector]) {
   const Stream& grad = segment.stream[kGrad];
+  const bool narrow = segment.stream[kParam].format != Format::kF64;  // as the step reads them
   bool bad = false;
   in_format<F64, true>(grad.format, [&](auto format) {
     using F = decltype(format);
@@ -65,8 +67,8 @@ FN bool add_squares(const Segment& segment, int64_t block, int share, double (&s
     const int64_t at = block * kNormBlock + share * kVector;
     const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(Words<T>) == 0;
     bad = aligned && (block + 1) * kNormBlock <= segment.n
-              ? add_squares<true, F>(from, at, segment.n, sums)
-              : add_squares<false, F>(from, at, segment.n, sums);
+              ? add_squares<true, F>(from, at, segment.n, narrow, sums)
+              : add_squares<false, F>(from, at, segment.n, narrow, sums);
   });
   return bad;
 }

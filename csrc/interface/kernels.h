@@ -97,9 +97,9 @@ using Squares = bool (*)(const void* grad, int64_t n, int64_t begin, int64_t end
 struct Kernels {
   const RuleKernels* rules;  // by the rule's number
   Sweep sweep;
-  Codec codec[kFormats][2];   // to and from float, double
-  Squares squares[kFormats];  // by the gradient's format
-  int lanes;                  // float32 elements per register
+  Codec codec[kFormats][2];      // to and from float, double
+  Squares squares[kFormats][2];  // of gradients as a step in float, in double, reads them
+  int lanes;                     // float32 elements per register
 };
 
 }  // namespace fusedstep

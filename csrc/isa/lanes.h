@@ -130,6 +130,7 @@ FN V narrow(const double* from) {
   float lanes[V::kWidth];
   UNROLL
   for (int l = 0; l < V::kWidth; ++l) lanes[l] = static_cast<float>(from[l]);
+  __asm__("" : "+m"(lanes));  // GCC 12's vectorizer leaves out some that are widened again
   return load<V>(lanes);
 }
 

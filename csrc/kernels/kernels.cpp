@@ -31,7 +31,8 @@ constexpr void add_formats(Kernels& all) {
   constexpr auto kFormat = static_cast<Format>(kNumber);
   all.codec[kNumber][0] = {decode<kFormat, float>, encode<kFormat, float>};
   all.codec[kNumber][1] = {decode<kFormat, double>, encode<kFormat, double>};
-  all.squares[kNumber] = squares<kFormat>;
+  all.squares[kNumber][0] = squares<kFormat, F32>;
+  all.squares[kNumber][1] = squares<kFormat, typename In<kFormat>::Register>;
   if constexpr (kNumber + 1 < kFormats) add_formats<kNumber + 1>(all);
 }
 

@@ -10,16 +10,22 @@ namespace FUSEDSTEP_TARGET {
 
 constexpr int kNormRegisters = kNormLanes / F64::kWidth;
 
-// A row of kNormLanes elements as doubles, exactly.
-template <class F>
+// A row of kNormLanes elements as doubles: what a step that computes in V reads, exactly.
+template <class F, class V>
 FN void load_row(const typename F::Element* from, F64 (&row)[kNormRegisters]) {
-  if constexpr (kDouble<typename F::Register>) {
+  if constexpr (kDouble<typename F::Register> && kDouble<V>) {
     UNROLL
     for (int r = 0; r < kNormRegisters; ++r) row[r] = F::load(from + r * F64::kWidth);
   } else {
     double wide[kNormLanes];
     UNROLL
-    for (int l = 0; l < kNormLanes; l += F32::kWidth) widen(F::load(from + l), wide + l);
+    for (int l = 0; l < kNormLanes; l += F32::kWidth) {
+      if constexpr (kDouble<typename F::Register>) {
+        widen(narrow<F32>(from + l), wide + l);
+      } else {
+        widen(F::load(from + l), wide + l);
+      }
+    }
     UNROLL
     for (int r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
   }
@@ -35,14 +41,14 @@ FN F64 fma_exact(F64 a, F64 b, F64 c) {
   }
 }
 
-template <class F>
+template <class F, class V>
 FN void add_row(const typename F::Element* from, F64 (&sum)[kNormRegisters],
                 F64 (&bad)[kNormRegisters]) {
   F64 x[kNormRegisters];
-  load_row<F>(from, x);
+  load_row<F, V>(from, x);
   UNROLL
   for (int r = 0; r < kNormRegisters; ++r) {
-    if constexpr (kDouble<typename F::Register>) {
+    if constexpr (kDouble<typename F::Register> && kDouble<V>) {
       sum[r] = fma(x[r], x[r], sum[r]);
       bad[r] = fma_exact(x[r], F64(0.0), bad[r]);  // NaN from infinity or NaN, else zero
     } else {
@@ -69,7 +75,7 @@ FN double combine(F64 (&sum)[kNormRegisters]) {
   return lanes[0];
 }
 
-template <Format kFormat>
+template <Format kFormat, class V>
 bool squares(const void* grad, int64_t n, int64_t begin, int64_t end, double* sums) {
   using F = In<kFormat>;
   using Element = typename F::Element;
@@ -82,16 +88,17 @@ bool squares(const void* grad, int64_t n, int64_t begin, int64_t end, double* su
     UNROLL
     for (int r = 0; r < kNormRegisters; ++r) sum[r] = bad[r] = F64(0.0);
     int64_t at = 0;
-    for (; at + kNormLanes <= count; at += kNormLanes) add_row<F>(from + at, sum, bad);
+    for (; at + kNormLanes <= count; at += kNormLanes) add_row<F, V>(from + at, sum, bad);
     if (at < count) {
       Element tail[kNormLanes] = {};
       __builtin_memcpy(tail, from + at, (count - at) * sizeof(Element));
-      add_row<F>(tail, sum, bad);
+      add_row<F, V>(tail, sum, bad);
     }
     const double total = combine(sum);
     sums[block - begin] = total;
     // Squares of finite doubles may overflow; those of floats, 512 of them, do not in double.
-    const double witness = kDouble<typename F::Register> ? combine(bad) : total;
+    const bool wide = kDouble<typename F::Register> && kDouble<V>;
+    const double witness = wide ? combine(bad) : total;
     finite &= witness * 0 == 0;
   }
   return finite;

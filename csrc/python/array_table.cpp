@@ -104,6 +104,7 @@ void ArrayTable::load(const py::dict& states, const std::vector<ClockTuple>& clo
   states_ = states;
   steps_ = steps;
   used_ = std::move(used);
+  measured_ = false;
   all.make();
 }
 

@@ -89,7 +89,7 @@ std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
   for (size_t i = 0; i < fixed.size(); ++i) {
     const std::string item = std::to_string(i);
     View view = view_of(fixed[i], Label{"grads", &item});
-    segments[i].stream[kGrad] = {view.data, view.format};
+    segments[i].stream[kParam] = segments[i].stream[kGrad] = {view.data, view.format};
     segments[i].n = view.n;
     owners.push_back(std::move(view.owner));
   }

@@ -104,13 +104,14 @@ Measured measure(const std::vector<Segment>& segments) {
     each_part(starts, begin, end, [&](int64_t i, int64_t from, int64_t to) {
       const Segment& segment = segments[i];
       const Stream& grad = segment.stream[kGrad];
+      const bool wide = segment.stream[kParam].format == Format::kF64;
+      const Squares own_squares = squares[static_cast<int>(grad.format)][wide];
       const int64_t last = parts(segment.n, kNormBlock);
       for (int64_t chunk = from; chunk < to; ++chunk) {
         double own[kChunk];
         const int64_t first = chunk * kChunk, end_of_chunk = std::min(last, first + kChunk);
         Squared& result = sums[starts[i] + chunk];
-        result.finite =
-            squares[static_cast<int>(grad.format)](grad.data, segment.n, first, end_of_chunk, own);
+        result.finite = own_squares(grad.data, segment.n, first, end_of_chunk, own);
         result.sum = add_pairs(own, end_of_chunk - first);
       }
     });

@@ -30,7 +30,8 @@ struct Measured {
   Squared all;
 };
 
-// The gradients'. A tensor's blocks are padded with zeros to a power of two and added in pairs, level
+// The gradients', as the step reads them: float64 ones are rounded to float32 unless the parameter is
+// float64 too. A tensor's blocks are padded with zeros to a power of two and added in pairs, level
 // by level; then the sums of the tensors that have elements, in the same way.
 Measured measure(const std::vector<Segment>& segments);
 

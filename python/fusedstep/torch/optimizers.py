@@ -153,11 +153,22 @@ class Optimizer(torch.optim.Optimizer):
 
         Steps look at all of them again after it was read, until nobody holds a part of it.
         """
-        return self._table.state
+        if "_table" in self.__dict__:
+            return self._table.state
+        if "_early" in self.__dict__:
+            return self._early
+        raise AttributeError("state must be set, or the optimizer made, before it is read")
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._table.state = state
+        if "_table" in self.__dict__:
+            self._table.state = state
+        else:  # a subclass's, before it calls our constructor
+            self._early = state
+
+    @state.deleter
+    def state(self) -> None:
+        self._table.state = defaultdict(dict)
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -493,6 +504,8 @@ class Optimizer(torch.optim.Optimizer):
             options = Options(
                 factor, max_norm, skip_nonfinite, norms=norms, found_inf=found, norm=norm
             )
+        if type(self).state is not Optimizer.state:  # a subclass's own attribute
+            self._table.state = self.state
         helper = _Helper(self, options.live, groups, first, at)
         self._table.step(groups, options, first, free, helper)
         if options.max_norm is not None or options.skip_nonfinite or options.norms:
