@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import fusedstep as fs
 from fusedstep import _core
+from test_symbols import machine_sets
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -28,7 +30,7 @@ def need(*tools):
             pytest.skip(f"{tool} is not on PATH")
 
 
-def hashes(compiler, isa, directory, *runner, link=()):
+def hashes(compiler, isa, directory, *runner, link=(), flags=()):
     """What native/identity.cpp prints under one set, and the width that its kernels tell."""
     program = directory / f"identity_{isa}"
     sources = [TESTS / "native" / "identity.cpp"]
@@ -39,7 +41,7 @@ def hashes(compiler, isa, directory, *runner, link=()):
         # rules.cpp names its own target, the host; the others are of the set.
         target = [] if source.name == "rules.cpp" else [f"-DFUSEDSTEP_TARGET={isa}"]
         objects.append(str(directory / f"{source.stem}.o"))
-        command = [*compiler.split(), *FLAGS, *target, f"-I{CSRC}", "-c", str(source)]
+        command = [*compiler.split(), *FLAGS, *flags, *target, f"-I{CSRC}", "-c", str(source)]
         execute(*command, "-o", objects[-1])
     execute(*compiler.split(), *objects, *link, "-o", str(program))
     done = execute(*runner, str(program))
@@ -80,6 +82,13 @@ def test_identity_program_covers_every_rule_and_mix_and_sees_differences(native)
 def test_sweep_has_the_bits_of_the_update_staged_by_hand(native):
     different = [line for line in native if len(set(line.split()[5:])) != 1]
     assert not different, f"{len(different)} of {len(native)} kernels, first {different[:3]}"
+
+
+@pytest.mark.parametrize("isa", [isa for isa in fs.usable_isas() if isa != "scalar"])
+def test_set_of_this_machine_gives_the_bits_of_the_scalar_one(isa, native, tmp_path):
+    lines, _ = hashes(NATIVE, isa, tmp_path, flags=machine_sets()[isa])
+    different = [pair for pair in zip(lines, native, strict=True) if pair[0] != pair[1]]
+    assert not different, f"{len(different)} of {len(lines)} kernels, first {different[:3]}"
 
 
 @pytest.mark.parametrize(("isa", "width"), [("scalar", 1), ("neon", 4)])

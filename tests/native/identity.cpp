@@ -23,7 +23,7 @@ using namespace fusedstep;
 
 namespace {
 
-constexpr int64_t kLengths[] = {1, 3, 4, 5, 15, 16, 17, 67};
+constexpr int64_t kLengths[] = {1, 3, 4, 5, 15, 16, 17, 67, 513, 1025};
 constexpr int64_t kOffset = 1;  // elements before the data, so that nothing is aligned
 
 // Knuth's MMIX generator; the high bits are the good ones.
