@@ -15,7 +15,7 @@ template <class F, class V>
 FN void load_row(const typename F::Element* from, F64 (&row)[kNormRegisters]) {
   if constexpr (kDouble<typename F::Register> && kDouble<V>) {
     UNROLL
-    for (int r = 0; r < kNormRegisters; ++r) row[r] = F::load(from + r * F64::kWidth);
+    for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = F::load(from + r * F64::kWidth);
   } else {
     double wide[kNormLanes];
     UNROLL
@@ -27,7 +27,7 @@ FN void load_row(const typename F::Element* from, F64 (&row)[kNormRegisters]) {
       }
     }
     UNROLL
-    for (int r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
+    for (int64_t r = 0; r < kNormRegisters; ++r) row[r] = load<F64>(wide + r * F64::kWidth);
   }
 }
 

@@ -431,7 +431,8 @@ std::optional<std::vector<std::tuple<size_t, double, bool>>> TensorTable::norms(
   const std::vector<std::optional<Norm>> norms = stepper_.norms();
   std::vector<std::tuple<size_t, double, bool>> found;
   for (size_t k = 0; k < measured_->size(); ++k) {
-    found.emplace_back((*measured_)[k], norms[k]->norm, norms[k]->finite);
+    const std::optional<Norm>& one = norms[k];
+    if (one) found.emplace_back((*measured_)[k], one->norm, one->finite);
   }
   return found;
 }

@@ -129,10 +129,10 @@ class TensorTable {
     void *param, *grad;  // the gradient: the last one found to have its memory
     std::array<void*, kMaxStates> states;
     std::array<Stream, kCounts> numbers;
-    uint64_t serial;                        // no two are the same
-    Lines lines;                            // what a step looks at, the parameter's first
-    size_t of_param;                        // how many those are
-    std::array<int64_t, 2 * kDims> layout;  // the parameter's shape and strides
+    uint64_t serial;                                // no two are the same
+    Lines lines;                                    // what a step looks at, the parameter's first
+    size_t of_param;                                // how many those are
+    std::array<int64_t, size_t{2} * kDims> layout;  // the parameter's shape and strides
   };
 
   // What the last step found out about a parameter.
