@@ -592,9 +592,15 @@ def test_a_state_of_another_class_that_is_weakly_referenced_is_looked_at():
 @pytest.mark.parametrize("walk", [gc.get_objects, lambda: gc.get_referents(gc.get_objects())])
 def test_what_a_walk_over_all_objects_finds_is_looked_at(walk):
     params, opt = settled(ft.AdamW, False)
-    entries = [one for one in walk() if type(one) is dict and "exp_avg" in one]
+    wanted = ["step", "exp_avg", "exp_avg_sq"]
+    entries = [
+        one
+        for one in walk()
+        if type(one) is dict and all(type(key) is str for key in one) and list(one) == wanted
+    ]
+    assert len(entries) >= len(params)
     for entry in entries:
-        entry["exp_avg"] = torch.zeros_like(entry["exp_avg"])
+        entry["exp_avg"] = torch.zeros_like(torch.as_tensor(entry["exp_avg"]))
     del entries, entry
     take(opt, params, [9])
     assert torch.allclose(opt.state[params[0]]["exp_avg"], params[0].grad * 0.1)
