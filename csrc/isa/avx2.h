@@ -23,6 +23,18 @@ FN void store_f16(uint16_t* to, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// As the loops of lanes.h, of which GCC goes through memory.
+template <>
+FN void widen<8>(F32 x, double* to) {
+  _mm256_storeu_pd(to, _mm256_cvtps_pd(_mm256_castps256_ps128(x.v)));
+  _mm256_storeu_pd(to + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)));
+}
+template <>
+FN F32 narrow<F32>(const double* from) {
+  const __m128 low = _mm256_cvtpd_ps(_mm256_loadu_pd(from));
+  return F32::of(_mm256_set_m128(_mm256_cvtpd_ps(_mm256_loadu_pd(from + 4)), low));
+}
+
 // One instruction widens, and two gather the upper halves: of the general forms GCC makes more.
 template <>
 FN vector<uint32_t, 8> load_high<8>(const uint16_t* from) {

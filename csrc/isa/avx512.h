@@ -24,6 +24,18 @@ FN void store_f16(uint16_t* to, F32 x) {
                       _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 
+// As the loops of lanes.h, of which GCC goes through memory.
+template <>
+FN void widen<16>(F32 x, double* to) {
+  _mm512_storeu_pd(to, _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)));
+  _mm512_storeu_pd(to + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1)));
+}
+template <>
+FN F32 narrow<F32>(const double* from) {
+  const __m512 low = _mm512_castps256_ps512(_mm512_cvtpd_ps(_mm512_loadu_pd(from)));
+  return F32::of(_mm512_insertf32x8(low, _mm512_cvtpd_ps(_mm512_loadu_pd(from + 8)), 1));
+}
+
 // One instruction widens, and one narrows: of the general forms GCC makes more.
 template <>
 FN vector<uint32_t, 16> load_high<16>(const uint16_t* from) {
