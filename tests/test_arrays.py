@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import fusedstep as fs
+from cases import FORMATS
 from fusedstep import convergence
 from fusedstep._arrays import as_array
 
-DTYPES = ["float32", "float64", "float16", "bfloat16"]
+DTYPES = FORMATS
 
 
 def ones(dtype="float32", shape=4):

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fusedstep as fs
+from cases import FORMATS
 from fusedstep import _core
 
-DTYPES = ["float32", "float64", "float16", "bfloat16"]
+DTYPES = FORMATS
 SHAPES = {"w": (3, 5), "b": (5,), "scale": (), "none": (0,), "hollow": (4, 0, 2), "one": (1,)}
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
-from cases import CASES, each_case, each_case_in_turn, each_pair, make
+from cases import CASES, FORMATS, each_case, each_case_in_turn, each_pair, make
 
 torch = pytest.importorskip("torch")
 
@@ -42,7 +42,7 @@ DEVICE = "cuda"
 LENGTHS = [0, 1, 3, 4, 5, 1023, 1024, 1025, 100_003]
 STARTS = np.cumsum([0, *LENGTHS])
 STEPS = 3
-DTYPES = {n: getattr(torch, n) for n in ("float32", "float64", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in FORMATS}
 SCALARS = {"step", "mu_product", "eta", "mu"}  # in a state beside the arrays
 GUARD = 0x5A  # the byte around unaligned views
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedstep._types import Options
+
 PACKAGE = Path(__file__).parent.parent / "python" / "fusedstep"
 
 
@@ -100,3 +102,11 @@ def test_array_libraries_are_known_in_one_module(name):
         if isinstance(node, ast.Constant) and not isinstance(parents[node], ast.Expr):
             text = str(node.value)
         assert not any(word in text for word in words), text
+
+
+def test_options_are_in_the_order_that_the_core_reads():
+    # By place: csrc/python/options.h and torch/tensor_table.cpp.
+    assert Options._fields == (
+        *("factor", "max_norm", "skip_nonfinite", "stream", "norms", "live"),
+        *("scale", "found_inf", "norm"),
+    )

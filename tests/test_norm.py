@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
+from cases import FORMATS
 from fusedstep import _core
 from fusedstep._arrays import as_dtype
 
 LANES, BLOCK = 16, 512
 ALONE = 256 * BLOCK  # elements up to which one thread works alone
-DTYPES = ["float32", "float64", "bfloat16", "float16"]
+DTYPES = FORMATS
 LENGTHS = [0, 1, 15, 16, 17, 511, 512, 513, 1023, 1025, 70_000]
 # More than ALONE, and no multiple of a piece, a block or a row.
 LONG = 2 * ALONE + 3 * BLOCK + 21

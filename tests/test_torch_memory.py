@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedstep as fs
 import fusedstep.torch as ft
-from cases import CASES, WITHOUT_PEER, each_pair
+from cases import CASES, FORMATS, WITHOUT_PEER, each_pair
 from fusedstep.torch import optimizers
 from test_against_torch import torch_has, torch_optimizer
 from test_torch_optimizers import assert_same_bits, bits, fingerprint, set_grads, train
@@ -958,7 +958,7 @@ def test_both_readers_give_the_same_bits(name, monkeypatch):
     assert results[0] == results[1]
 
 
-DTYPES = {n: getattr(torch, n) for n in ("float32", "float64", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in FORMATS}
 
 
 @each_class

@@ -14,5 +14,14 @@ namespace FUSEDSTEP_TARGET {
 template <Format>
 struct In;
 
+// A format that is what a register holds.
+template <class V>
+struct AsComputed {
+  using Element = typename V::Scalar;
+  using Register = V;
+  FN static V load(const Element* from) { return FUSEDSTEP_TARGET::load<V>(from); }
+  FN static void store(Element* to, V x) { FUSEDSTEP_TARGET::store(to, x); }
+};
+
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

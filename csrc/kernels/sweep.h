@@ -128,6 +128,9 @@ void encode(const Stream& stream, int64_t at, int64_t n, const void* from) {
 constexpr int64_t kBlock = 512;
 constexpr int64_t kStride = kBlock * sizeof(double) + 64;
 
+// Whether a step with these states has stream k.
+FN bool has_stream(StateMask mask, int k) { return k < kState || has(mask, k - kState); }
+
 // The shape that a segment's streams are in as they lie, or none.
 FN int shape_of(const Segment& segment, StateMask mask) {
   for (int shape = 0; shape < kShapes; ++shape) {
@@ -162,7 +165,7 @@ FN void sweep_tail(Update update, const Segment& segment, StateMask mask, const 
   void* at[kStreams] = {};
   const auto each = [&](const auto& body) {
     for (int k = 0; k < kStreams; ++k) {
-      if (k >= kState && !has(mask, k - kState)) continue;
+      if (!has_stream(mask, k)) continue;
       const int64_t bytes = kFormatInfo[static_cast<int>(segment.stream[k].format)].bytes;
       body(k, static_cast<char*>(segment.stream[k].data) + begin * bytes, (end - begin) * bytes);
     }
@@ -195,7 +198,7 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
   if (const int shape = shape_of(segment, mask); shape >= 0) {
     const int64_t whole = (end - begin) / width * width;
     for (int k = 0; k < kStreams; ++k) {
-      if (k < kState || has(mask, k - kState)) point(k);
+      if (has_stream(mask, k)) point(k);
     }
     update[shape](row, at, whole);
     if (begin + whole < end) {
@@ -210,7 +213,7 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
     if (n > width) n -= n % width;  // the tail comes last, by itself
     for (int k = 0; k < kStreams; ++k) {
       const Stream& stream = segment.stream[k];
-      if (k >= kState && !has(mask, k - kState)) continue;
+      if (!has_stream(mask, k)) continue;
       if (stream.format == computing && n % width == 0) {
         point(k);
       } else {

@@ -42,9 +42,9 @@ class ArrayTable {
   using Taken = std::pair<int64_t, int64_t>;
 
   // One entry per tensor, an array or None. Each group is (maximize, decoupled, weight_decay,
-  // hyperparameters in the rule's order). `options` is None or Python's Options. `states` is
-  // None, or replaces the states, some of which
-  // begin with this step. `announce` is None or called with the parameters that were written to.
+  // hyperparameters in the rule's order). `options` is None or Python's Options. `states` is None, or
+  // replaces the states, some of which begin with this step. `announce` is None or called with the
+  // parameters that were written to.
   Taken step(const pybind11::sequence& grads, const std::vector<std::vector<double>>& groups,
              const pybind11::object& options, const pybind11::object& states,
              const pybind11::object& announce);
@@ -59,9 +59,10 @@ class ArrayTable {
   // Of each tensor's, with whether it is finite; None for one that had none.
   std::optional<std::vector<std::optional<std::pair<double, bool>>>> norms() const;
 
-  // Shapes and dtype names of the parameters.
+  // Shapes and dtype names of the parameters, and of the states under each.
   std::vector<pybind11::tuple> shapes() const;
   std::vector<std::string> dtypes() const;
+  std::vector<std::string> state_dtypes() const;
 
  private:
   struct Param {

@@ -31,7 +31,11 @@ constexpr char kUnsaid[] =
 char nothing;
 
 [[noreturn]] void wrong_dtype(const Label& label, const std::string& got) {
-  throw py::type_error(label.text() + " must be float32, float64, bfloat16 or float16, got " + got);
+  std::string known;
+  for (int i = 1; i < kFormats; ++i) {
+    known += (i == 1 ? "" : i + 1 < kFormats ? ", " : " or ") + std::string(kFormatInfo[i].name);
+  }
+  throw py::type_error(label.text() + " must be " + known + ", got " + got);
 }
 
 [[noreturn]] void not_contiguous(const Label& label) {

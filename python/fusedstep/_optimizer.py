@@ -58,11 +58,6 @@ _ARGS = """Args:
             free of overlap."""
 
 
-def _state_dtype(dtype: str) -> str:
-    """The dtype of a parameter's states."""
-    return "float64" if dtype == "float64" else "float32"
-
-
 def given(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
     return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
@@ -159,6 +154,7 @@ class Optimizer:
         )
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
+        self._state_dtypes = self._table.state_dtypes()
         self._tensors = {i: p for i, p in enumerate(params) if is_tensor(p)}
 
     @property
@@ -212,7 +208,7 @@ class Optimizer:
         result = {name: list(arrays) for name, arrays in states.items()}
         by_buffer: dict[tuple[str, str], list[int]] = {}
         for state, i in wanted:
-            by_buffer.setdefault((state, _state_dtype(self._dtypes[i])), []).append(i)
+            by_buffer.setdefault((state, self._state_dtypes[i]), []).append(i)
         for (state, dtype), indices in by_buffer.items():
             shapes = {i: self._shapes[i] for i in sorted(indices)}
             buffer: Mapping[Key, Any] = (
@@ -532,8 +528,9 @@ class Optimizer:
     def _load(self, state_dict: Any) -> None:
         """`load_state_dict`, while nobody else has a turn."""
         groups = [(group._hypers, group._params) for group in self._groups]
-        dtypes = list(map(_state_dtype, self._dtypes))
-        own = _checkpoint.Holder(self._spec, self._names, self._named, groups, self._shapes, dtypes)
+        own = _checkpoint.Holder(
+            self._spec, self._names, self._named, groups, self._shapes, self._state_dtypes
+        )
         found = _checkpoint.loaded(own, state_dict)
         begun = found.begun
         clocks = [begun[i][0] if i in begun else (0, 0.0, 0.0) for i in range(len(self._names))]

@@ -196,7 +196,7 @@ class Adagrad(Optimizer):
         torch.
     """
 
-    _spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"})
+    _spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"}, begins_at_once=True)
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,

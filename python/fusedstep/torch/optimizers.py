@@ -105,10 +105,9 @@ class Optimizer(torch.optim.Optimizer):
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where the constructor got them
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
-    _begins_at_once: ClassVar[bool]  # states exist before the first step
     param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
-    _keys: list[str] = []  # noqa: RUF012  # names, when the last step measured gradients
+    _keys: Sequence[str] = ()  # the parameters' names, when a step last measured gradients
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
     _turn: Turn
     _ahead = False  # whether the parameters stand at a look-ahead point
@@ -127,7 +126,7 @@ class Optimizer(torch.optim.Optimizer):
             super().__init__(params, {**self._spec.fixed, **self._given, **hypers, **heard})
         finally:
             self._found = None
-        if self._begins_at_once:
+        if self._spec.begins_at_once:
             rows = self._current()
             helper = _Helper(self, self._counts_live(rows), rows)
             for params, native, group, _ in rows:
@@ -1218,8 +1217,6 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
                 if n != "params" and n not in extra
             },
             "_extra": {n: p.default for n, p in extra.items()},
-            # torch.optim.Adagrad's, which cannot load a checkpoint without them.
-            "_begins_at_once": name == "Adagrad",
             "_read": tuple(dict.fromkeys([*hypers, *spec.fixed, *_HOW])),
             **{name: _InGroups() for name in (*hypers, *spec.fixed)},
         },
