@@ -559,3 +559,8 @@ def test_over_memmap_trains_on_disk(tmp_path):
 
     again = fs.FlatBuffer.over(np.memmap(path, np.float32, "r"), SHAPES)
     assert again.flat.tobytes() == expected.flat.tobytes()
+
+
+def test_pack_names_the_array_of_a_dtype_that_no_kernel_takes():
+    with pytest.raises(TypeError, match=r"arrays\[w\] must be float32.*, got int32"):
+        fs.FlatBuffer.pack({"w": np.ones(3, np.int32)})

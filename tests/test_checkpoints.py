@@ -496,3 +496,15 @@ def test_a_shallow_copy_of_torch_s_shares_state_and_groups_as_theirs():
     twin.step()
     run.step(tensors(2)[:2])
     assert float(run.opt.state[run.params[0]]["step"]) == 3
+
+
+@pytest.mark.parametrize("layer", ["neutral", "torch"])
+def test_a_state_of_none_is_called_missing_and_not_listed_as_there(layer):
+    param = torch.nn.Parameter(torch.ones(3))
+    opt = fs.Adam([np.ones(3, "f4")]) if layer == "neutral" else ft.Adam([param])
+    param.grad = torch.ones(3)
+    opt.step(*([[np.ones(3, "f4")]] if layer == "neutral" else []))
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["exp_avg"] = None
+    with pytest.raises(ValueError, match=r"the key 'exp_avg', got \['step', 'exp_avg_sq'\]"):
+        opt.load_state_dict(saved)

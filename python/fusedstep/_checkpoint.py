@@ -151,6 +151,11 @@ def _by_name(
     return order, result
 
 
+def given(entry: Mapping[Any, Any]) -> list[Any]:
+    """The keys of a saved state that have a value."""
+    return [key for key, value in entry.items() if value is not None]
+
+
 def check_mapping(label: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise TypeError(f"{label} must be a dict, got {type(value).__name__}")
@@ -353,7 +358,7 @@ def _loaded_state(
     # A state that is there says enough where updates are not counted.
     for name in spec.required(uses) if spec.counts_steps else ():
         if name not in arrays and name not in scalars:
-            raise ValueError(f"{where} must have the key {name!r}, got {list(entry)}")
+            raise ValueError(f"{where} must have the key {name!r}, got {given(entry)}")
     if not spec.counts_steps:
         return (0, float(bool(arrays)), 0.0), arrays
     first, second = [*(scalars[name] for name in spec.carried), 0.0, 0.0][:2]

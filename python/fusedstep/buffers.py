@@ -104,6 +104,9 @@ class FlatBuffer(Mapping[Key, Array]):
             if len(found) > 1:
                 listed = ", ".join(f"{k}: {a.dtype.name}" for k, a in list(given.items())[:8])
                 raise TypeError(f"arrays must share one dtype unless dtype= is given, got {listed}")
+            if given:
+                first = next(iter(given))
+                as_dtype(given[first].dtype, f"arrays[{first}]")
             dtype = found.pop() if found else np.float32
         buffer = cls.zeros({k: a.shape for k, a in given.items()}, dtype, huge_pages=huge_pages)
         for key, array in given.items():

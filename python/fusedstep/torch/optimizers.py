@@ -825,7 +825,8 @@ class Optimizer(torch.optim.Optimizer):
         begun = {name for name, value in entry.items() if value is not None}
         begun &= STATES.union(own)
         if begun and lacking:
-            raise ValueError(f"{where} must have the key {lacking[0]!r}, got {list(entry)}")
+            found = _checkpoint.given(entry)
+            raise ValueError(f"{where} must have the key {lacking[0]!r}, got {found}")
         if begun and not begun.intersection(own):
             raise ValueError(f"{where} must have the keys {own}, got {list(entry)}")
 
