@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedstep import _core
+
 CSRC = Path(__file__).parents[1] / "csrc"
 CMAKE = CSRC.parent / "CMakeLists.txt"
 COMPILER = os.environ.get("CXX") or "c++"
@@ -129,6 +131,14 @@ def test_no_constructor_runs_at_load(isa, compiled):
     assert ".text" in sections
     assert ".init_array" not in sections
     assert ".ctors" not in sections
+
+
+def test_module_uses_none_of_the_library_s_streams():
+    # Their locale is the process's: another library's own copy of it made reading a file crash.
+    need("nm")
+    names = output("nm", "-DC", _core.__file__).splitlines()
+    assert any("PyModule" in name for name in names)
+    assert [name for name in names if re.search(r"std::.*(stream|ios_base|locale)", name)] == []
 
 
 FOREIGN = {

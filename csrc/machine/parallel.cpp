@@ -9,10 +9,9 @@
 #include <cerrno>
 #include <cmath>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <mutex>
-#include <sstream>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -118,11 +117,16 @@ int affinity() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// A small file's text, empty where there is none. C's functions: the module uses no C++ streams, which
+// have a state of the whole process and crashed where another library had brought its own.
 std::string read(const std::string& path) {
-  std::ifstream file(path);
-  std::ostringstream text;
-  text << file.rdbuf();
-  return text.str();
+  std::string text;
+  if (FILE* file = std::fopen(path.c_str(), "re")) {
+    char piece[512];
+    while (const size_t n = std::fread(piece, 1, sizeof(piece), file)) text.append(piece, n);
+    std::fclose(file);
+  }
+  return text;
 }
 
 // The number a text begins with, 0 where there is none.
@@ -160,8 +164,9 @@ double cpu_quota(const std::string& membership, const std::string& root) {
   const auto tighten = [&](double used, double period) {
     if (used > 0 && period > 0) quota = quota > 0 ? std::min(quota, used / period) : used / period;
   };
-  std::istringstream lines(membership);
-  for (std::string line; std::getline(lines, line);) {  // hierarchy:controllers:path
+  for (size_t begin = 0, end; begin < membership.size(); begin = end + 1) {
+    end = std::min(membership.find('\n', begin), membership.size());
+    const std::string line = membership.substr(begin, end - begin);  // hierarchy:controllers:path
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
@@ -171,9 +176,8 @@ double cpu_quota(const std::string& membership, const std::string& root) {
     for (;;) {  // a group is also bound by the quotas above it
       const std::string directory = root + (v1 ? "/cpu" : "") + path;
       if (v2) {
-        std::istringstream text(read(directory + "/cpu.max"));
-        double used = 0, period = 0;
-        if (text >> used >> period) tighten(used, period);  // "max 100000" has no quota
+        const std::string text = read(directory + "/cpu.max");  // "max 100000" has no quota
+        tighten(number(text), number(text.substr(std::min(text.find(' '), text.size()))));
       } else {
         tighten(number(read(directory + "/cpu.cfs_quota_us")),
                 number(read(directory + "/cpu.cfs_period_us")));

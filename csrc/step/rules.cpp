@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -21,9 +20,12 @@ constexpr int count_words(const char* text) {
 }
 
 std::vector<std::string> words(const char* text) {
-  std::istringstream stream(text);
   std::vector<std::string> result;
-  for (std::string word; stream >> word;) result.push_back(word);
+  for (char before = ' '; *text; before = *text++) {
+    if (*text == ' ') continue;
+    if (before == ' ') result.emplace_back();
+    result.back() += *text;
+  }
   return result;
 }
 
