@@ -123,6 +123,22 @@ def test_a_parameter_without_a_gradient_does_not_keep_the_others():
     assert [int(opt.state[p]["step"]) for p in params] == [6, 5, 6, 6, 6]
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5], ids=["plain", "beside momentum"])
+def test_plain_sgd_looks_for_no_state(momentum):
+    def sgd(cls):
+        params = made(ft.SGD, flat=False)[0]
+        return params, cls(
+            [{"params": params[:2]}, {"params": params[2:], "momentum": momentum}], lr=0.1
+        )
+
+    (params, opt), (others, other) = sgd(ft.SGD), sgd(torch.optim.SGD)
+    for each, one in ((params, opt), (others, other)):
+        take(one, each, range(SETTLE))
+    assert opt._table.recalled == len(params)
+    for ours, theirs in zip(params, others, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_states_read_in_each_step_are_not_asked_whose_they_are(monkeypatch):
     params, opt = settled(ft.Adam, False)
     asked = []

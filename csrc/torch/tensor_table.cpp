@@ -228,6 +228,10 @@ TensorTable::Entry TensorTable::find(const Active& a) const {
   return found;
 }
 
+// Whether a step takes anything of a parameter's entry: plain SGD has none, and to find that out costs
+// the tensor's hash, which is Python code.
+bool TensorTable::takes_state(const Active& a) const { return a.mask != 0 || !scalars_.empty(); }
+
 py::list TensorTable::names_missing(const Active& a) const {
   py::list names;
   for (size_t s = 0; s < scalars_.size(); ++s) {
@@ -527,7 +531,7 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       if (kept_[here].shown == seen()) give_up(here);  // the step may replace what it reads
       a.reading = readings_.size();
       readings_.emplace_back();
-      of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
+      if (takes_state(a)) of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
       if (of(a).entry) trail_.pass(of(a).entry.ptr());
       read(place, false);
       if (of(a).found.complete) continue;
@@ -581,7 +585,8 @@ bool TensorTable::stayed() const {
           g.data != gradients_[place].data || p.n != tensors_[place].segment.n || p.n != g.n) {
         return false;
       }
-    } else if (!entries.at(a.param).is(of(a).entry) || !find(a).same(of(a).found)) {
+    } else if (takes_state(a) &&
+               (!entries.at(a.param).is(of(a).entry) || !find(a).same(of(a).found))) {
       return false;
     }
   }
@@ -597,7 +602,9 @@ bool TensorTable::stayed() const {
 bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) const {
   const Active& a = active_[place];
   const Segment& segment = tensors_[place].segment;
-  if (!entry || !PyDict_Check(entry.ptr()) || !reader_.referred_once(entry)) return false;
+  if (takes_state(a) && (!entry || !PyDict_Check(entry.ptr()) || !reader_.referred_once(entry))) {
+    return false;
+  }
   TensorView view;
   const auto is = [&](const py::str& name, const Place& where, const Stream& stream) {
     const py::handle tensor = lookup(entry, name);
@@ -640,7 +647,7 @@ void TensorTable::keep() {
       of(a) = {};  // none of its references are somebody's
       TensorView p;
       if (!reader_.read(a.param, p, place_) || p.ndim > Kept::kDims ||
-          !alone(place, p, entries.at(a.param))) {
+          !alone(place, p, takes_state(a) ? entries.at(a.param) : py::handle())) {
         give_up(a.i);
         continue;
       }

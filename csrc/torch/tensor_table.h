@@ -205,6 +205,7 @@ class TensorTable {
   bool in_place(size_t first) const;
   bool stayed() const;
   Entry find(const Active& a) const;
+  bool takes_state(const Active& a) const;
   pybind11::list names_missing(const Active& a) const;
   void read(size_t place, bool begins);
   bool look(Active& a, const pybind11::str& kind, pybind11::object& tensor, TensorView& view,
