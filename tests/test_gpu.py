@@ -128,6 +128,19 @@ def train(opt, params, grads, **how):
         opt.step(**how)
 
 
+class Scaled:
+    """Steps as torch.amp.GradScaler takes them: a step uses up the scale that was set for it."""
+
+    def __init__(self, opt, scale):
+        self.opt = opt
+        self.scale = torch.full((), scale, device=DEVICE)
+        self.found_inf = torch.zeros((), device=DEVICE)
+
+    def step(self, **how):
+        self.opt.grad_scale, self.opt.found_inf = self.scale, self.found_inf
+        self.opt.step(**how)
+
+
 def norm_bits(opt):
     norm = opt.grad_norm
     assert norm.ndim == 0
@@ -485,14 +498,12 @@ def test_step_does_not_wait_for_the_gpu(name, how):
     params = [parameter(values.to(DEVICE)) for values in split(start)]
     more = {"capturable": True} if how == "capturable" else {}
     opt = getattr(ft, name)(params, **hypers_of(name), **more)
-    if how == "amp":
-        opt.grad_scale = torch.full((), 2.0, device=DEVICE)
-        opt.found_inf = torch.zeros((), device=DEVICE)
-    train(opt, params, [split(grads[0])] * 2, **step)  # states, and code to load
+    stepping = Scaled(opt, 2.0) if how == "amp" else opt
+    train(stepping, params, [split(grads[0])] * 2, **step)  # states, and code to load
     torch.cuda.synchronize()
     with no_wait():
         for _ in range(3):
-            opt.step(**step)
+            stepping.step(**step)
             if step:
                 assert opt.grad_norm.is_cuda  # not read here: that would wait
     twin = [parameter(values.to(DEVICE)) for values in split(start)]
@@ -669,15 +680,14 @@ def test_replay_skips_where_found_inf_says_so(name):
         param.grad = torch.zeros_like(param)
     lr = torch.tensor(0.25, device=DEVICE)
     opt = getattr(ft, name)(params, lr=lr, capturable=True)
-    opt.grad_scale = torch.ones((), device=DEVICE)
-    opt.found_inf = torch.zeros((), device=DEVICE)
+    scaled = Scaled(opt, 1.0)
     given = [[g.to(DEVICE) for g in split(step)] for step in grads]
     steps = [prepared(params, lr, 0.25, step) for step in given]
-    graph = capture(opt, steps[:1])
+    graph = capture(scaled, steps[:1])
     for k, prepare in enumerate(steps[1:], 1):
         prepare()
-        opt.found_inf.fill_(k % 2)
-        opt.grad_scale.fill_(4.0)
+        scaled.found_inf.fill_(k % 2)
+        scaled.scale.fill_(4.0)
         before = contents(opt, params)
         graph.replay()
         if k % 2:
