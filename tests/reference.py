@@ -58,13 +58,15 @@ def adadelta(p, g, state, t, h):  # Zeiler 2012
 
 def moments(g, state, h):  # Kingma & Ba 2015, what the Adams share
     beta1, beta2 = h.betas
-    m = beta1 * state["exp_avg"] + (1 - beta1) * g
+    m = beta1 * state["exp_avg"] + (1 - beta1) * g if beta1 else g
     v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g**2
     return m, v, {"exp_avg": m, "exp_avg_sq": v}
 
 
 def adam(p, g, state, t, h):  # Kingma & Ba 2015; amsgrad: Reddi et al. 2018
     m, v, after = moments(g, state, h)
+    if not h.betas[0]:
+        del after["exp_avg"]  # which is the gradient
     if h.amsgrad:
         v = after["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
     if h.bias_correction:

@@ -166,10 +166,11 @@ FN void show(const Tally& tally, const Clock& clock) {
 }
 
 template <class... Rule>
-FN Row prepare_numbered(List<Rule...>, int number, const Group& group, Clock& clock) {
+FN Row prepare_numbered(List<Rule...>, int number, const Group& group, Clock& clock,
+                        const Options& options) {
   Row row = {};
   int place = 0;
-  ((number == place++ ? void(row = prepare<Rule>(group, clock, 1)) : void()), ...);
+  ((number == place++ ? void(row = prepare<Rule>(group, clock, 1, options)) : void()), ...);
   return row;
 }
 
@@ -202,7 +203,7 @@ __device__ __noinline__ void count_updates(const Finish& finish) {
       Clock after = clock;
       Group now = finish.groups[tally.group];
       if (now.lr.data) now.hypers[0] = read(now.lr);
-      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after);
+      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after, finish.options);
       last = {tally.group, clock, after, i};
     }
     *tally.clock = last.after;

@@ -12,22 +12,22 @@ namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
 // The first format, from number kNumber on, that a stream may be in: of all, as a gradient's may be,
-// or of those that are computed with in V. kFormats where there is none.
+// or of those that are computed with in V. kArrayFormats where there is none.
 template <class V, bool kAny, int kNumber>
 FN constexpr int first_from() {
-  if constexpr (kNumber < kFormats) {
+  if constexpr (kNumber < kArrayFormats) {
     using F = In<static_cast<Format>(kNumber)>;
     if constexpr (kAny || kDouble<typename F::Register> == kDouble<V>) return kNumber;
     return first_from<V, kAny, kNumber + 1>();
   }
-  return kFormats;
+  return kArrayFormats;
 }
 
 // Calls body with the format that a stream is in.
 template <class V, bool kAny, int kNumber = first_from<V, kAny, 1>(), class Body>
 FN void in_format(Format format, const Body& body) {
   constexpr int kNext = first_from<V, kAny, kNumber + 1>();
-  if constexpr (kNext < kFormats) {
+  if constexpr (kNext < kArrayFormats) {
     if (static_cast<int>(format) != kNumber) return in_format<V, kAny, kNext>(format, body);
   }
   body(In<static_cast<Format>(kNumber)>());

@@ -1,12 +1,16 @@
 // What a format's header defines: In<format>, with
 //   Element   what lies in memory for each number
 //   Register  the register that it converts to and from: F64 for float64, F32 for all others
-//   load, store  one register's elements
-// All conversions to Register are exact, and those to memory round to nearest, ties to even.
+//   load      one register's elements
+//   store     likewise, rounded to nearest, ties to even
+//   dither    likewise, rounded at random by words of random bits, where the format can
+// A format with something beside its elements takes a pointer to that, too. All conversions to
+// Register are exact.
 #pragma once
 
 #include "interface/format.h"
 #include "isa/isa.h"
+#include "random.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {

@@ -5,3 +5,6 @@
 #include "f16.h"
 #include "f32.h"
 #include "f64.h"
+#include "kahan.h"
+#include "q8.h"
+#include "split.h"

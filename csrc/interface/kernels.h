@@ -26,15 +26,18 @@ struct StateList {
   State state[kMaxStates];  // those there are come first
 };
 
-// The streams of one tensor, in this order everywhere.
-constexpr int kParam = 0, kGrad = 1, kState = 2, kStreams = kState + kMaxStates;
+// The streams of one tensor, in this order everywhere. The last two are made of the new parameter,
+// as it is stored: its moving average and its copy.
+constexpr int kParam = 0, kGrad = 1, kState = 2, kEma = kState + kMaxStates, kShadow = kEma + 1,
+              kStreams = kShadow + 1;
 
 // One contiguous run of elements that share a row: a tensor, or a whole flat buffer.
 struct Segment {
-  Stream stream[kStreams];  // a tensor without a gradient sits the step out
+  Stream stream[kStreams];  // a tensor without a gradient sits the update out
   int64_t n = 0;            // elements
+  int64_t first = 0;        // place of the first one in its parameter, of which this may be a shard
   int row = 0;              // in the step's rows
-  int padding = 0;
+  int ema_begins = 0;       // the average is a copy of the parameter
 };
 
 // How weight decay enters: kCoupled adds weight_decay*p to the gradient; kScaled multiplies p by
@@ -46,6 +49,11 @@ struct Row {
   double scalars[kMaxScalars];  // [0] gradient factor, [1] decay, [2...] the rule's own
   int variant;
   Decay decay;
+  double clip;       // of each element of the gradient, times its factor; infinity: none
+  double ema_decay;  // of the average
+  uint64_t key;      // of this update's random bits
+  int zero_grad;     // the gradient becomes zero
+  int padding;
 };
 
 // Formats that a kernel takes as they lie in memory. Any other mix is staged: converted by blocks that
@@ -63,11 +71,24 @@ constexpr Shape kShapeList[] = {
     {Format::kF16, Format::kF16, Format::kF32},    // 1.31, 1.15
     {Format::kF32, Format::kBf16, Format::kF32},   // 1.14, 1.10
     {Format::kF32, Format::kF16, Format::kF32},    // 1.15, 1.01
+    {Format::kF32, Format::kF32, Format::kBf16},
+    {Format::kF32, Format::kF32, Format::kQ8},
+    {Format::kF32, Format::kBf16, Format::kQ8},
 };
 constexpr int kShapes = sizeof(kShapeList) / sizeof(kShapeList[0]);
 
-// Updates n elements, whole registers, of streams in a shape's formats that begin at `at`.
-using Update = void (*)(const Row& row, void* const* at, int64_t n);
+// Where a run of elements lies. States in 8 bits are read in their blocks and left as floats in
+// `values`, since a block's exponent is known only when all of it is.
+struct Run {
+  void* at[kStreams];
+  const uint8_t* exponents[kMaxStates];
+  float* values[kMaxStates];
+  int64_t place;   // of the first element in its parameter
+  int stochastic;  // rounding of states
+};
+
+// Updates n elements, whole registers, of streams in a shape's formats.
+using Update = void (*)(const Row& row, const Run& run, int64_t n);
 
 struct RuleKernels {
   Update update[kMaxVariants][kShapes];  // null where a rule has fewer variants
@@ -75,11 +96,17 @@ struct RuleKernels {
 };
 
 // Elements [at, at + n) of a stream to or from floats or doubles; decode pads them with zeros to
-// whole registers.
+// whole registers. `place` is the first one's in its parameter. What is rounded at random takes the bits
+// of stream k in the update with this key.
 struct Codec {
-  void (*decode)(const Stream& stream, int64_t at, int64_t n, void* to);
-  void (*encode)(const Stream& stream, int64_t at, int64_t n, const void* from);
+  void (*decode)(const Stream& stream, int64_t at, int64_t place, int64_t n, void* to);
+  void (*encode)(const Stream& stream, int k, int64_t at, int64_t place, int64_t n,
+                 const void* from, uint64_t key);
 };
+
+// Elements of a parameter's places [k*kBlock, (k+1)*kBlock) are staged, and encoded, together: a
+// multiple of every format's block.
+constexpr int64_t kBlock = 512;
 
 // Updates elements [begin, end) of a segment in any formats.
 using Sweep = void (*)(int rule, const Segment& segment, const Row& row, int64_t begin,
@@ -97,9 +124,9 @@ using Squares = bool (*)(const void* grad, int64_t n, int64_t begin, int64_t end
 struct Kernels {
   const RuleKernels* rules;  // by the rule's number
   Sweep sweep;
-  Codec codec[kFormats][2];      // to and from float, double
-  Squares squares[kFormats][2];  // of gradients as a step in float, in double, reads them
-  int lanes;                     // float32 elements per register
+  Codec codec[kFormats][2];           // to and from float, double
+  Squares squares[kArrayFormats][2];  // of gradients as a step in float, in double, reads them
+  int lanes;                          // float32 elements per register
 };
 
 }  // namespace fusedstep

@@ -48,5 +48,14 @@ FN void store_high<8>(uint16_t* to, vector<uint32_t, 8> x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(joined));
 }
 
+template <>
+FN void store_bytes<8>(uint8_t* to, vector<uint32_t, 8> x) {
+  const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of each 16 bytes
+  const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, lowest);
+  const __m128i joined =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), joined);
+}
+
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

@@ -48,5 +48,10 @@ FN void store_high<16>(uint16_t* to, vector<uint32_t, 16> x) {
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)));
 }
 
+template <>
+FN void store_bytes<16>(uint8_t* to, vector<uint32_t, 16> x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+}
+
 }  // namespace FUSEDSTEP_TARGET
 }  // namespace fusedstep

@@ -63,6 +63,30 @@ template <int N>
 FN void store_high(uint16_t* to, uint32_t x) {
   *to = static_cast<uint16_t>(x >> 16);
 }
+template <int N>
+FN uint32_t load_low(const uint16_t* from) {
+  return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(*from)));
+}
+template <int N>
+FN void store_low(uint16_t* to, uint32_t x) {
+  *to = static_cast<uint16_t>(x);
+}
+template <int N>
+FN uint32_t load_bytes(const uint8_t* from) {
+  return *from;
+}
+template <int N>
+FN void store_bytes(uint8_t* to, uint32_t x) {
+  *to = static_cast<uint8_t>(x);
+}
+template <int N>
+FN uint32_t select_word_gt(uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
+  return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? x : y;
+}
+template <int N>
+FN uint32_t count_from(uint32_t begin) {
+  return begin;
+}
 
 // Floats as doubles, exactly, and doubles rounded to floats.
 template <class To, class From>

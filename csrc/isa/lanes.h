@@ -116,6 +116,47 @@ FN void store_high(uint16_t* to, vector<uint32_t, N> x) {
       convert<uint16_t, uint32_t, N>(x >> 16);
 }
 
+// Words of which only the lower half is in memory, as signed numbers.
+template <int N>
+FN vector<uint32_t, N> load_low(const uint16_t* from) {
+  const auto shifted = bits<vector<int32_t, N>>(load_high<N>(from));
+  return bits<vector<uint32_t, N>>(vector<int32_t, N>(shifted >> 16));
+}
+template <int N>
+FN void store_low(uint16_t* to, vector<uint32_t, N> x) {
+  store_high<N>(to, x << 16);
+}
+
+// Words of which only the lowest byte is in memory.
+template <int N>
+FN vector<uint32_t, N> load_bytes(const uint8_t* from) {
+  return convert<uint32_t, uint8_t, N>(
+      *reinterpret_cast<const typename Vector<uint8_t, N>::unaligned*>(from));
+}
+template <int N>
+FN void store_bytes(uint8_t* to, vector<uint32_t, N> x) {
+  *reinterpret_cast<typename Vector<uint8_t, N>::unaligned*>(to) = convert<uint8_t, uint32_t, N>(x);
+}
+
+// a > b ? x : y of words as signed numbers.
+template <int N>
+FN vector<uint32_t, N> select_word_gt(vector<uint32_t, N> a, vector<uint32_t, N> b,
+                                      vector<uint32_t, N> x, vector<uint32_t, N> y) {
+  using Signed = vector<int32_t, N>;
+  return bits<Signed>(a) > bits<Signed>(b) ? x : y;
+}
+
+// The numbers begin, begin + 1, ... in the lanes.
+template <int N>
+FN vector<uint32_t, N> count_from(uint32_t begin) {
+  uint32_t lanes[N];
+  UNROLL
+  for (int l = 0; l < N; ++l) lanes[l] = l;
+  vector<uint32_t, N> x;
+  __builtin_memcpy(&x, lanes, sizeof(x));
+  return x + begin;
+}
+
 // Floats as doubles, exactly, and doubles rounded to floats. One value at a time: GCC makes
 // whole-register conversions of these loops, but puts __builtin_convertvector together from halves.
 template <int N>

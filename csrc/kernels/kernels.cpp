@@ -14,7 +14,10 @@ namespace {
 
 template <class Rule, int kVariant, int kShape = 0>
 constexpr void add_shapes(RuleKernels& rule) {
-  rule.update[kVariant][kShape] = update<Rule, kVariant, kShape>;
+  // Without states their formats make no difference.
+  constexpr bool kSame = kShapeList[kShape].state != Format::kF32 && kShape > 1 &&
+                         mask_of<Rule, typename Rule::template Step<F32, kVariant>>(0) == 0;
+  if constexpr (!kSame) rule.update[kVariant][kShape] = update<Rule, kVariant, kShape>;
   if constexpr (kShape + 1 < kShapes) add_shapes<Rule, kVariant, kShape + 1>(rule);
 }
 
@@ -31,8 +34,10 @@ constexpr void add_formats(Kernels& all) {
   constexpr auto kFormat = static_cast<Format>(kNumber);
   all.codec[kNumber][0] = {decode<kFormat, float>, encode<kFormat, float>};
   all.codec[kNumber][1] = {decode<kFormat, double>, encode<kFormat, double>};
-  all.squares[kNumber][0] = squares<kFormat, F32>;
-  all.squares[kNumber][1] = squares<kFormat, typename In<kFormat>::Register>;
+  if constexpr (kNumber < kArrayFormats) {
+    all.squares[kNumber][0] = squares<kFormat, F32>;
+    all.squares[kNumber][1] = squares<kFormat, typename In<kFormat>::Register>;
+  }
   if constexpr (kNumber + 1 < kFormats) add_formats<kNumber + 1>(all);
 }
 

@@ -2,84 +2,111 @@
 // update, write each changed stream once.
 #pragma once
 
+#include "after.h"
+#include "codec.h"
 #include "interface/kernels.h"
 #include "update.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-template <bool kValue>
+template <int kValue>
 struct Constant {
-  static constexpr bool value = kValue;
+  static constexpr int value = kValue;
 };
+
+// Calls body(Constant<i>) for i = 0, ..., kEnd - 1.
+template <int kEnd, int kNext = 0, class Body>
+FN void each(const Body& body) {
+  if constexpr (kNext < kEnd) {
+    body(Constant<kNext>());
+    each<kEnd, kNext + 1>(body);
+  }
+}
+
+// The format of state s where a shape's states are in 8 bits or in any other format.
+template <class Rule, int kShape, int s>
+constexpr Format state_in() {
+  constexpr Format kFormat = kShapeList[kShape].state;
+  if (kFormat != Format::kQ8) return kFormat;
+  return Rule::kStates.state[s].sign == Sign::kPositive ? Format::kQ8Positive : kFormat;
+}
 
 // Whole registers of streams in a shape's formats.
 template <class Rule, int kVariant, int kShape>
-void update(const Row& row, void* const* at, int64_t n) {
+void update(const Row& row, const Run& run, int64_t n) {
   using P = In<kShapeList[kShape].param>;
   using G = In<kShapeList[kShape].grad>;
-  using S = In<kShapeList[kShape].state>;
   using V = typename Computing<kShapeList[kShape].param>::type;
   using Step = typename Rule::template Step<V, kVariant>;
   constexpr int kCount = count(Rule::kStates);
   constexpr StateMask kMask = mask_of<Rule, Step>(0);
+  // In 8 bits a block's elements are read by one base, so the loop is one over blocks, too.
+  constexpr int kTogether = kShared<kShapeList[kShape].state>;
 
   const Step step = broadcast<Step, V>(row.scalars + 2);
   const V factor(static_cast<typename V::Scalar>(row.scalars[0]));
   const V decay(static_cast<typename V::Scalar>(row.scalars[1]));
-  auto* param = static_cast<typename P::Element*>(at[kParam]);
-  const auto* grad = static_cast<const typename G::Element*>(at[kGrad]);
-  typename S::Element* state[kCount + 1];  // there are no empty arrays
-  for (int s = 0; s < kCount; ++s) {
-    state[s] = static_cast<typename S::Element*>(at[kState + s]);
-  }
-  const auto loop = [&](auto coupled) {
-    _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) {
+  auto* param = static_cast<typename P::Element*>(run.at[kParam]);
+  const auto* grad = static_cast<const typename G::Element*>(run.at[kGrad]);
+
+  const auto loop = [&](auto coupled, auto random) {
+    [[maybe_unused]] uint32_t base[kCount + 1];  // there are no empty arrays
+    const auto body = [&](int64_t i) {
       V p = P::load(param + i), states[kCount + 1];
       const V g = G::load(grad + i);
-      UNROLL
-      for (int s = 0; s < kCount; ++s) {
-        if (has(kMask, s)) states[s] = S::load(state[s] + i);
-      }
+      each<kCount>([&](auto index) {
+        constexpr int s = decltype(index)::value;
+        using S = In<state_in<Rule, kShape, s>()>;
+        if constexpr (has(kMask, s)) {
+          const auto* from = static_cast<const typename S::Element*>(run.at[kState + s]) + i;
+          if constexpr (kTogether > 1) {
+            states[s] = S::load(from, base[s]);
+          } else {
+            states[s] = S::load(from);
+          }
+        }
+      });
       advance<Rule>(step, factor, decay, coupled.value, p, g, states);
       P::store(param + i, p);
-      UNROLL
-      for (int s = 0; s < kCount; ++s) {
-        if (has(kMask, s)) S::store(state[s] + i, states[s]);
+      each<kCount>([&](auto index) {
+        constexpr int s = decltype(index)::value;
+        using S = In<state_in<Rule, kShape, s>()>;
+        if constexpr (has(kMask, s)) {
+          [[maybe_unused]] auto* to = static_cast<typename S::Element*>(run.at[kState + s]) + i;
+          if constexpr (kTogether > 1) {
+            store(run.values[s] + i, states[s]);
+          } else if constexpr (random.value) {
+            S::dither(to, states[s], Random(row.key, kState + s, run.place).words(i));
+          } else {
+            S::store(to, states[s]);
+          }
+        }
+      });
+    };
+    if constexpr (kTogether > 1) {
+      for (int64_t begin = 0; begin < n; begin += kTogether) {
+        const int64_t end = n - begin < kTogether ? n : begin + kTogether;
+        for (int s = 0; s < kCount; ++s) {
+          if (has(kMask, s)) base[s] = run.exponents[s][begin / kTogether];
+        }
+        _Pragma("GCC unroll 2") for (int64_t i = begin; i < end; i += V::kWidth) body(i);
       }
+    } else {
+      _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) body(i);
     }
   };
-  if (row.decay == kCoupled) {
-    loop(Constant<true>());
-  } else {
-    loop(Constant<false>());
+  const auto with_decay = [&](auto random) {
+    if (row.decay == kCoupled) {
+      loop(Constant<true>(), random);
+    } else {
+      loop(Constant<false>(), random);
+    }
+  };
+  if constexpr (kShapeList[kShape].state == Format::kBf16 && kMask != 0) {
+    if (run.stochastic) return with_decay(Constant<true>());
   }
-}
-
-// As many elements of a format as a register has floats, from and to floats or doubles.
-template <class F, class T>
-FN void decode_register(const typename F::Element* from, T* to) {
-  if constexpr (sizeof(*from) == sizeof(T)) {
-    __builtin_memcpy(to, from, F32::kWidth * sizeof(T));
-  } else if constexpr (sizeof(*from) == sizeof(double)) {
-    store(to, narrow<F32>(from));
-  } else if constexpr (sizeof(T) == sizeof(double)) {
-    widen(F::load(from), to);
-  } else {
-    store(to, F::load(from));
-  }
-}
-template <class F, class T>
-FN void encode_register(const T* from, typename F::Element* to) {
-  if constexpr (sizeof(*to) == sizeof(T)) {
-    __builtin_memcpy(to, from, F32::kWidth * sizeof(T));
-  } else if constexpr (sizeof(*to) == sizeof(double)) {
-    widen(load<F32>(from), to);
-  } else if constexpr (sizeof(T) == sizeof(double)) {
-    F::store(to, narrow<F32>(from));
-  } else {
-    F::store(to, load<F32>(from));
-  }
+  with_decay(Constant<false>());
 }
 
 // Copies fewer than 2*kLargest bytes, an even number, without a call.
@@ -93,61 +120,19 @@ FN void copy_few(char* to, const char* from, int64_t bytes) {
   if constexpr (kLargest > 2) copy_few<kLargest / 2>(to, from, bytes);
 }
 
-template <Format kFormat, class T>
-void decode(const Stream& stream, int64_t at, int64_t n, void* to) {
-  using F = In<kFormat>;
-  const auto* from = static_cast<const typename F::Element*>(stream.data) + at;
-  auto* result = static_cast<T*>(to);
-  int64_t i = 0;
-  _Pragma("GCC unroll 4") for (; i + F32::kWidth <= n; i += F32::kWidth) {
-    decode_register<F>(from + i, result + i);
-  }
-  if (i == n) return;
-  typename F::Element tail[F32::kWidth] = {};
-  __builtin_memcpy(tail, from + i, (n - i) * sizeof(tail[0]));
-  decode_register<F>(tail, result + i);
-}
+// The bytes between two staged streams: an odd number of cache lines, so that rows and arrays do not
+// meet in the same sets, and room for the register that a shard's first block may end in.
+constexpr int64_t kStride = kBlock * sizeof(double) + 3 * 64;
 
-template <Format kFormat, class T>
-void encode(const Stream& stream, int64_t at, int64_t n, const void* from) {
-  using F = In<kFormat>;
-  auto* to = static_cast<typename F::Element*>(stream.data) + at;
-  const auto* values = static_cast<const T*>(from);
-  int64_t i = 0;
-  _Pragma("GCC unroll 4") for (; i + F32::kWidth <= n; i += F32::kWidth) {
-    encode_register<F>(values + i, to + i);
-  }
-  if (i == n) return;
-  typename F::Element tail[F32::kWidth];
-  encode_register<F>(values + i, tail);
-  __builtin_memcpy(to + i, tail, (n - i) * sizeof(tail[0]));
-}
-
-// Elements that are staged at a time, and the bytes between two streams of them: an odd number of
-// cache lines, so that rows and arrays do not meet in the same sets.
-constexpr int64_t kBlock = 512;
-constexpr int64_t kStride = kBlock * sizeof(double) + 64;
-
-// Whether a step with these states has stream k.
-FN bool has_stream(StateMask mask, int k) { return k < kState || has(mask, k - kState); }
-
-// The shape that a segment's streams are in as they lie, or none.
-FN int shape_of(const Segment& segment, StateMask mask) {
-  for (int shape = 0; shape < kShapes; ++shape) {
-    const Shape& formats = kShapeList[shape];
-    bool fits = segment.stream[kParam].format == formats.param &&
-                segment.stream[kGrad].format == formats.grad;
-    for (int s = 0; fits && s < kMaxStates; ++s) {
-      fits = !has(mask, s) || segment.stream[kState + s].format == formats.state;
-    }
-    if (fits) return shape;
-  }
-  return -1;
+// Whether a step with these states updates stream k.
+FN bool has_stream(StateMask mask, int k) {
+  return k < kState || (k < kEma && has(mask, k - kState));
 }
 
 constexpr bool tails_fit() {
   for (const Shape& shape : kShapeList) {
     const int room = shape.param == Format::kF64 ? sizeof(double) : sizeof(float);
+    if (kFormatInfo[static_cast<int>(shape.state)].block > 0) continue;  // never as it lies
     const Format formats[] = {shape.param, shape.grad, shape.state};
     for (const Format format : formats) {
       const int bytes = kFormatInfo[static_cast<int>(format)].bytes;
@@ -158,76 +143,190 @@ constexpr bool tails_fit() {
 }
 static_assert(tails_fit(), "sweep_tail's copies have room for a register, and no odd bytes");
 
+FN void* address(const Stream& stream, int64_t at) {
+  return static_cast<char*>(stream.data) + at * kFormatInfo[static_cast<int>(stream.format)].bytes;
+}
+
 // A shape's elements [begin, end), fewer than a register holds: the same update on padded copies.
 FN void sweep_tail(Update update, const Segment& segment, StateMask mask, const Row& row,
                    int64_t width, int64_t begin, int64_t end) {
   alignas(64) char copies[kStreams][sizeof(F32)];
-  void* at[kStreams] = {};
-  const auto each = [&](const auto& body) {
+  Run run = {};
+  const auto each_stream = [&](const auto& body) {
     for (int k = 0; k < kStreams; ++k) {
       if (!has_stream(mask, k)) continue;
       const int64_t bytes = kFormatInfo[static_cast<int>(segment.stream[k].format)].bytes;
-      body(k, static_cast<char*>(segment.stream[k].data) + begin * bytes, (end - begin) * bytes);
+      body(k, static_cast<char*>(address(segment.stream[k], begin)), (end - begin) * bytes);
     }
   };
-  each([&](int k, const char* data, int64_t bytes) {
-    at[k] = copies[k];
+  each_stream([&](int k, const char* data, int64_t bytes) {
+    run.at[k] = copies[k];
     __builtin_memset(copies[k], 0, sizeof(copies[k]));
     copy_few<sizeof(F32) / 2>(copies[k], data, bytes);
   });
-  update(row, at, width);
-  each([&](int k, char* data, int64_t bytes) {
+  update(row, run, width);
+  each_stream([&](int k, char* data, int64_t bytes) {
     if (k != kGrad) copy_few<sizeof(F32) / 2>(data, copies[k], bytes);
   });
 }
 
+// Whether stream k of a segment can be updated as it lies by a shape whose format there is this.
+FN bool fits(const Stream& stream, int k, Format format) {
+  if (k == kParam && stream.rounding == Rounding::kStochastic) return false;
+  return stream.format == format || (format == Format::kQ8 && stream.format == Format::kQ8Positive);
+}
+
+FN Format format_in(const Shape& shape, int k) {
+  return k == kParam ? shape.param : k == kGrad ? shape.grad : shape.state;
+}
+
+// The shape by which the fewest of a segment's streams are staged, and how many those are.
+struct Choice {
+  int shape, staged;
+};
+FN Choice shape_for(const Segment& segment, StateMask mask, Format computing, bool clips) {
+  Choice best = {-1, kStreams + 1};
+  for (int shape = 0; shape < kShapes; ++shape) {
+    const Shape& formats = kShapeList[shape];
+    if ((formats.param == Format::kF64) != (computing == Format::kF64)) continue;
+    int staged = 0;
+    for (int k = 0; k < kStreams; ++k) {
+      if (!has_stream(mask, k)) continue;
+      const bool clipped = clips && k == kGrad;  // on the way
+      if (fits(segment.stream[k], k, format_in(formats, k)) && !clipped) continue;
+      // Only what is computed with can be staged.
+      staged += format_in(formats, k) == computing ? 1 : kStreams + 1;
+    }
+    if (staged < best.staged && (mask || shape < 2 || formats.state == computing)) {
+      best = {shape, staged};
+    }
+  }
+  return best;
+}
+
+// The stored parameters of a block: their average, their copy; then the gradients' zeros.
+FN void finish_block(const Kernels& kernels, const Segment& segment, const Row& row, bool wide,
+                     int64_t at, int64_t n) {
+  alignas(64) char values_here[kStride], average_here[kStride];
+  const int64_t place = segment.first + at;
+  const Stream &param = segment.stream[kParam], &ema = segment.stream[kEma],
+               &shadow = segment.stream[kShadow], &grad = segment.stream[kGrad];
+  const auto codec = [&](const Stream& stream) -> const Codec& {
+    return kernels.codec[static_cast<int>(stream.format)][wide];
+  };
+  // Where a stream's elements are as floats or doubles.
+  const auto decoded = [&](const Stream& stream, char* here) -> void* {
+    if (stream.format == (wide ? Format::kF64 : Format::kF32) && n % F32::kWidth == 0) {
+      return address(stream, at);
+    }
+    codec(stream).decode(stream, at, place, n, here);
+    return here;
+  };
+  void* values = values_here;
+  if (ema.format != Format::kNone || shadow.format != Format::kNone) {
+    values = decoded(param, values_here);
+  }
+  if (ema.format != Format::kNone) {
+    void* next = values;
+    if (!segment.ema_begins) {
+      next = decoded(ema, average_here);
+      if (wide) {
+        average_values<F64>(static_cast<double*>(next), static_cast<const double*>(values), n,
+                            row.ema_decay);
+      } else {
+        average_values<F32>(static_cast<float*>(next), static_cast<const float*>(values), n,
+                            row.ema_decay);
+      }
+    }
+    if (next != address(ema, at)) {
+      codec(ema).encode(ema, kEma, at, place, n, next, row.key);
+    }
+  }
+  if (shadow.format != Format::kNone) {
+    codec(shadow).encode(shadow, kShadow, at, place, n, values, row.key);
+  }
+  if (row.zero_grad && grad.format != Format::kNone) {
+    __builtin_memset(address(grad, at), 0, n * kFormatInfo[static_cast<int>(grad.format)].bytes);
+  }
+}
+
 FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Row& row,
               int64_t begin, int64_t end) {
+  const bool wide = segment.stream[kParam].format == Format::kF64;
+  const bool updates = segment.stream[kGrad].format != Format::kNone;
+  const bool clips = row.clip < __builtin_inf();
+  const bool finishes = segment.stream[kEma].format != Format::kNone ||
+                        segment.stream[kShadow].format != Format::kNone || row.zero_grad;
   const StateMask mask = kernels.rules[rule].mask[row.variant];
   const Update(&update)[kShapes] = kernels.rules[rule].update[row.variant];
-  const bool wide = segment.stream[kParam].format == Format::kF64;
   const Format computing = wide ? Format::kF64 : Format::kF32;
   const int64_t width = wide ? F64::kWidth : F32::kWidth;
+  const Choice choice = shape_for(segment, mask, computing, clips);
+  const bool shared = kFormatInfo[static_cast<int>(kShapeList[choice.shape].state)].block > 0;
 
-  void* at[kStreams] = {};
-  const auto point = [&](int k) {
-    const Stream& stream = segment.stream[k];
-    at[k] = static_cast<char*>(stream.data) +
-            begin * kFormatInfo[static_cast<int>(stream.format)].bytes;
-  };
-  if (const int shape = shape_of(segment, mask); shape >= 0) {
+  Run run = {};
+  bool random = false;
+  for (int k = kState; k < kEma; ++k) {
+    random = random || (has_stream(mask, k) && segment.stream[k].rounding == Rounding::kStochastic);
+  }
+  run.stochastic = random;
+  if (updates && choice.staged == 0 && !shared && !random && !clips && !finishes) {
     const int64_t whole = (end - begin) / width * width;
     for (int k = 0; k < kStreams; ++k) {
-      if (has_stream(mask, k)) point(k);
+      if (has_stream(mask, k)) run.at[k] = address(segment.stream[k], begin);
     }
-    update[shape](row, at, whole);
+    update[choice.shape](row, run, whole);
     if (begin + whole < end) {
-      sweep_tail(update[shape], segment, mask, row, width, begin + whole, end);
+      sweep_tail(update[choice.shape], segment, mask, row, width, begin + whole, end);
     }
     return;
   }
 
   alignas(64) char staged[kStreams][kStride];
-  while (begin < end) {
-    int64_t n = end - begin < kBlock ? end - begin : kBlock;
-    if (n > width) n -= n % width;  // the tail comes last, by itself
-    for (int k = 0; k < kStreams; ++k) {
+  Row own = row;
+  if (clips) own.scalars[0] = 1;  // clipping multiplies first
+  for (int64_t n; begin < end; begin += n) {
+    const int64_t place = segment.first + begin;
+    n = kBlock - place % kBlock;
+    if (n > end - begin) n = end - begin;
+    run.place = place;
+    // A block that ends within a register is staged as a whole.
+    const bool whole = n % width == 0 && place % kBlock == 0;
+    const int shape = whole ? choice.shape : wide;
+    bool encoded[kStreams] = {};
+    for (int k = 0; updates && k < kEma; ++k) {
       const Stream& stream = segment.stream[k];
       if (!has_stream(mask, k)) continue;
-      if (stream.format == computing && n % width == 0) {
-        point(k);
+      if (whole && fits(stream, k, format_in(kShapeList[shape], k)) && !(clips && k == kGrad)) {
+        run.at[k] = address(stream, begin);
+        if (k < kState || !shared) continue;
+        const int64_t entry = place / kShared<Format::kQ8> - segment.first / kShared<Format::kQ8>;
+        run.exponents[k - kState] = static_cast<const uint8_t*>(stream.beside) + entry;
+        run.values[k - kState] = reinterpret_cast<float*>(staged[k]);
       } else {
-        kernels.codec[static_cast<int>(stream.format)][wide].decode(stream, begin, n, staged[k]);
-        at[k] = staged[k];
+        kernels.codec[static_cast<int>(stream.format)][wide].decode(stream, begin, place, n,
+                                                                    staged[k]);
+        run.at[k] = staged[k];
       }
+      encoded[k] = k != kGrad;
     }
-    update[wide](row, at, (n + width - 1) / width * width);
-    for (int k = 0; k < kStreams; ++k) {
+    if (updates) {
+      const int64_t padded = (n + width - 1) / width * width;
+      if (clips && wide) {
+        clip_values<F64>(reinterpret_cast<double*>(staged[kGrad]), padded, row.scalars[0],
+                         row.clip);
+      } else if (clips) {
+        clip_values<F32>(reinterpret_cast<float*>(staged[kGrad]), padded, row.scalars[0], row.clip);
+      }
+      update[shape](own, run, padded);
+    }
+    for (int k = 0; k < kEma; ++k) {
       const Stream& stream = segment.stream[k];
-      if (k == kGrad || at[k] != staged[k]) continue;
-      kernels.codec[static_cast<int>(stream.format)][wide].encode(stream, begin, n, staged[k]);
+      if (!encoded[k]) continue;
+      kernels.codec[static_cast<int>(stream.format)][wide].encode(stream, k, begin, place, n,
+                                                                  staged[k], row.key);
     }
-    begin += n;
+    if (finishes) finish_block(kernels, segment, row, wide, begin, n);
   }
 }
 

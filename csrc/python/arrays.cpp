@@ -32,8 +32,11 @@ char nothing;
 
 [[noreturn]] void wrong_dtype(const Label& label, const std::string& got) {
   std::string known;
-  for (int i = 1; i < kFormats; ++i) {
-    known += (i == 1 ? "" : i + 1 < kFormats ? ", " : " or ") + std::string(kFormatInfo[i].name);
+  for (int i = 1; i < kArrayFormats; ++i) {
+    known += (i == 1                  ? ""
+              : i + 1 < kArrayFormats ? ", "
+                                      : " or ") +
+             std::string(kFormatInfo[i].name);
   }
   throw py::type_error(label.text() + " must be " + known + ", got " + got);
 }
@@ -119,9 +122,9 @@ bool c_contiguous(const DLTensor& t) {
 // NumPy's dtypes are mostly singletons, so a pointer comparison settles the common case; the rest
 // (copies, foreign byte order, what is seen first) is looked at by name.
 Format numpy_format(const py::array& array, const Label& label) {
-  static py::handle seen[kFormats];
+  static py::handle seen[kArrayFormats];
   const py::handle descr = py::detail::array_proxy(array.ptr())->descr;
-  for (int i = 1; i < kFormats; ++i) {
+  for (int i = 1; i < kArrayFormats; ++i) {
     if (descr.is(seen[i])) return static_cast<Format>(i);
   }
   const auto text = py::str(py::getattr(descr, "name")).cast<std::string>();
@@ -129,7 +132,7 @@ Format numpy_format(const py::array& array, const Label& label) {
     throw py::value_error(label.text() + " must be in native byte order, got dtype " +
                           py::repr(descr).cast<std::string>());
   }
-  for (int i = 1; i < kFormats; ++i) {
+  for (int i = 1; i < kArrayFormats; ++i) {
     if (text != kFormatInfo[i].name) continue;
     if (!seen[i]) seen[i] = py::reinterpret_borrow<py::object>(descr).release();
     return static_cast<Format>(i);
@@ -412,7 +415,7 @@ View interface_view(py::handle object, const Label& label, const Place& place) {
     throw py::type_error(label.text() + " must be a plain array, got a masked one");
   auto* data = reinterpret_cast<void*>(address);
   View view = {};
-  for (int i = 1; i < kFormats; ++i) {
+  for (int i = 1; i < kArrayFormats; ++i) {
     const FormatInfo& info = kFormatInfo[i];
     const bool real = info.dlpack_code == kFloat;
     if (real && typestr == "<f" + std::to_string(info.bytes)) view.format = static_cast<Format>(i);
@@ -517,7 +520,8 @@ View grad_of(py::handle object, const Label& label, const Place& place, const Vi
   if (bf16) {
     const auto rounded = py::array_t<uint16_t>(std::vector<py::ssize_t>{});
     const Stream stream = {const_cast<uint16_t*>(rounded.data()), param.format};
-    kernels().codec[static_cast<int>(param.format)][0].encode(stream, 0, 1, array.data());
+    kernels().codec[static_cast<int>(param.format)][0].encode(stream, kGrad, 0, 0, 1, array.data(),
+                                                              0);
     array = rounded;
   }
   return {array.mutable_data(), param.format, 0, nullptr, 1, nullptr, array};

@@ -81,6 +81,16 @@ std::vector<bool> mask_of(const std::string& name, const std::vector<double>& hy
   return used;
 }
 
+// Those of its states that no narrower format may hold, and why.
+std::pair<std::vector<bool>, std::string> exact_of(const std::string& name,
+                                                   const std::vector<double>& hypers) {
+  const Rule& rule = rule_for(name, hypers);
+  const StateMask mask = rule.exact(hypers.data());
+  std::vector<bool> exact;
+  for (size_t s = 0; s < rule.states.size(); ++s) exact.push_back(mask >> s & 1);
+  return {exact, rule.why_exact ? rule.why_exact : ""};
+}
+
 // (sum, finite) over the arrays as tensors, in their order.
 std::pair<double, bool> sum_of_squares(const py::sequence& grads) {
   const py::tuple fixed(grads);  // the caller's list could change while an exporter runs Python
@@ -183,7 +193,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("formats", [] {
     py::dict all;  // bytes by name
-    for (int i = 1; i < kFormats; ++i) all[kFormatInfo[i].name] = kFormatInfo[i].bytes;
+    for (int i = 1; i < kArrayFormats; ++i) all[kFormatInfo[i].name] = kFormatInfo[i].bytes;
     return all;
   });
   m.def("rules", [] {
@@ -202,6 +212,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("rule"), py::arg("hypers"), py::arg("t"), py::arg("states"));
   m.def("mask_of", py::overload_cast<const std::string&, const std::vector<double>&>(mask_of),
         py::arg("rule"), py::arg("hypers"));
+
+  m.def("exact_of", exact_of, py::arg("rule"), py::arg("hypers"));
 
   m.def("array_of", array_of, py::arg("array"), py::arg("name"));
   m.def("address_of", address_of, py::arg("array"));

@@ -55,7 +55,7 @@ enum { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6
 
 // False for a type that no kernel takes.
 inline bool dlpack_format(const DLTensor& t, Format& format) {
-  for (int i = 1; i < kFormats; ++i) {
+  for (int i = 1; i < kArrayFormats; ++i) {
     const FormatInfo& info = kFormatInfo[i];
     if (t.dtype.lanes != 1 || t.dtype.code != info.dlpack_code || t.dtype.bits != 8 * info.bytes) {
       continue;

@@ -1,6 +1,7 @@
 // Adam: m = b1*m + (1-b1)*g;  v = b2*v + (1-b2)*g^2;
 //       p -= lr/(1-b1^t) * m / (sqrt(v)/sqrt(1-b2^t) + eps).
 // Kingma & Ba 2015, algorithm 1, arXiv:1412.6980. Without bias correction both 1-b^t are 1.
+// With b1 = 0 there is no m: it is the gradient. An m that begins later begins as the gradient.
 // AMSGrad (Reddi et al. 2018, algorithm 2, arXiv:1904.09237): vmax = max(vmax, v) in place of v.
 // AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) is this rule under decoupled weight decay.
 #pragma once
@@ -16,39 +17,48 @@ struct Adam {
   static constexpr StateList kStates = {{{"exp_avg", Sign::kAny},
                                          {"exp_avg_sq", Sign::kPositive},
                                          {"max_exp_avg_sq", Sign::kPositive}}};
-  enum Variant { kPlain, kAmsgrad, kVariants };
+  enum Option { kAmsgrad = 1, kNoAverage = 2, kVariants = 4 };
   struct Hypers {
     double lr, beta1, beta2, eps, amsgrad, bias_correction;
   };
 
   template <class V, int kVariant>
   struct Step {
-    static constexpr StateMask kMask = 3 | (kVariant == kAmsgrad ? 4 : 0);
+    static constexpr StateMask kMask =
+        (kVariant & kNoAverage ? 2 : 3) | (kVariant & kAmsgrad ? 4 : 0);
     Average<V> average;
     SquareAverage<V> square_average;
     V step_size, rsqrt_bias2, eps;
 
     FN void operator()(V& p, V g, V& m, V& v, V& vmax) const {
-      m = average(m, g);
+      if constexpr (kVariant & kNoAverage) {
+        m = g;
+      } else {
+        m = average(m, g);
+      }
       v = square_average(v, g);
-      if constexpr (kVariant == kAmsgrad) vmax = max(vmax, v);
+      if constexpr (kVariant & kAmsgrad) vmax = max(vmax, v);
       p = fnma(step_size, m / divisor(m, v, vmax), p);
     }
     FN V divisor(const V&, const V& v, const V& vmax) const {
-      if constexpr (kVariant == kAmsgrad) return fma(sqrt(vmax), rsqrt_bias2, eps);
+      if constexpr (kVariant & kAmsgrad) return fma(sqrt(vmax), rsqrt_bias2, eps);
       return fma(sqrt(v), rsqrt_bias2, eps);
     }
   };
 
-  FN static StateMask states(const Hypers& h) { return h.amsgrad != 0 ? 7 : 3; }
+  FN static StateMask states(const Hypers& h) {
+    return (h.beta1 != 0 ? 1 : 0) | 2 | (h.amsgrad != 0 ? 4 : 0);
+  }
 
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     const bool correct = h.bias_correction != 0;
     const double bias1 = correct ? 1 - power(h.beta1, clock.t) : 1;
     const double bias2 = correct ? 1 - power(h.beta2, clock.t) : 1;
-    s = {Average<double>::of(h.beta1), SquareAverage<double>::of(h.beta2), h.lr / bias1,
-         1 / __builtin_sqrt(bias2), h.eps};
-    return h.amsgrad != 0 ? kAmsgrad : kPlain;
+    const bool begins = clock.t > 1 && clock.carry[1] != 0;
+    clock.carry[1] = h.beta1 == 0;  // whether there is no m so far
+    s = {Average<double>::of(begins ? 0 : h.beta1), SquareAverage<double>::of(h.beta2),
+         h.lr / bias1, 1 / __builtin_sqrt(bias2), h.eps};
+    return (h.amsgrad != 0 ? kAmsgrad : 0) | (h.beta1 != 0 ? 0 : kNoAverage);
   }
 };
 

@@ -12,6 +12,7 @@ struct Asgd {
   static constexpr const char* kName = "asgd";
   static constexpr const char* kHypers = "lr lambd alpha t0";
   static constexpr StateList kStates = {{{"ax", Sign::kAny}}};
+  static constexpr const char* kExact = "ax averages parameters by ever smaller steps";
   enum Variant { kAveraging, kCopying, kVariants };
   struct Hypers {
     double lr, lambd, alpha, t0;
@@ -30,6 +31,8 @@ struct Asgd {
       }
     }
   };
+
+  FN static StateMask exact(const Hypers&) { return 1; }
 
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     double &eta = clock.carry[0], &mu = clock.carry[1];

@@ -9,6 +9,8 @@
 //                     whole of lr; convergence.safe_lr asks for it
 //   states            which states there are under some hyperparameters; not needed where all
 //                     variants have the same
+//   kExact, exact     why some states cannot be kept in a narrower format than the step computes in,
+//                     and which those are under some hyperparameters; where there are such
 //   prepare           computes the scalars of update number clock.t and picks the variant, of those
 //                     with these states
 // Weight decay and the gradient's factor come before every rule, so the sweep applies them.

@@ -15,6 +15,8 @@ struct RmsProp {
   static constexpr const char* kHypers = "lr alpha eps momentum centered";
   static constexpr StateList kStates = {
       {{"square_avg", Sign::kPositive}, {"momentum_buffer", Sign::kAny}, {"grad_avg", Sign::kAny}}};
+  static constexpr const char* kExact =
+      "centered: square_avg - grad_avg^2 is a small difference of large numbers";
   enum Option { kMomentum = 1, kCentered = 2, kVariants = 4 };
   struct Hypers {
     double lr, alpha, eps, momentum, centered;
@@ -44,6 +46,8 @@ struct RmsProp {
   };
 
   FN static StateMask states(const Hypers& h) { return 1 | options(h) << 1; }
+
+  FN static StateMask exact(const Hypers& h) { return h.centered != 0 ? 5 : 0; }
 
   FN static int prepare(const Hypers& h, Clock&, Step<double, 0>& s) {
     s = {h.lr, h.eps, h.momentum, SquareAverage<double>::of(h.alpha), Average<double>::of(h.alpha)};

@@ -12,6 +12,7 @@ struct Rprop {
   static constexpr const char* kName = "rprop";
   static constexpr const char* kHypers = "lr eta_minus eta_plus step_size_min step_size_max";
   static constexpr StateList kStates = {{{"prev", Sign::kAny}, {"step_size", Sign::kPositive}}};
+  static constexpr const char* kExact = "prev's signs and step_size's factors decide on steps";
   enum Variant { kLater, kFirst, kVariants };
   struct Hypers {
     double lr, eta_minus, eta_plus, step_size_min, step_size_max;
@@ -31,6 +32,8 @@ struct Rprop {
       p = fnma(sign(prev), size, p);
     }
   };
+
+  FN static StateMask exact(const Hypers&) { return 3; }
 
   FN static int prepare(const Hypers& h, Clock& clock, Step<double, 0>& s) {
     s = {h.lr, h.eta_minus, h.eta_plus, h.step_size_min, h.step_size_max};

@@ -16,10 +16,17 @@ FN typename Rule::Hypers hypers_of(const double* values) {
   return hypers;
 }
 
+// A number spread over all 64 bits: the finalizer of SplitMix64 (Steele, Lea & Flood 2014).
+FN uint64_t spread(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 // The row of the update that follows `clock`, which is advanced to it; gradients are multiplied by
 // `factor` first.
 template <class Rule>
-FN Row prepare(const Group& group, Clock& clock, double factor) {
+FN Row prepare(const Group& group, Clock& clock, double factor, const Options& options) {
   Row row = {};
   typename Rule::template Step<double, 0> step;
   static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars,
@@ -34,6 +41,10 @@ FN Row prepare(const Group& group, Clock& clock, double factor) {
   } else {  // 1 without decay, even where lr is infinite
     row.scalars[1] = group.weight_decay == 0 ? 1 : 1 - group.hypers[0] * group.weight_decay;
   }
+  row.clip = options.clip_value;
+  row.ema_decay = options.ema_decay;
+  row.zero_grad = options.zero_grad;
+  row.key = spread(spread(options.seed) + static_cast<uint64_t>(clock.t));
   return row;
 }
 

@@ -18,7 +18,7 @@ std::vector<int64_t> end_to_end(const std::vector<Segment>& segments, const Unit
   std::vector<int64_t> starts = {0};
   starts.reserve(segments.size() + 1);
   for (const Segment& segment : segments) {
-    starts.push_back(starts.back() + (takes_part(segment) ? units(segment.n) : 0));
+    starts.push_back(starts.back() + units(segment));
   }
   return starts;
 }
@@ -50,8 +50,9 @@ double add_pairs(double* sums, int64_t n) {
   return n ? sums[0] : 0;
 }
 
-// Pieces of a segment start at multiples of this many elements, whole registers and cache lines.
-constexpr int64_t kPiece = 64;
+// Pieces of a segment start at multiples of this many of its parameter's elements, which are encoded
+// together.
+constexpr int64_t kPiece = kBlock;
 
 // Elements that one thread takes at a time: a few dozen pieces for each, so that a slow core takes
 // fewer, within these bounds. A step below kAlone, some 40 us long, is over on the calling thread
@@ -63,7 +64,11 @@ int64_t grain_for(int64_t n) {
   return std::max(kLeastGrain, std::min(kMostGrain, n / num_threads() / 32 / kPiece * kPiece));
 }
 
-int64_t round_up(int64_t at, int64_t n) { return std::min(n, parts(at, kPiece) * kPiece); }
+int64_t round_up(int64_t at, const Segment& segment) {
+  if (at == 0) return 0;
+  const int64_t first = segment.first % kPiece;
+  return std::min(segment.n, parts(first + at, kPiece) * kPiece - first);
+}
 
 // Whether two clocks are the same, as bytes: NaN is NaN.
 // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): it has no padding
@@ -86,10 +91,21 @@ const char* format_name(Format format) { return kFormatInfo[static_cast<int>(for
 int64_t format_bytes(Format format) { return kFormatInfo[static_cast<int>(format)].bytes; }
 Format state_format(Format param) { return param == Format::kF64 ? Format::kF64 : Format::kF32; }
 
+int64_t beside_entries(const Segment& segment, Format format) {
+  const int64_t block = kFormatInfo[static_cast<int>(format)].block;
+  return segment.n ? parts(segment.first % block + segment.n, block) : 0;
+}
+
 bool takes_part(const Segment& segment) { return segment.stream[kGrad].format != Format::kNone; }
+bool is_written(const Segment& segment) {
+  return takes_part(segment) || segment.stream[kEma].format != Format::kNone ||
+         segment.stream[kShadow].format != Format::kNone;
+}
 
 Measured measure(const std::vector<Segment>& segments) {
-  const auto chunks_of = [](int64_t n) { return parts(parts(n, kNormBlock), kChunk); };
+  const auto chunks_of = [](const Segment& segment) {
+    return takes_part(segment) ? parts(parts(segment.n, kNormBlock), kChunk) : 0;
+  };
   const std::vector<int64_t> starts = end_to_end(segments, chunks_of);
   int64_t blocks = 0;
   for (const Segment& segment : segments) {
@@ -137,14 +153,15 @@ Measured measure(const std::vector<Segment>& segments) {
   return measured;
 }
 
-int Plan::row_of(int rule, const Counted& counted, const Group& group, double factor) {
+int Plan::row_of(int rule, const Counted& counted, const Group& group, double factor,
+                 const Options& options) {
   size_t at = hash(counted);
   for (;; ++at) {
     int& row = row_at_[at &= row_at_.size() - 1];
     if (row < 0) {
       row = static_cast<int>(rows_.size());
       prepared_.push_back({counted.group, counted.clock, counted.clock});
-      rows_.push_back(rules()[rule].prepare(group, prepared_.back().after, factor));
+      rows_.push_back(rules()[rule].prepare(group, prepared_.back().after, factor, options));
       return row;
     }
     if (prepared_[row].group == counted.group && same(prepared_[row].before, counted.clock)) {
@@ -154,26 +171,27 @@ int Plan::row_of(int rule, const Counted& counted, const Group& group, double fa
 }
 
 void Plan::make(int rule, const std::vector<Counted>& counted, const std::vector<Group>& groups,
-                double factor, std::vector<Segment>& segments) {
+                double factor, const Options& options, std::vector<Segment>& segments) {
   rows_.clear();
   prepared_.clear();
   size_t places = 1;
   while (places < 2 * segments.size()) places *= 2;
   row_at_.assign(places, -1);
   for (size_t i = 0; i < segments.size(); ++i) {
-    if (!takes_part(segments[i])) continue;
-    segments[i].row = row_of(rule, counted[i], groups[counted[i].group], factor);
+    if (!is_written(segments[i])) continue;
+    segments[i].row = row_of(rule, counted[i], groups[counted[i].group], factor, options);
   }
 }
 
 void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows) {
-  const std::vector<int64_t> starts = end_to_end(segments, [](int64_t n) { return n; });
+  const std::vector<int64_t> starts = end_to_end(
+      segments, [](const Segment& segment) { return is_written(segment) ? segment.n : 0; });
   const Sweep sweep = kernels().sweep;
   parallel_for(starts.back(), grain_for(starts.back()), [&](int64_t begin, int64_t end) {
     each_part(starts, begin, end, [&](int64_t i, int64_t from, int64_t to) {
       const Segment& segment = segments[i];
-      from = round_up(from, segment.n);
-      to = round_up(to, segment.n);
+      from = round_up(from, segment);
+      to = round_up(to, segment);
       if (from < to) sweep(rule, segment, rows[segment.row], from, to);
     });
   });

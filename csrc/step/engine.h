@@ -9,15 +9,20 @@
 #include "interface/clock.h"
 #include "interface/group.h"
 #include "interface/kernels.h"
+#include "interface/options.h"
 
 namespace fusedstep {
 
 const char* format_name(Format format);
 int64_t format_bytes(Format format);
 Format state_format(Format param);  // float64 under float64, else float32
+// Entries beside a segment's stream of a format that has such.
+int64_t beside_entries(const Segment& segment, Format format);
 
-// Whether a tensor takes part in a step: it has a gradient.
+// Whether a tensor takes part in an update: it has a gradient.
 bool takes_part(const Segment& segment);
+// Whether a step writes anything of it: without a gradient an average and a copy of the parameter.
+bool is_written(const Segment& segment);
 
 // Measure. A sum of squares, and whether all elements are finite: a sum of float64 squares may be
 // infinite although they are.
@@ -46,13 +51,14 @@ class Plan {
  public:
   // Prepares the rows of a rule's next update, tells each segment its own, and which clock follows.
   void make(int rule, const std::vector<Counted>& counted, const std::vector<Group>& groups,
-            double factor, std::vector<Segment>& segments);
+            double factor, const Options& options, std::vector<Segment>& segments);
 
   const std::vector<Row>& rows() const { return rows_; }
   const Clock& after(const Segment& segment) const { return prepared_[segment.row].after; }
 
  private:
-  int row_of(int rule, const Counted& counted, const Group& group, double factor);
+  int row_of(int rule, const Counted& counted, const Group& group, double factor,
+             const Options& options);
 
   struct Prepared {  // what a row was prepared from, and the clock that follows
     int group;
@@ -63,7 +69,7 @@ class Plan {
   std::vector<int> row_at_;         // by hash, or -1: rows_ found again; its size is a power of two
 };
 
-// Sweep. Updates all segments that take part, in one parallel region.
+// Sweep. Updates all segments that are written, in one parallel region.
 void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows);
 
 }  // namespace fusedstep

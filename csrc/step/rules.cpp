@@ -65,6 +65,18 @@ StateMask mask_of(const double* hypers) {
   return host::mask_of<R, typename R::template Step<double, 0>>(0);
 }
 
+// Whether some states must be exact.
+template <class R, class = void>
+constexpr const char* kWhyExact = nullptr;
+template <class R>
+constexpr const char* kWhyExact<R, std::void_t<decltype(&R::exact)>> = R::kExact;
+
+template <class R>
+StateMask exact_of([[maybe_unused]] const double* hypers) {
+  if constexpr (kWhyExact<R> != nullptr) return R::exact(host::hypers_of<R>(hypers));
+  return 0;
+}
+
 template <class R, int kVariant = 0>
 void add_variants(Rule& rule) {
   using Step = typename R::template Step<double, kVariant>;
@@ -80,7 +92,8 @@ template <class R>
 Rule describe() {
   static_assert(count_words(R::kHypers) * sizeof(double) == sizeof(typename R::Hypers),
                 "kHypers and Hypers: the same hyperparameters");
-  Rule rule{R::kName, words(R::kHypers), {}, {}, mask_of<R>, host::prepare<R>, {}};
+  Rule rule{R::kName,     words(R::kHypers), {}, {}, mask_of<R>, exact_of<R>,
+            kWhyExact<R>, host::prepare<R>,  {}};
   for (int s = 0; s < host::count(R::kStates); ++s) {
     rule.states.emplace_back(R::kStates.state[s].name);
     rule.signs.push_back(R::kStates.state[s].sign);
@@ -115,7 +128,7 @@ Verdict judge(double sum, bool nonfinite, bool found_inf, const Options& options
 void divisors(const Rule& rule, const double* hypers, int64_t t, const double* const* states,
               int64_t n, double* result) {
   Clock clock{t - 1, {0, 0}};
-  const Row row = rule.prepare(group_of(rule, hypers), clock, 1);
+  const Row row = rule.prepare(group_of(rule, hypers), clock, 1, Options{});
   rule.divisors[row.variant](row.scalars + 2, states, n, result);
 }
 

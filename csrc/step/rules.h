@@ -18,8 +18,12 @@ struct Rule {
   // The states that there are under these hyperparameters.
   StateMask (*mask_of)(const double* hypers);
 
+  // Those of them that no narrower format may hold, and why; null where there are none.
+  StateMask (*exact)(const double* hypers);
+  const char* why_exact;
+
   // The row of the update that follows `clock`, which is advanced to it.
-  Row (*prepare)(const Group& group, Clock& clock, double factor);
+  Row (*prepare)(const Group& group, Clock& clock, double factor, const Options& options);
 
   // Per variant, what the step divides elements [0, n) by, from their states (null: the variant has
   // none); null where the rule does not divide.

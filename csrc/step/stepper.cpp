@@ -17,7 +17,20 @@ void check_device(const char* error) {
 }
 
 bool same_place(const Stream& a, const Stream& b) {
-  return a.data == b.data && a.format == b.format;
+  return a.data == b.data && a.beside == b.beside && a.format == b.format;
+}
+
+// Calls body(begin, end) with the addresses of a stream's elements, and of what is beside them.
+template <class Body>
+void each_part(const Segment& segment, const Stream& stream, const Body& body) {
+  if (stream.format == Format::kNone || segment.n == 0) return;
+  const FormatInfo& info = kFormatInfo[static_cast<int>(stream.format)];
+  const auto part = [&](const void* data, int64_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    body(begin, begin + bytes);
+  };
+  part(stream.data, segment.n * info.bytes);
+  if (info.block > 0) part(stream.beside, beside_entries(segment, stream.format) * info.beside);
 }
 
 }  // namespace
@@ -46,13 +59,16 @@ Stepper::~Stepper() {
 
 std::string Stepper::describe(size_t tensor, int stream) const {
   if (stream == kParam) return "params[" + name_of_(tensor) + "]";
+  if (stream == kGrad) return "grads[" + name_of_(tensor) + "]";
+  if (stream == kShadow) return "shadow[" + name_of_(tensor) + "]";
+  if (stream == kEma) return "state[" + name_of_(tensor) + "]['ema']";
   return "state[" + name_of_(tensor) + "]['" + rules()[rule_].states[stream - kState] + "']";
 }
 
 bool Stepper::in_place(const std::vector<Tensor>& tensors) const {
   return std::equal(tensors.begin(), tensors.end(), tensors_.begin(), tensors_.end(),
                     [](const Tensor& a, const Tensor& b) {
-                      bool same = a.segment.n == b.segment.n;
+                      bool same = a.segment.n == b.segment.n && a.segment.first == b.segment.first;
                       for (int k = 0; same && k < kStreams; ++k) {
                         same = k == kGrad || same_place(a.segment.stream[k], b.segment.stream[k]);
                       }
@@ -68,11 +84,10 @@ void Stepper::set_tensors(const std::vector<Tensor>& tensors) {
   std::vector<Range> written;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const Segment& segment = tensors[i].segment;
-    for (int k = 0; k < kStreams && segment.n > 0; ++k) {
-      const Stream& stream = segment.stream[k];
-      if (k == kGrad || stream.format == Format::kNone) continue;
-      const auto begin = reinterpret_cast<uintptr_t>(stream.data);
-      written.push_back({begin, begin + segment.n * format_bytes(stream.format), i, k});
+    for (int k = 0; k < kShadow; ++k) {
+      if (k == kGrad) continue;
+      each_part(segment, segment.stream[k],
+                [&](uintptr_t begin, uintptr_t end) { written.push_back({begin, end, i, k}); });
     }
   }
   std::sort(written.begin(), written.end(),
@@ -130,14 +145,58 @@ double Stepper::device_norm() const {
   return norm;
 }
 
+// That stream k of a tensor lies outside of all that every step writes.
+void Stepper::check_apart(const Stream& stream, size_t tensor, int k) {
+  each_part(segments_[tensor], stream, [&](uintptr_t begin, uintptr_t end) {
+    const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
+                                       [](uintptr_t at, const Range& r) { return at < r.end; });
+    if (next != written_.end() && next->begin < end) {
+      throw std::invalid_argument(describe(tensor, k) + " must not share memory with " +
+                                  describe(next->tensor, next->stream) +
+                                  ", got overlapping buffers");
+    }
+  });
+}
+
+// That what this step alone writes, copies and gradients that become zero, lies apart.
+void Stepper::check_extra(const Options& options) const {
+  std::vector<Range> all;
+  for (size_t i = 0; i < segments_.size(); ++i) {
+    for (const int k : {kGrad, kShadow}) {
+      each_part(segments_[i], segments_[i].stream[k],
+                [&](uintptr_t begin, uintptr_t end) { all.push_back({begin, end, i, k}); });
+    }
+  }
+  std::sort(all.begin(), all.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  const Range *reaches = nullptr, *written = nullptr;  // the furthest so far
+  for (const Range& range : all) {
+    const bool writes = range.stream == kShadow || options.zero_grad;
+    const Range* before = writes ? reaches : written;
+    if (before && before->end > range.begin) {
+      throw std::invalid_argument(
+          describe(before->tensor, before->stream) + " must not share memory with " +
+          describe(range.tensor, range.stream) + ", got overlapping buffers");
+    }
+    if (!reaches || range.end > reaches->end) reaches = &range;
+    if (writes && (!written || range.end > written->end)) written = &range;
+  }
+}
+
 // Nothing is written before all of it holds.
-void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& groups) {
+void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& groups,
+                    const Options& options, const std::vector<Stream>& shadows) {
   const Rule& rule = rules()[rule_];
   segments_.resize(tensors_.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     Segment& segment = segments_[i];
     segment = tensors_[i].segment;
     segment.stream[kGrad] = grads[i];
+    if (!options.average) segment.stream[kEma] = {};
+    if (!shadows.empty() && shadows[i].format != Format::kNone) {
+      segment.stream[kShadow] = shadows[i];
+      check_apart(shadows[i], i, kShadow);
+    }
     const Stream& grad = grads[i];
     if (!takes_part(segment) || segment.n == 0) continue;
     const StateMask mask = rule.mask_of(groups[tensors_[i].counted.group].hypers);
@@ -153,17 +212,10 @@ void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& 
       throw std::invalid_argument("grads[" + name_of_(i) + "] must have memory, got none");
     }
     if (same_place(grad, clear_[i])) continue;
-    const auto begin = reinterpret_cast<uintptr_t>(grad.data);
-    const uintptr_t end = begin + segment.n * format_bytes(grad.format);
-    const auto next = std::upper_bound(written_.begin(), written_.end(), begin,
-                                       [](uintptr_t at, const Range& r) { return at < r.end; });
-    if (next != written_.end() && next->begin < end) {
-      throw std::invalid_argument("grads[" + name_of_(i) + "] must not share memory with " +
-                                  describe(next->tensor, next->stream) +
-                                  ", got overlapping buffers");
-    }
+    check_apart(grad, i, kGrad);
     clear_[i] = grad;
   }
+  if (!shadows.empty() || options.zero_grad) check_extra(options);
 }
 
 // What becomes of the gradients, from their norm where that is wanted.
@@ -201,10 +253,10 @@ std::vector<std::optional<Norm>> Stepper::norms() const {
   return all;
 }
 
-void Stepper::prepare(const std::vector<Group>& groups, double factor) {
+void Stepper::prepare(const std::vector<Group>& groups, double factor, const Options& options) {
   counted_.clear();
   for (const Tensor& tensor : tensors_) counted_.push_back(tensor.counted);
-  plan_.make(rule_, counted_, groups, factor, segments_);
+  plan_.make(rule_, counted_, groups, factor, options, segments_);
 }
 
 void Stepper::sweep_there(const std::vector<Group>& groups, const Options& options) {
@@ -238,21 +290,22 @@ void Stepper::sweep_there(const std::vector<Group>& groups, const Options& optio
   }
 }
 
-void Stepper::commit(bool live, Outcome& outcome) {
+void Stepper::commit(const Options& options, Outcome& outcome) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (options.average) tensors_[i].segment.ema_begins = 0;
     if (!takes_part(segments_[i])) continue;
-    if (!live) tensors_[i].counted.clock = plan_.after(segments_[i]);
-    tensors_[i].entered = live;
+    if (!options.live) tensors_[i].counted.clock = plan_.after(segments_[i]);
+    tensors_[i].entered = options.live;
     outcome.elements += tensors_[i].segment.n;
   }
 }
 
 Outcome Stepper::step(const std::vector<Stream>& grads, const std::vector<Group>& groups,
-                      const Options& options) {
+                      const Options& options, const std::vector<Stream>& shadows) {
   // For the scalars and the sweep; the pool's threads, which are made in here, inherit it (POSIX,
   // pthread_create).
   const FloatMode mode;
-  check(grads, groups);
+  check(grads, groups, options, shadows);
   Outcome outcome;
   double factor = options.factor;
   if (!device_) {
@@ -265,13 +318,13 @@ Outcome Stepper::step(const std::vector<Stream>& grads, const std::vector<Group>
     if (!options.live) fetch_clocks();
     if (options.live || options.measure) factor = 1;
   }
-  if (!options.live) prepare(groups, factor);
+  if (!options.live) prepare(groups, factor, options);
   if (device_) {
     sweep_there(groups, options);
   } else {
     run(rule_, segments_, plan_.rows());
   }
-  commit(options.live, outcome);
+  commit(options, outcome);
   return outcome;
 }
 

@@ -19,7 +19,7 @@ namespace fusedstep {
 Group as_group(const std::vector<double>& values, int rule);
 
 struct Tensor {
-  Segment segment;  // but for the gradient and the row, which are a step's
+  Segment segment;  // but for the gradient, the copy and the row, which are a step's
   Counted counted;
 
   // On a device, with live counts:
@@ -65,10 +65,11 @@ class Stepper {
   const Clock& clock(size_t tensor) const { return tensors_[tensor].counted.clock; }
 
   // Updates every tensor that has a gradient: grads[i] is tensor i's, of format kNone for one that
-  // sits the step out. Throws std::invalid_argument before it has written anything if a gradient lies
-  // over memory that the step writes.
+  // sits the update out. `shadows` has what copies of the parameters go to, or is empty. Throws
+  // std::invalid_argument before it has written anything if memory that the step writes overlaps
+  // other memory of it.
   Outcome step(const std::vector<Stream>& grads, const std::vector<Group>& groups,
-               const Options& options = {});
+               const Options& options = {}, const std::vector<Stream>& shadows = {});
 
   // Of each tensor's gradient in the last step that measured them, times Options::factor; none for
   // one that had no gradient. Waits for the device.
@@ -89,11 +90,14 @@ class Stepper {
   bool in_place(const std::vector<Tensor>& tensors) const;
   std::string describe(size_t tensor, int stream) const;
 
-  void check(const std::vector<Stream>& grads, const std::vector<Group>& groups);
+  void check(const std::vector<Stream>& grads, const std::vector<Group>& groups,
+             const Options& options, const std::vector<Stream>& shadows);
+  void check_apart(const Stream& stream, size_t tensor, int k);
+  void check_extra(const Options& options) const;
   Verdict measure(const Options& options);
-  void prepare(const std::vector<Group>& groups, double factor);
+  void prepare(const std::vector<Group>& groups, double factor, const Options& options);
   void sweep_there(const std::vector<Group>& groups, const Options& options);
-  void commit(bool live, Outcome& outcome);
+  void commit(const Options& options, Outcome& outcome);
   void fetch_clocks();
 
   int rule_;

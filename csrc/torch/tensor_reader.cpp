@@ -78,7 +78,7 @@ TensorReader::TensorReader(bool exchange) {
   tensor_ = torch.attr("Tensor");
   parameter_ = torch.attr("nn").attr("Parameter");
   strided_ = torch.attr("strided");
-  for (int i = 1; i < kFormats; ++i) dtypes_.append(torch.attr(kFormatInfo[i].name));
+  for (int i = 1; i < kArrayFormats; ++i) dtypes_.append(torch.attr(kFormatInfo[i].name));
   for (const Complex& complex : kComplexes) dtypes_.append(torch.attr(complex.name));
   // Both stay with their class, which the members above keep.
   const py::object is_neg = tensor_.attr("is_neg"), grad = tensor_.attr("grad");
@@ -132,8 +132,9 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Pl
   if (k == dtypes_.size()) return false;
   const auto shape = py::getattr(tensor, "shape").cast<std::vector<int64_t>>();
   const auto strides = py::getattr(tensor, "stride")().cast<std::vector<int64_t>>();
-  view.reals = k + 1 < kFormats ? 1 : 2;
-  view.format = view.reals == 1 ? static_cast<Format>(k + 1) : kComplexes[k + 1 - kFormats].format;
+  view.reals = k + 1 < kArrayFormats ? 1 : 2;
+  view.format =
+      view.reals == 1 ? static_cast<Format>(k + 1) : kComplexes[k + 1 - kArrayFormats].format;
   view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
   view.held = shape;
   view.held.insert(view.held.end(), strides.begin(), strides.end());

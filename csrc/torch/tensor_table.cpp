@@ -392,7 +392,9 @@ bool TensorTable::shows_less(size_t s, const Stream& number) const {
 
 // The counts that the state's tensors show.
 Clock TensorTable::clock_of(const Active& a, bool begins) const {
-  Clock clock{0, {begins ? 0.0 : 1.0, 0}};
+  // SGD carries whether its state had begun, Adam whether its first one had not.
+  const bool first = begins && !states_.empty() && of(a).fresh && lookup(of(a).fresh, states_[0]);
+  Clock clock{0, {begins ? 0.0 : 1.0, first ? 1.0 : 0.0}};
   if (live_) return clock;  // the device looks at the tensors
   for (size_t s = 0; s < scalars_.size(); ++s) {
     const Stream& number = a.numbers[s];

@@ -184,7 +184,7 @@ long step() {
   expect(measured.all.finite && measured.all.sum == all, "sum of all", -1);
 
   Plan plan;
-  plan.make(rule, counted, groups, kFactor, segments);
+  plan.make(rule, counted, groups, kFactor, {}, segments);
   expect(plan.rows().size() == 4, "one row for each group and clock", -1);
   expect(segments[0].row == segments[1].row && segments[2].row == segments[6].row, "its row", 0);
   for (size_t i = 0; i < tensors.size(); ++i) {

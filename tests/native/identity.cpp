@@ -143,8 +143,10 @@ void sweep_staged(const Kernels& kernels, int rule, const Segment& segment, cons
   const int wide = segment.stream[kParam].format == Format::kF64;
   const RuleKernels& own = kernels.rules[rule];
   std::vector<double> staged[kStreams];  // as much room as either type needs
-  void* at[kStreams] = {};
-  const auto has = [&](int k) { return k < kState || own.mask[row.variant] >> (k - kState) & 1; };
+  Run run = {};
+  const auto has = [&](int k) {
+    return k < kState || (k < kEma && own.mask[row.variant] >> (k - kState) & 1);
+  };
   const auto codec = [&](int k) -> const Codec& {
     return kernels.codec[static_cast<int>(segment.stream[k].format)][wide];
   };
@@ -152,12 +154,12 @@ void sweep_staged(const Kernels& kernels, int rule, const Segment& segment, cons
   for (int k = 0; k < kStreams; ++k) {
     if (!has(k)) continue;
     staged[k].resize(whole);
-    at[k] = staged[k].data();
-    codec(k).decode(segment.stream[k], 0, segment.n, at[k]);
+    run.at[k] = staged[k].data();
+    codec(k).decode(segment.stream[k], 0, 0, segment.n, run.at[k]);
   }
-  own.update[row.variant][wide](row, at, whole);
+  own.update[row.variant][wide](row, run, whole);
   for (int k = 0; k < kStreams; ++k) {
-    if (has(k) && k != kGrad) codec(k).encode(segment.stream[k], 0, segment.n, at[k]);
+    if (has(k) && k != kGrad) codec(k).encode(segment.stream[k], k, 0, 0, segment.n, run.at[k], 0);
   }
 }
 
@@ -210,15 +212,15 @@ int main() {
     for (int variant = 0; variant < kMaxVariants && kernels.rules[r].update[variant][0];
          ++variant) {
       for (const Decay decay : {kScaled, kCoupled}) {
-        for (int mix = 0; mix < (kFormats - 1) * (kFormats - 1); ++mix) {
-          const auto param = static_cast<Format>(1 + mix / (kFormats - 1));
-          const auto grad = static_cast<Format>(1 + mix % (kFormats - 1));
+        for (int mix = 0; mix < (kArrayFormats - 1) * (kArrayFormats - 1); ++mix) {
+          const auto param = static_cast<Format>(1 + mix / (kArrayFormats - 1));
+          const auto grad = static_cast<Format>(1 + mix % (kArrayFormats - 1));
           Hash swept, staged;
           Random random, again;
           // Every variant reads the same scalars, so those of any will do.
           Clock clock = {0, {0, 0}};
           for (int t = 1; t <= 9; ++t) {
-            Row row = rule.prepare(group, clock, t == 1 ? 1 : -1);
+            Row row = rule.prepare(group, clock, t == 1 ? 1 : -1, {});
             if (t != 1 && t != 9) continue;
             row.variant = variant;
             row.decay = decay;

@@ -28,7 +28,7 @@ int main() {
       for (const int64_t t : kSteps) {
         for (const double carried : {0.0, 1.0}) {
           Clock clock = {t - 1, {carried, carried}};
-          const Row row = rule.prepare(group, clock, 1);
+          const Row row = rule.prepare(group, clock, 1, {});
           ++rows;
           if (scalar::kernels.rules[r].mask[row.variant] == rule.mask_of(group.hypers)) continue;
           std::printf("%s, set %zu, update %ld\n", rule.name.c_str(), set, static_cast<long>(t));
