@@ -35,7 +35,8 @@ def constant(path: str, name: str) -> int:
 # Bytes of an element, by format; elements that a thread has side by side; vectors that the norm has
 # in flight.
 FORMATS = [
-    int(n) for n in re.findall(r'{"\w+", (\d+), \d+}', (CSRC / "interface/format.h").read_text())
+    int(n)
+    for n in re.findall(r'{"\w+", (\d+), \d+, \d+, \d+}', (CSRC / "interface/format.h").read_text())
 ]
 VECTOR = constant("cuda/table.h", "kVector")
 NORM_AHEAD = constant("cuda/norm.cu", "kAhead")

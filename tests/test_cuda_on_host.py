@@ -94,8 +94,8 @@ def test_kernels_are_as_many_as_sets_of_states_in_float_and_in_double(module):
     """Formats are read at run time: a further one would add none. On a GPU there are three more."""
     names = Path(module.__file__).read_bytes()
     sweeps = set(re.findall(rb"5sweepINS0_\d+(\w+?ELj\d+)ENS0_3F(32|64)E", names))
-    assert len(sweeps) == 42
-    assert len([name for name, width in sweeps if width == b"32"]) == 21
+    assert len(sweeps) == 46
+    assert len([name for name, width in sweeps if width == b"32"]) == 23
     assert sorted(p.name for p in cuda_on_host.CUDA.glob("*.cu")) == [
         *("backend.cu", "norm.cu", "sweep.cu"),  # an object each
     ]

@@ -30,7 +30,7 @@ int main() {
       }
       Clock clock = {0, {0, 0}};
       for (int t = 1; t <= 2; ++t) {
-        const Row row = rule.prepare(group, clock, 1);
+        const Row row = rule.prepare(group, clock, 1, {});
         if (gpu) {
           SweepArguments sweep = {};
           sweep.here[0] = row;
