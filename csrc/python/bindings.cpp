@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "rules/power.h"
 #include "step/engine.h"
 #include "step/rules.h"
+#include "storage.h"
 #include "torch/tensor_table.h"
 #include "turn.h"
 #include "unlocked.h"
@@ -89,6 +91,50 @@ std::pair<std::vector<bool>, std::string> exact_of(const std::string& name,
   std::vector<bool> exact;
   for (size_t s = 0; s < rule.states.size(); ++s) exact.push_back(mask >> s & 1);
   return {exact, rule.why_exact ? rule.why_exact : ""};
+}
+
+// (array, format, what lies beside it or None) of n elements, of any dtype of that width. The arrays
+// outlive it.
+Stream stream_of(const py::tuple& given, int64_t n, int64_t entries, bool writes) {
+  const auto data = [&](const py::object& object, int64_t items, int bytes) {
+    const auto array = py::array::ensure(object);
+    const bool fits = array && array.nbytes() == items * bytes &&
+                      (array.flags() & py::array::c_style) && (!writes || array.writeable());
+    if (fits) return const_cast<void*>(array.data());
+    throw py::value_error("array must be C-contiguous, of " + std::to_string(items) +
+                          " elements of " + std::to_string(bytes) + " bytes" +
+                          (writes ? ", and writable" : ""));
+  };
+  Stream stream;
+  stream.format = format_of(given[1].cast<std::string>());
+  const FormatInfo& info = kFormatInfo[static_cast<int>(stream.format)];
+  stream.data = data(given[0], n, info.bytes);
+  if (info.block > 0) {
+    stream.beside = data(given[2], info.block > 1 ? entries : n, info.beside);
+  }
+  return stream;
+}
+
+// Writes the numbers of one such array into another, rounded to nearest. `first` is the first one's
+// place in its parameter.
+void convert(const py::tuple& source, const py::tuple& target, int64_t first) {
+  Segment segment;
+  segment.n = py::array::ensure(source[0]).size();
+  segment.first = first;
+  const int64_t n = segment.n, entries = beside_entries(segment, Format::kQ8);
+  const Stream from = stream_of(source, n, entries, false),
+               to = stream_of(target, n, entries, true);
+  const bool wide = from.format == Format::kF64 || to.format == Format::kF64;
+  const Codec& decodes = kernels().codec[static_cast<int>(from.format)][wide];
+  const Codec& encodes = kernels().codec[static_cast<int>(to.format)][wide];
+  const Unlocked unlocked;
+  const FloatMode mode;
+  alignas(64) char values[(kBlock + 16) * sizeof(double)];  // and the last register's padding
+  for (int64_t at = 0, size; at < n; at += size) {
+    size = std::min(n - at, kBlock - (first + at) % kBlock);
+    decodes.decode(from, at, first + at, size, values);
+    encodes.encode(to, kParam, at, first + at, size, values, 0);
+  }
 }
 
 // (sum, finite) over the arrays as tensors, in their order.
@@ -196,6 +242,14 @@ PYBIND11_MODULE(_core, m) {
     for (int i = 1; i < kArrayFormats; ++i) all[kFormatInfo[i].name] = kFormatInfo[i].bytes;
     return all;
   });
+  m.def("blocks", [] {
+    py::dict all;  // elements that share an entry beside them, by the format's name
+    for (const FormatInfo& info : kFormatInfo) {
+      if (info.block > 0) all[info.name] = info.block;
+    }
+    return all;
+  });
+  m.def("convert", convert, py::arg("source"), py::arg("target"), py::arg("first"));
   m.def("rules", [] {
     py::dict all;  // (hyperparameters, states, whether it divides, which states are never negative)
     for (const Rule& rule : rules()) {

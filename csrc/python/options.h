@@ -7,8 +7,8 @@
 
 namespace fusedstep {
 
-// Those that are the same for arrays and tensors, from the tuple's first fields; the defaults from
-// None. What lies in a device's memory the caller reads.
+// Those that are the same for arrays and tensors; the defaults from None. What lies in a device's
+// memory, fields 6 to 8, the caller reads.
 inline Options as_options(const pybind11::object& given) {
   Options options;
   if (given.is_none()) return options;
@@ -20,6 +20,11 @@ inline Options as_options(const pybind11::object& given) {
   options.measure = !pybind11::object(fields[1]).is_none() || options.skip_nonfinite || flag(4);
   options.stream = reinterpret_cast<void*>(fields[3].cast<uintptr_t>());
   options.live = flag(5);
+  if (!pybind11::object(fields[9]).is_none()) options.clip_value = fields[9].cast<double>();
+  options.ema_decay = fields[10].cast<double>();
+  options.average = flag(11);
+  options.zero_grad = flag(12);
+  options.seed = fields[13].cast<uint64_t>();
   return options;
 }
 

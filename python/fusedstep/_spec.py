@@ -42,6 +42,8 @@ class Spec:
             whether its state has begun.
         initial: what states and carried numbers begin with where that is not 0: a number, or the
             hyperparameter of this name.
+        late: the state that may begin after the others, as what it replaced until then. The second
+            number that the rule carries is whether there is none so far.
         begins_at_once: whether torch's class has states before the first step, without which it
             cannot load a checkpoint.
         check_together: raises ValueError for values that are fine alone but not together.
@@ -54,6 +56,7 @@ class Spec:
     beyond_torch: Sequence[str] = ()
     carried: Sequence[str] = ()
     counts_steps: bool = True
+    late: str = ""
     begins_at_once: bool = False
     initial: Mapping[str, float | str] = field(default_factory=dict)
     check_together: Callable[[Mapping[str, Any]], None] = _anything

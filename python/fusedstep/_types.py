@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat, TypedDict
 
 from numpy.typing import NDArray
 
@@ -22,6 +22,16 @@ Clock = tuple[int, float, float]  # a count of updates, and what the rule carrie
 Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
 
 
+class How(TypedDict, total=False):
+    """How an optimizer stores what it keeps: keywords of every class; `_storage.HOW` explains."""
+
+    rounding: str
+    state_dtype: str | Mapping[str, str] | None
+    state_rounding: str
+    seed: int
+    ema_dtype: str | None
+
+
 class Options(NamedTuple):
     """Options of a step, in both layers: what it does to the gradients, and where."""
 
@@ -35,6 +45,12 @@ class Options(NamedTuple):
     scale: Any = None  # the loss scale as a tensor on the device
     found_inf: Any = None  # a tensor, not 0 where a gradient is known not to be finite
     norm: Any = None  # the tensor that the norm is written to
+    # Both layers' again:
+    clip_value: float | None = None  # of each element, after max_norm
+    ema_decay: float = 0.0
+    average: bool = False  # the parameters are averaged
+    zero_grad: bool = False
+    seed: int = 0  # of what is rounded at random
 
 
 PLAIN = Options()

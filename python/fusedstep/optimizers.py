@@ -329,7 +329,7 @@ class Adam(Optimizer):
         in torch and in its paper; some libraries correct first.
     """
 
-    _spec = Spec("adam", beyond_torch=("bias_correction",))
+    _spec = Spec("adam", beyond_torch=("bias_correction",), late="exp_avg")
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
@@ -372,7 +372,12 @@ class AdamW(Optimizer):
         the paper, where the decay is scaled by the schedule alone: as in torch it is scaled by lr.
     """
 
-    _spec = Spec("adam", fixed={"decoupled_weight_decay": True}, beyond_torch=("bias_correction",))
+    _spec = Spec(
+        "adam",
+        fixed={"decoupled_weight_decay": True},
+        beyond_torch=("bias_correction",),
+        late="exp_avg",
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
