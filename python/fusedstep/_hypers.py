@@ -37,11 +37,13 @@ def _flag(doc: str) -> Hyper:
 
 
 # Rules without a hyperparameter of their own.
+ABOVE_0 = Hyper("> 0", lambda x: x > 0, "")
 AT_LEAST_0 = Hyper(">= 0", lambda x: x >= 0, "")
 ANY = Hyper("or NaN", lambda x: True, "")
 FINITE = Hyper("finite", math.isfinite, "")
 FRACTION = Hyper("in [0, 1)", lambda x: 0 <= x < 1, "")
 POSITIVE = Hyper("finite and > 0", lambda x: 0 < x < math.inf, "")
+SHARE = Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "")
 
 # The ranges are torch.optim's; what torch leaves open must still be a finite number.
 HYPERS: dict[str, Hyper] = {

@@ -17,7 +17,7 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 import fusedstep as neutral
-from fusedstep import _checkpoint, _core, _lookahead
+from fusedstep import _checkpoint, _core, _lookahead, _storage
 from fusedstep._arrays import announcer, as_float
 from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, check_flags, is_scheduled
 from fusedstep._spec import STATES, Spec
@@ -1172,7 +1172,8 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
     name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
-    del own["groups"]
+    for n in ("groups", *_storage.HOW):
+        del own[n]
     peer = getattr(torch.optim, name, None)
     theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
     parameters = dict(theirs or own)
