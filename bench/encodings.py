@@ -120,6 +120,26 @@ def far_below(encodings: Encodings, name: str) -> list[float]:
     return result
 
 
+def seen_rate(encodings: Encodings, name: str) -> float:
+    """The mean of 1/sqrt(v) over the exact one, in the long run of second moments, as a share more.
+
+    Of AdamW's beta2 and normal gradients, whose squares' mean is 1 to 4; float32 has 0.000.
+    """
+    rng = np.random.default_rng(0)
+    squares = (4 ** rng.uniform(0, 1, 1280)).astype("f4")
+    exact, v = squares.copy(), squares.copy()
+    total = {"exact": 0.0, "ours": 0.0}
+    for t in range(8000):
+        new = np.float32(0.001) * squares * rng.standard_normal(1280).astype("f4") ** 2
+        exact = np.float32(0.999) * exact + new
+        v = np.float32(0.999) * v + new
+        encodings.round_trip(name, v, True, "stochastic", t * 1_000_003 % 2**32)
+        if t >= 2000:
+            total["exact"] += np.mean(1 / np.sqrt(exact / squares))
+            total["ours"] += np.mean(1 / np.sqrt(v / squares))
+    return float(total["ours"] / total["exact"]) - 1
+
+
 @functools.cache
 def once() -> tuple[Encodings, demo.Digits]:
     """What each process needs."""
@@ -214,6 +234,11 @@ def markdown(result: dict[str, Any]) -> str:
         "What is left of the update of gradients so far below the block's largest, 1 being all:\n\n"
         + table(head, rows)
     )
+    rows = [[name, f"{result['rate'][name]:+.1%}"] for name in ENCODINGS]
+    parts.append(
+        "By how much lr seems larger, of second moments that were rounded at random for long:\n\n"
+        + table(["encoding", "lr"], rows)
+    )
     for k, epoch in enumerate(result["at"]):
         columns = {
             rule: {key: [run[k] for run in runs] for key, runs in of.items()}
@@ -256,6 +281,7 @@ def main() -> None:
             for name in ENCODINGS
             for how in ROUNDINGS
         },
+        "rate": {name: seen_rate(encodings, name) for name in ENCODINGS},
         "far below": {name: far_below(encodings, name) for name in ENCODINGS},
     }
     result["training"] = training(args.seeds, args.epochs)

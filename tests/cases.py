@@ -186,7 +186,7 @@ def each_case_in_turn(pairs=4):
 def defaults(name):
     """The hyperparameters of an optimizer class with their defaults, from its signature."""
     parameters = inspect.signature(getattr(fs, name)).parameters.items()
-    return {key: p.default for key, p in parameters if key not in ("params", "groups")}
+    return {key: p.default for key, p in parameters if key in getattr(fs, name)._spec.table}
 
 
 def mean_decay(name, hypers):

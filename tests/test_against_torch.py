@@ -52,12 +52,14 @@ def test_steps_match_torch(name, hypers, dtype):
         oracle.step()
     for i, (p, want) in enumerate(zip(mine, theirs, strict=True)):
         np.testing.assert_allclose(p, want.detach().numpy(), **TOLERANCES[dtype], err_msg=f"{i}")
-    saved = opt.state_dict()["state"]
+    saved = opt.state_dict(state_dtype="float32")["state"]
     expected = oracle.state_dict()["state"]
     for i, entry in expected.items():
         entry = {key: value for key, value in entry.items() if value is not None}
         assert set(saved.get(i, {})) == set(entry)
         for key, value in entry.items():
+            if key == "exp_avg" and hypers["betas"][0] == 0:
+                continue  # there is none: torch has the last gradient
             np.testing.assert_allclose(
                 saved[i][key], np.asarray(value), **TOLERANCES[dtype], err_msg=f"{i} {key}"
             )

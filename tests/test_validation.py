@@ -13,6 +13,7 @@ import torch
 
 import fusedstep as fs
 from cases import WITHOUT_PEER, each_pair
+from fusedstep import _storage
 
 OPTIMIZERS = [
     cls
@@ -482,7 +483,7 @@ OPEN = {"dampening", "lambd", "t0"}  # torch takes any number
 
 
 def hyper_names(cls):
-    skip = {"self", "params", "groups"}
+    skip = {"self", "params", "groups", *_storage.HOW}
     return [name for name in inspect.signature(cls.__init__).parameters if name not in skip]
 
 

@@ -504,6 +504,33 @@ View view_of(py::handle object, const Label& label, const Place& place) {
   not_an_array(object, label);
 }
 
+View memory_of(py::handle object, const Label& label, const Place& place, int64_t n, int bytes) {
+  View view = {nullptr, Format::kNone, 1, nullptr, n, nullptr, {}};
+  int64_t found = 0, item = 0;
+  if (place.device && place.device->kind != kCpu) {  // of the optimizer's own
+    const py::object shown = object.attr("__cuda_array_interface__");
+    view.data = reinterpret_cast<void*>(shown["data"].cast<std::pair<uintptr_t, bool>>().first);
+    item = std::stoi(shown["typestr"].cast<std::string>().substr(2));
+    found = object.attr("size").cast<int64_t>();
+    view.owner = py::reinterpret_borrow<py::object>(object);
+  } else {
+    py::array array = array_of(object, label.text()).first;
+    if (!(array.flags() & py::array::c_style)) not_contiguous(label);
+    if (!array.writeable()) view.fixed = kReadOnly;
+    item = array.itemsize();
+    found = array.size();
+    view.data = const_cast<void*>(array.data());
+    view.owner = std::move(array);
+  }
+  if (found != n || item != bytes) {
+    throw py::value_error(label.text() + " must have " + std::to_string(n) + " elements of " +
+                          std::to_string(bytes) + " bytes, got " + std::to_string(found) + " of " +
+                          std::to_string(item));
+  }
+  view.data = memory_at(view.data, n, label);
+  return view;
+}
+
 View grad_of(py::handle object, const Label& label, const Place& place, const View& param) {
   if (param.ndim > 0 || !is_number(object)) return view_of(object, label, place);
   if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a number");

@@ -34,6 +34,11 @@ struct Label {
 // native byte order.
 View view_of(pybind11::handle object, const Label& label, const Place& place = {});
 
+// The memory of n elements of so many bytes, whatever they are; throws as view_of, and for another
+// number of them. Of format kNone.
+View memory_of(pybind11::handle object, const Label& label, const Place& place, int64_t n,
+               int bytes);
+
 // A gradient of `param`: a number of Python's or NumPy's too where that has no dimensions.
 View grad_of(pybind11::handle object, const Label& label, const Place& place, const View& param);
 

@@ -117,24 +117,16 @@ Stream stream_of(const py::tuple& given, int64_t n, int64_t entries, bool writes
 
 // Writes the numbers of one such array into another, rounded to nearest. `first` is the first one's
 // place in its parameter.
-void convert(const py::tuple& source, const py::tuple& target, int64_t first) {
+void convert_arrays(const py::tuple& source, const py::tuple& target, int64_t first) {
   Segment segment;
   segment.n = py::array::ensure(source[0]).size();
   segment.first = first;
   const int64_t n = segment.n, entries = beside_entries(segment, Format::kQ8);
   const Stream from = stream_of(source, n, entries, false),
                to = stream_of(target, n, entries, true);
-  const bool wide = from.format == Format::kF64 || to.format == Format::kF64;
-  const Codec& decodes = kernels().codec[static_cast<int>(from.format)][wide];
-  const Codec& encodes = kernels().codec[static_cast<int>(to.format)][wide];
   const Unlocked unlocked;
   const FloatMode mode;
-  alignas(64) char values[(kBlock + 16) * sizeof(double)];  // and the last register's padding
-  for (int64_t at = 0, size; at < n; at += size) {
-    size = std::min(n - at, kBlock - (first + at) % kBlock);
-    decodes.decode(from, at, first + at, size, values);
-    encodes.encode(to, kParam, at, first + at, size, values, 0);
-  }
+  convert(from, to, 0, n, first);
 }
 
 // (sum, finite) over the arrays as tensors, in their order.
@@ -249,7 +241,7 @@ PYBIND11_MODULE(_core, m) {
     }
     return all;
   });
-  m.def("convert", convert, py::arg("source"), py::arg("target"), py::arg("first"));
+  m.def("convert", convert_arrays, py::arg("source"), py::arg("target"), py::arg("first"));
   m.def("rules", [] {
     py::dict all;  // (hyperparameters, states, whether it divides, which states are never negative)
     for (const Rule& rule : rules()) {
@@ -277,20 +269,25 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<ArrayTable>(m, "ArrayTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,
-                    const py::object&, int>(),
+                    const py::object&, int, const py::object&>(),
            py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"),
-           py::arg("device") = py::none(), py::arg("index") = 0)
+           py::arg("device") = py::none(), py::arg("index") = 0, py::arg("storage") = py::none())
       .def_property_readonly("states", &ArrayTable::states)
       .def_property_readonly("steps", &ArrayTable::steps)
       .def_property_readonly("used", &ArrayTable::used)
       .def("clocks", &ArrayTable::clocks)
       .def("load", &ArrayTable::load, py::arg("states"), py::arg("clocks"), py::arg("steps"),
-           py::arg("used"), py::arg("changes"))
+           py::arg("used"), py::arg("changes"), py::arg("averages") = 0)
       .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"),
            py::arg("options") = py::none(), py::arg("states") = py::none(),
-           py::arg("announce") = py::none())
+           py::arg("announce") = py::none(), py::arg("shadow") = py::none())
       .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
-           py::arg("groups"), py::arg("options") = py::none(), py::arg("states") = py::none())
+           py::arg("groups"), py::arg("options") = py::none(), py::arg("states") = py::none(),
+           py::arg("announce") = py::none(), py::arg("shadow") = py::none())
+      .def("swap", &ArrayTable::swap)
+      .def_property_readonly("swapped", &ArrayTable::swapped)
+      .def_property_readonly("averages", &ArrayTable::averages)
+      .def_property_readonly("averaged", &ArrayTable::averaged)
       .def("norm", &ArrayTable::norm)
       .def("norms", &ArrayTable::norms)
       .def("shapes", &ArrayTable::shapes)

@@ -96,6 +96,19 @@ int64_t beside_entries(const Segment& segment, Format format) {
   return segment.n ? parts(segment.first % block + segment.n, block) : 0;
 }
 
+void convert(const Stream& from, const Stream& to, int64_t begin, int64_t end, int64_t first) {
+  const bool wide = from.format == Format::kF64 || to.format == Format::kF64;
+  const Codec& decodes = kernels().codec[static_cast<int>(from.format)][wide];
+  const Codec& encodes = kernels().codec[static_cast<int>(to.format)][wide];
+  alignas(
+      64) char values[(kBlock + kNormLanes) * sizeof(double)];  // with the last register's padding
+  for (int64_t n; begin < end; begin += n) {
+    n = std::min(end - begin, kBlock - (first + begin) % kBlock);
+    decodes.decode(from, begin, first + begin, n, values);
+    encodes.encode(to, kParam, begin, first + begin, n, values, 0);
+  }
+}
+
 bool takes_part(const Segment& segment) { return segment.stream[kGrad].format != Format::kNone; }
 bool is_written(const Segment& segment) {
   return takes_part(segment) || segment.stream[kEma].format != Format::kNone ||

@@ -19,6 +19,10 @@ Format state_format(Format param);  // float64 under float64, else float32
 // Entries beside a segment's stream of a format that has such.
 int64_t beside_entries(const Segment& segment, Format format);
 
+// Writes elements [begin, end) of one stream into another, rounded to nearest, where `first` is the
+// place of their first one. Blocks that share what lies beside them are converted whole.
+void convert(const Stream& from, const Stream& to, int64_t begin, int64_t end, int64_t first = 0);
+
 // Whether a tensor takes part in an update: it has a gradient.
 bool takes_part(const Segment& segment);
 // Whether a step writes anything of it: without a gradient an average and a copy of the parameter.

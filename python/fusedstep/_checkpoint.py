@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusedstep._arrays import as_array, as_dtype, to_host
-from fusedstep._hypers import FINITE, LAST, Hyper, as_number, kept_schedules
+from fusedstep._hypers import FINITE, LAST, SHARE, Hyper, as_number, kept_schedules
 from fusedstep._spec import Spec
-from fusedstep._types import Array, Clock
+from fusedstep._storage import EMA, PARAM_BESIDE, Form, Kept, Stored
+from fusedstep._types import Clock
 from fusedstep.schedules import Resumed, resumed
 
 GROUPS = "state_dict['param_groups']"
@@ -24,13 +25,11 @@ GROUPS = "state_dict['param_groups']"
 # Types without anything inside that its owner could change.
 _CONSTANT = (float, int, bool, str, bytes, type(None))
 
-_SHARE = Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "")
-
 # Ranges of the numbers that rules carry from step to step.
 _CARRIED = {
-    "mu_product": _SHARE,
+    "mu_product": SHARE,
     "eta": Hyper("finite and >= 0", lambda x: 0 <= x < math.inf, ""),
-    "mu": _SHARE,
+    "mu": SHARE,
 }
 
 
@@ -191,7 +190,8 @@ class Holder(NamedTuple):
     named: bool  # whether a checkpoint's names must be these
     groups: Sequence[tuple[Mapping[str, Any], Sequence[int]]]  # hyperparameters and parameters
     shapes: Sequence[tuple[int, ...]]
-    dtypes: Sequence[str]  # of the parameters' states
+    forms: Sequence[Form]  # of the parameters and their states
+    wide: Sequence[str]  # the dtypes that they are computed in
 
 
 class Loaded(NamedTuple):
@@ -202,7 +202,8 @@ class Loaded(NamedTuple):
     others: list[dict[str, Any]]  # its keys that are no hyperparameters
     uses: list[list[str]]  # the states that the next step has
     schedules: Resumed
-    begun: dict[int, tuple[Clock, dict[str, Array]]]  # clocks and states, by parameter
+    begun: dict[int, tuple[Clock, dict[str, Stored]]]  # clocks and states, by parameter
+    averages: int  # of the parameters
 
 
 def loaded(own: Holder, state_dict: Any) -> Loaded:
@@ -232,12 +233,14 @@ def loaded(own: Holder, state_dict: Any) -> Loaded:
     schedules = _loaded_schedules(spec, state_dict, held, order)
     uses = [spec.uses(spec.native_at(values, steps)) for values in hypers]
     group_of = {i: k for k, (_, members) in enumerate(own.groups) for i in members}
+    pending = state_dict.get("pending", ())
     begun = {
-        i: _loaded_state(own, i, entries[one], uses_then[group_of[i]])
+        i: _loaded_state(own, i, entries[one], uses_then[group_of[i]], one in pending)
         for one, i in index_of.items()
         if entries.get(one)  # empty: torch's of a parameter that has not begun
     }
-    return Loaded(steps, hypers, others, uses, schedules, begun)
+    averages = count("state_dict['averages']", state_dict.get("averages", 0))
+    return Loaded(steps, hypers, others, uses, schedules, begun, averages)
 
 
 def _loaded_steps(spec: Spec, state_dict: Mapping[str, Any]) -> int:
@@ -328,38 +331,74 @@ def _loaded_schedules(
 
 
 def _loaded_state(
-    own: Holder, i: int, entry: Mapping[str, Any], uses: Sequence[str]
-) -> tuple[Clock, dict[str, Array]]:
-    """One parameter's clock and states as `entry` has them, checked."""
+    own: Holder, i: int, entry: Mapping[str, Any], uses: Sequence[str], pending: bool
+) -> tuple[Clock, dict[str, Stored]]:
+    """One parameter's clock and states as `entry` has them, checked.
+
+    `pending`: its late state begins with the next step.
+    """
     spec = own.spec
     where = f"state_dict['state'][{own.names[i]}]"
     known = [*spec.scalars, *spec.states]
-    dtype = np.dtype(own.dtypes[i])
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Stored] = {}
     scalars: dict[str, float] = {}
     for name, value in entry.items():
         label = f"{where}['{name}']"
-        if name in spec.states:
-            if value is None:  # torch before the first step with momentum
-                continue
-            array = as_array(to_host(value), label)
-            if array.shape != own.shapes[i]:
-                raise ValueError(f"{label} must have shape {own.shapes[i]}, got {array.shape}")
-            same = array.dtype is dtype  # as nearly always; the other question takes longer
-            if not same and as_dtype(array.dtype, label).itemsize > dtype.itemsize:
-                raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
-            arrays[name] = array
+        if name in (*spec.states, EMA, *PARAM_BESIDE):
+            if value is not None:  # as torch's before the first step with momentum
+                arrays[name] = _loaded_array(own, i, name, entry, label)
         elif name == "step":
             scalars[name] = count(label, value)
         elif name in spec.carried:
             scalars[name] = carried(label, name, value)
-        else:
+        elif name not in {_exponents(state) for state in spec.states if state in entry}:
             raise ValueError(f"{where} must have the keys {known}, got {name!r}")
+    # What belongs to the parameter says nothing of updates.
+    if entry.keys() <= {EMA, *PARAM_BESIDE}:
+        return (0, 0.0, 0.0), arrays
     # A state that is there says enough where updates are not counted.
     for name in spec.required(uses) if spec.counts_steps else ():
-        if name not in arrays and name not in scalars:
+        late = name == spec.late and pending
+        if name not in arrays and name not in scalars and not late:
             raise ValueError(f"{where} must have the key {name!r}, got {given(entry)}")
+    if spec.late not in uses:
+        arrays.pop(spec.late, None)  # torch's, which nothing uses
+    t = int(scalars.get("step", 0))
     if not spec.counts_steps:
-        return (0, float(bool(arrays)), 0.0), arrays
+        return (t, float(any(name in arrays for name in spec.states)), 0.0), arrays
     first, second = [*(scalars[name] for name in spec.carried), 0.0, 0.0][:2]
-    return (int(scalars["step"]), first, second), arrays
+    if spec.late:
+        second = float(t > 0 and spec.late not in arrays)
+    return (t, first, second), arrays
+
+
+def _exponents(state: str) -> str:
+    return f"{state}_exponents"
+
+
+def _loaded_array(own: Holder, i: int, name: str, entry: Mapping[str, Any], label: str) -> Stored:
+    """A state, an average or what lies beside the parameter, in whatever format it is, checked."""
+    shape, wide = own.shapes[i], np.dtype(own.wide[i])
+    array = as_array(to_host(entry[name]), label)
+    if array.shape != shape:
+        raise ValueError(f"{label} must have shape {shape}, got {array.shape}")
+    if name in PARAM_BESIDE:
+        dtype = PARAM_BESIDE[name]
+        if array.dtype.name != dtype:
+            raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
+        return Stored(array, dtype)
+    beside = _exponents(name)
+    if array.dtype == np.uint8 and entry.get(beside) is not None:
+        kept = Kept("q8_positive" if name in own.spec.positive else "q8", beside=beside)
+        exponents = as_array(to_host(entry[beside]), f"{label[:-2]}_exponents']")
+        expected = kept.beside_shape(shape)
+        if exponents.shape != expected or exponents.dtype != np.uint8:
+            raise ValueError(
+                f"{label[:-2]}_exponents'] must be uint8 of shape {expected}, got"
+                f" {exponents.dtype} of shape {exponents.shape}"
+            )
+        return Stored(array, kept.format, exponents)
+    same = array.dtype is wide  # as nearly always; the other question takes longer
+    if not same and as_dtype(array.dtype, label).itemsize > wide.itemsize and name != EMA:
+        raise TypeError(f"{label} must be {wide}, got {array.dtype}")
+    return Stored(array, array.dtype.name)

@@ -60,6 +60,7 @@ class ArrayTable:
         groups: Sequence[int],
         device: Any = None,
         index: int = 0,
+        storage: Mapping[str, Sequence[tuple[str, bool, str]]] | None = None,
     ) -> None: ...
     @property
     def states(self) -> Mapping[str, Sequence[Any]]: ...
@@ -67,6 +68,13 @@ class ArrayTable:
     def steps(self) -> int: ...
     @property
     def used(self) -> list[list[float]]: ...
+    @property
+    def averages(self) -> int: ...
+    @property
+    def averaged(self) -> bool: ...
+    @property
+    def swapped(self) -> bool: ...
+    def swap(self) -> None: ...
     def clocks(self) -> list[tuple[int, float, float]]: ...
     def load(
         self,
@@ -75,6 +83,7 @@ class ArrayTable:
         steps: int,
         used: Sequence[Sequence[float]],
         changes: list[tuple[dict[str, Any], dict[str, Any]]],
+        averages: int = 0,
     ) -> None: ...
     def step(
         self,
@@ -83,6 +92,7 @@ class ArrayTable:
         options: Options | None = None,
         states: Mapping[str, Sequence[Any]] | None = None,
         announce: Callable[[list[Any]], None] | None = None,
+        shadow: Sequence[Any] | None = None,
     ) -> tuple[int, int]: ...
     def step_flat(
         self,
@@ -91,6 +101,8 @@ class ArrayTable:
         groups: Sequence[Sequence[float]],
         options: Options | None = None,
         states: Mapping[str, Sequence[Any]] | None = None,
+        announce: Callable[[list[Any]], None] | None = None,
+        shadow: Sequence[Any] | None = None,
     ) -> tuple[int, int]: ...
     def norm(self) -> float | None: ...
     def norms(self) -> list[tuple[float, bool] | None] | None: ...

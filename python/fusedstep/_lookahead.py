@@ -10,9 +10,13 @@ from fusedstep._types import Options
 
 
 def refuse_inside(optimizer: Any, what: str) -> None:
-    """Raises RuntimeError where the optimizer's parameters stand at a look-ahead point."""
+    """Raises RuntimeError where other values stand in the parameters' place.
+
+    `_ahead` says which: "ema", or True at a look-ahead point.
+    """
     if optimizer._ahead:
-        raise RuntimeError(f"{what} after a lookahead, not inside it")
+        where = "ema" if optimizer._ahead == "ema" else "a lookahead"
+        raise RuntimeError(f"{what} after {where}, not inside it")
 
 
 def check(groups: Iterable[Mapping[str, float]]) -> None:

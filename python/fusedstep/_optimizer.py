@@ -6,18 +6,42 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, SupportsFloat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, SupportsFloat, cast
 
 import numpy as np
 
-from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups, _lookahead
+from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups, _lookahead, _storage
 from fusedstep._arrays import announcer, in_order, is_tensor, name_params
 from fusedstep._groups import Group, ParamGroup, assignments
-from fusedstep._hypers import AT_LEAST_0, POSITIVE, as_number, at_step, check_flags, is_scheduled
+from fusedstep._hypers import (
+    ABOVE_0,
+    AT_LEAST_0,
+    POSITIVE,
+    SHARE,
+    as_number,
+    at_step,
+    check_flags,
+    is_scheduled,
+)
+from fusedstep._layout import Layout
 from fusedstep._spec import LR, Spec
+from fusedstep._storage import EMA, Form, Storage, Stored, decoded
 from fusedstep._turn import new_turn
-from fusedstep._types import Array, Changes, Clock, Grads, Key, Options, Params, States
+from fusedstep._types import (
+    PLAIN,
+    Array,
+    Changes,
+    Clock,
+    Grads,
+    How,
+    Key,
+    Options,
+    Params,
+    Rate,
+    States,
+)
 from fusedstep.buffers import FlatBuffer
 from fusedstep.schedules import plateaus
 
@@ -49,18 +73,30 @@ _ARGS = """Args:
         params: an array, a sequence or dict of arrays, or a FlatBuffer; see `Optimizer`.
         {}
         groups: `Group` objects: parameters with hyperparameters of their own.
+        {}
 
     Raises:
         TypeError: something is not an array or has an unsupported dtype, or a hyperparameter
             is not of its kind.
         ValueError: a hyperparameter is outside its range, a group matches no parameter, or
             memory is not where the first parameter's is, C-contiguous, aligned, writable and
-            free of overlap."""
+            free of overlap; a way to store what the parameters' dtypes or the rule exclude."""
 
 
 def given(arguments: dict[str, Any]) -> dict[str, Any]:
     """A constructor's `locals()` as keywords, so that its signature is the only list of them."""
-    return {name: a for name, a in arguments.items() if name not in ("self", "__class__")}
+    found = {name: a for name, a in arguments.items() if name not in ("self", "__class__", "how")}
+    how = arguments.get("how", {})
+    for name in how:
+        if name not in _storage.HOW:
+            cls = arguments["__class__"].__name__
+            raise TypeError(f"{cls}.__init__() got an unexpected keyword argument {name!r}")
+    return {**found, **how}
+
+
+def _wide(dtype: str) -> str:
+    """The dtype that a parameter of this one is computed in."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 class Optimizer:
@@ -73,7 +109,8 @@ class Optimizer:
     C-contiguous, float32, float64, float16 or bfloat16, and in memory that is known to be writable,
     which JAX's and TensorFlow's immutable arrays are not. A container must keep its arrays: one
     that reads them from a file whenever it is asked, as `np.load` of an .npz file, is refused.
-    States are float32, or float64 for float64 parameters, in flat buffers of their own.
+    States are float32, or float64 for float64 parameters, unless `state_dtype` says otherwise, in
+    flat buffers of their own. docs/narrow.md says what `rounding` and `state_dtype` cost and save.
 
     On a CUDA device a step is queued, not waited for, on the stream that is torch's or CuPy's
     current one if the first parameter is theirs, else on the one that the parameter names, else on
@@ -89,13 +126,16 @@ class Optimizer:
     """
 
     _spec: ClassVar[Spec]
-    _ahead = False  # whether the parameters stand at a look-ahead point
+    _ahead: bool | str = False  # whether the parameters stand elsewhere, and where
 
     def __init_subclass__(cls) -> None:
         """Completes the class's docstring from the one table of hyperparameters."""
         if hasattr(cls, "_spec"):  # not where it is a base of somebody's own
-            docs = cls._spec.argument_docs(inspect.signature(cls.__init__), schedules=True)
-            text = _ARGS.format("\n        ".join(docs))
+            signature = _storage.listed(inspect.signature(cls.__init__))
+            cls.__init__.__signature__ = signature  # type: ignore[attr-defined]
+            docs = cls._spec.argument_docs(signature, schedules=True)
+            indent = "\n        "
+            text = _ARGS.format(indent.join(docs), indent.join(_storage.how_docs()))
             cls.__doc__ = (cls.__doc__ or "").replace("Args: see below", text)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,6 +164,8 @@ class Optimizer:
                 f"optimizer must be one of {', '.join(ours)}, got"
                 f" {type(self).__name__}: Optimizer is the base class, which has no rule"
             )
+        how = {name: hypers.pop(name) for name in _storage.HOW if name in hypers}
+        self._storage = Storage(self._spec, cast(How, how))
         self._params = name_params(params)
         self._buffer = params if isinstance(params, FlatBuffer) else None
         self._names = [str(key) for key in self._params]
@@ -150,20 +192,31 @@ class Optimizer:
             known = {"device": params[0].device} if hasattr(params[0], "device") else {}
             device = _gpu.needed(label, **known).device()
         self._table = _core.ArrayTable(
-            self._spec.rule, self._names, params, self._group_of, device, self._index or 0
+            self._spec.rule,
+            self._names,
+            params,
+            self._group_of,
+            device,
+            self._index or 0,
+            self._storage.native,
         )
         self._shapes = self._table.shapes()
         self._dtypes = self._table.dtypes()
-        self._state_dtypes = self._table.state_dtypes()
+        labels = (f"params[{name}]" for name in self._names)
+        self._storage.check_params(zip(labels, self._dtypes, strict=True))
         self._tensors = {i: p for i, p in enumerate(params) if is_tensor(p)}
 
     @property
     def _states(self) -> States:
         return self._table.states
 
+    def _form(self, i: int) -> Form:
+        """How parameter i and what belongs to it are stored."""
+        return self._storage.of(self._dtypes[i])
+
     # -- hyperparameters and states, brought up to date before each step --------------------------
 
-    def _prepared(self) -> tuple[list[list[float]], States | None, Changes]:
+    def _prepared(self, average: bool = False) -> tuple[list[list[float]], States | None, Changes]:
         """Groups as the next step's rule reads them, but for rates; all states if some begin.
 
         And changes of the groups' memory of what was read. Nothing is changed here.
@@ -177,18 +230,22 @@ class Optimizer:
             if hypers is not group._hypers:
                 hypers = group._hypers
                 native = self._spec.native_at(hypers, self._table.steps)
+                self._storage.check_exact(native, (self._dtypes[i] for i in group._params))
                 states = self._states
+                uses = self._spec.uses(native)
                 wanted += [
-                    (state, i)
-                    for state in self._spec.uses(native)
+                    (key, i)
                     for i in group._params
-                    if states[state][i] is None
+                    for key in self._form(i).keys(uses)
+                    if states[key][i] is None
                 ]
                 # A rate of its own in each step is cheap; any other schedule may call for other
                 # states, so that nothing is known of a group that has one.
                 if not any(is_scheduled(v) for n, v in hypers.items() if n != "lr"):
                     read.append((group.__dict__, {"_last_read": (hypers, native)}))
             natives.append(native)
+        if average and not self._table.averaged:
+            wanted += [(EMA, i) for i, array in enumerate(self._states[EMA]) if array is None]
         return natives, self._extended(self._states, wanted, self._groups) if wanted else None, read
 
     def _current(self) -> list[list[float]]:
@@ -196,7 +253,7 @@ class Optimizer:
         return self._with_rates(self._prepared()[0], self._table.steps)
 
     def _no_states(self) -> States:
-        return {state: [None] * len(self._names) for state in self._spec.states}
+        return {key: [None] * len(self._names) for key in self._states}
 
     def _extended(
         self,
@@ -204,25 +261,38 @@ class Optimizer:
         wanted: Iterable[tuple[str, int]],
         hypers: Sequence[Mapping[str, Any]],
     ) -> States:
-        """`states` and the `wanted` ones (name, parameter), new, in one flat buffer per name."""
+        """`states` and the `wanted` ones (key, parameter), new, in one flat buffer per key."""
         result = {name: list(arrays) for name, arrays in states.items()}
         by_buffer: dict[tuple[str, str], list[int]] = {}
-        for state, i in wanted:
-            by_buffer.setdefault((state, self._state_dtypes[i]), []).append(i)
-        for (state, dtype), indices in by_buffer.items():
-            shapes = {i: self._shapes[i] for i in sorted(indices)}
+        for key, i in wanted:
+            by_buffer.setdefault((key, self._form(i).dtype(key)), []).append(i)
+        for (key, name), indices in by_buffer.items():
+            shapes: dict[Key, tuple[int, ...]] = {
+                i: self._form(i).shape(key, self._shapes[i]) for i in sorted(indices)
+            }
+            dtype = _storage.array_dtype(name)
             buffer: Mapping[Key, Any] = (
-                FlatBuffer.zeros(shapes, dtype)
+                FlatBuffer._allocate(Layout(shapes), dtype)
                 if self._index is None
                 else _arrays.packed(shapes, dtype, self._index)
             )
             for i in indices:
-                view = buffer[i]
-                initial = self._spec.first(state, hypers[self._group_of[i]])
-                if initial:  # untouched memory is zero already, and unpaged until the first step
-                    view[...] = initial
-                result[state][i] = view
+                result[key][i] = buffer[i]
+        for key, i in wanted:
+            initial = self._spec.first(key, hypers[self._group_of[i]])
+            if initial and key in self._spec.states:
+                # Untouched memory is zero already, and unpaged until the first step.
+                self._put(result, key, i, Stored(np.full(self._shapes[i], initial), "float64"))
         return result
+
+    def _stored(self, states: States, key: str, i: int) -> Stored:
+        """A parameter's state or average, with its format and what lies beside it."""
+        kept = self._form(i).streams[key]
+        return Stored(states[key][i], kept.format, states[kept.beside][i] if kept.beside else None)
+
+    def _put(self, states: States, key: str, i: int, values: Stored) -> None:
+        """Writes the numbers of any array, in any format, into a state or an average."""
+        _storage.put(values, self._stored(states, key, i))
 
     def _with_rates(self, natives: list[list[float]], t: int) -> list[list[float]]:
         """`natives`, in which rates that follow a schedule are those of step t from now on."""
@@ -243,6 +313,10 @@ class Optimizer:
         loss_scale: SupportsFloat = 1.0,
         skip_nonfinite: bool = False,
         norms: bool = False,
+        clip_value: SupportsFloat | None = None,
+        ema: Rate | None = None,
+        shadow: Grads | None = None,
+        zero_grad: bool = False,
     ) -> StepReport:
         """Updates the parameters once, in one sweep over memory.
 
@@ -253,7 +327,7 @@ class Optimizer:
                 parameter is: read as float32, or as float64 under a float64 parameter. A parameter
                 without dimensions takes Python's and NumPy's numbers. None in an array's place
                 leaves that parameter, its states and its count of updates alone. Gradients are
-                read, never written.
+                read, and never written unless `zero_grad` says so.
             max_norm: clips the gradients, all of them together, to this norm:
                 `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
                 `grad_norm` is then the norm before. A number >= 0, or inf to measure only
@@ -265,6 +339,19 @@ class Optimizer:
             norms: measures the gradient of each tensor too, for the report: `grad_norms` and
                 `nonfinite`. Costs another reading of the gradients, or with `max_norm` or
                 `skip_nonfinite` nothing; on a CUDA device it waits for the step (default False).
+            clip_value: clips each element of the gradients to [-clip_value, clip_value], after
+                `loss_scale` and `max_norm`, whose norm is that before it; NaN stays. A number > 0
+                (default None).
+            ema: keeps an exponential moving average of the parameters as they are stored, those
+                without a gradient too: `a + (1 - ema) * (p - a)`, from a copy at the first average
+                on. A decay in [0, 1], or a callable of the number of averages so far. A state,
+                `state[name]["ema"]`; `opt.ema()` puts it in the parameters' place. 8 bytes per
+                element in float32 (default None).
+            shadow: arrays in the form of the parameters, with None for those without, that take a
+                copy of the parameters as they are stored: float32, float64, float16 or bfloat16,
+                rounded to nearest. 2 bytes per element in 16 bits (default None).
+            zero_grad: the gradients become zero, once they were read. 4 bytes per element in
+                float32 (default False).
 
         Returns:
             The step's number, from 1, the learning rate of the first group, and the number of
@@ -273,8 +360,9 @@ class Optimizer:
 
         Raises:
             TypeError, ValueError: a gradient is missing, of a wrong shape, dtype or layout, not
-                where the parameters are, or overlaps memory that the step writes; hyperparameters
-                that do not go together; a schedule that returns a value out of range.
+                where the parameters are, or overlaps memory that the step writes, as may a
+                shadow; hyperparameters that do not go together; a schedule that returns a value
+                out of range; a state that cannot be narrow.
             RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
                 a step of its own (from a schedule, or an exporter of gradients).
 
@@ -288,25 +376,40 @@ class Optimizer:
         """
         options = None
         measured = max_norm is not None or skip_nonfinite is not False or norms is not False
+        finished = clip_value is not None or ema is not None or zero_grad is not False
         plain = type(loss_scale) is float and loss_scale == 1.0
-        if measured or not plain or self._index is not None:
-            options = self._options(max_norm, loss_scale, skip_nonfinite, norms)
-        return self._turn.run(self._step, grads, options)
+        if measured or finished or not plain or self._index is not None or self._storage.seed:
+            options = self._options(
+                max_norm, loss_scale, skip_nonfinite, norms, clip_value, zero_grad
+            )
+        return self._turn.run(self._step, grads, options, ema, shadow)
 
-    def _step(self, grads: Grads, options: Options | None) -> StepReport:
+    def _step(
+        self, grads: Grads, options: Options | None, ema: Any = None, shadow: Any = None
+    ) -> StepReport:
         """A step, while nobody else has a turn."""
-        natives, states, read = self._prepared()
+        natives, states, read = self._prepared(ema is not None)
         table = self._table
+        if ema is not None:
+            decay = at_step("ema", ema, table.averages, SHARE)
+            options = (options or PLAIN)._replace(ema_decay=decay, average=True)
+        announce = announcer() if self._tensors else None
+        copies = None
+        if shadow is not None:
+            copies = in_order(self._params, shadow, "shadow")
+            if announce is None and any(map(is_tensor, copies)):
+                announce = announcer()
         natives = self._with_rates(natives, table.steps)
         layout = None if self._buffer is None else self._buffer._layout
         # An exact type and an identity first: a small step takes a few microseconds in all.
         if type(grads) is FlatBuffer and (grads._layout is layout or grads._layout == layout):
             flat, offsets = grads._flat, grads._layout.offsets
-            steps, elements = table.step_flat(flat, offsets, natives, options, states)
+            steps, elements = table.step_flat(
+                flat, offsets, natives, options, states, announce, copies
+            )
         else:
             ordered = in_order(self._params, grads)
-            announce = announcer() if self._tensors else None
-            steps, elements = table.step(ordered, natives, options, states, announce)
+            steps, elements = table.step(ordered, natives, options, states, announce, copies)
         # The table has noted all else; this saves the next step work.
         for memory, known in read:
             memory.update(known)
@@ -316,16 +419,34 @@ class Optimizer:
             report.nonfinite = self.nonfinite
         return report
 
-    def _options(self, max_norm: Any, loss_scale: Any, skip_nonfinite: Any, norms: Any) -> Options:
+    def _options(
+        self,
+        max_norm: Any,
+        loss_scale: Any,
+        skip_nonfinite: Any,
+        norms: Any,
+        clip_value: Any,
+        zero_grad: Any,
+    ) -> Options:
         """A step's keywords, checked."""
-        check_flags(skip_nonfinite=skip_nonfinite, norms=norms)
+        check_flags(skip_nonfinite=skip_nonfinite, norms=norms, zero_grad=zero_grad)
+        clip = None if clip_value is None else as_number("clip_value", clip_value, ABOVE_0)
         norm = None if max_norm is None else as_number("max_norm", max_norm, AT_LEAST_0)
         scale = as_number("loss_scale", loss_scale, POSITIVE)
         if math.isinf(1 / scale):
             raise ValueError(f"loss_scale must have a finite inverse, got {loss_scale!r}")
         first = next(iter(self._params.values()), None)
         stream = 0 if self._index is None else _arrays.stream_of(first, self._index)
-        return Options(1 / scale, norm, skip_nonfinite, stream, norms)
+        return Options(
+            1 / scale,
+            norm,
+            skip_nonfinite,
+            stream,
+            norms,
+            clip_value=clip,
+            zero_grad=zero_grad,
+            seed=self._storage.seed,
+        )
 
     @property
     def grad_norm(self) -> float | None:
@@ -366,6 +487,72 @@ class Optimizer:
         if tensors := [self._tensors[i] for i in written]:
             announcer()(tensors)
 
+    @contextmanager
+    def ema(self) -> Iterator[None]:
+        """The parameters' moving average in their place: `with opt.ema(): evaluate(model)`.
+
+        Parameters and averages change places in the memory that they have, and back afterwards,
+        also after an exception: they are then what they were, to the bit. Inside, parameters are
+        for reading, and in 16 bits they are the average rounded to nearest. A copy of the
+        parameters is kept meanwhile only where the average has another dtype, but for float32 under
+        bfloat16 parameters, which share bits.
+
+        Raises:
+            ValueError: no step had `ema=` so far; or the parameters are on a GPU.
+            RuntimeError: a step, a load, a copy or a reading of the state inside.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> w = np.array([1.0], np.float32)
+            >>> opt = fs.SGD(w, lr=1.0)
+            >>> for _ in range(2):
+            ...     _ = opt.step(np.array([1.0], np.float32), ema=0.5)
+            >>> with opt.ema():
+            ...     print(w)
+            [-0.5]
+            >>> w
+            array([-1.], dtype=float32)
+        """
+        _lookahead.refuse_inside(self, "ema must come")
+        if not any(array is not None for array in self._states[EMA]):
+            raise ValueError("ema must follow a step with ema=, got no average so far")
+        try:
+            self._turn.run(self._table.swap)
+            self._ahead = "ema"
+            self._announce(self._tensors)
+            yield
+        finally:
+            if self._table.swapped:
+                self._turn.run(self._table.swap)
+                self._ahead = False
+                self._announce(self._tensors)
+
+    def masters(self) -> dict[Key, Array]:
+        """Copies of the parameters at the precision that they are trained in, by name or number.
+
+        float32, or float64 for float64 parameters: with `rounding="split"` or `"kahan"` more than
+        the bfloat16 parameters show, otherwise what they are.
+
+        Example:
+            >>> import ml_dtypes, numpy as np, fusedstep as fs
+            >>> w = np.ones(1, ml_dtypes.bfloat16)
+            >>> opt = fs.SGD(w, lr=2.0**-12, rounding="split")
+            >>> _ = opt.step(np.ones(1, np.float32))
+            >>> w, opt.masters()[0]
+            (array([1], dtype=bfloat16), array([0.99975586], dtype=float32))
+        """
+        return self._turn.read(self._masters)
+
+    def _masters(self) -> dict[Key, Array]:
+        """`masters`, while nobody else has a turn."""
+        _lookahead.refuse_inside(self, "masters must come")
+        found = {}
+        for i, (key, param) in enumerate(self._params.items()):
+            kept = self._form(i).param
+            beside = self._states[kept.beside][i] if kept.beside else None
+            found[key] = decoded(Stored(param, kept.format, beside), _wide(self._dtypes[i]))
+        return found
+
     @property
     def params(self) -> dict[Key, Any]:
         """The parameters by name, or by number."""
@@ -385,6 +572,9 @@ class Optimizer:
     def state(self) -> dict[Key, dict[str, Array]]:
         """For each parameter its state arrays by torch's names, the arrays themselves.
 
+        Of a state in q8 `exp_avg` is its 8-bit floats, and `exp_avg_exponents` has what lies beside
+        them; `low_bits` and `compensation` lie beside the parameter; `ema` is its average.
+
         Example:
             >>> import numpy as np, fusedstep as fs
             >>> opt = fs.Adam({"w": np.ones(3, np.float32)})
@@ -396,7 +586,7 @@ class Optimizer:
             for i, key in enumerate(self._params)
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, state_dtype: str | None = None) -> dict[str, Any]:
         """The optimizer's state with torch's keys and layout, plus `step`, the steps taken.
 
         As in torch the arrays are the live ones; `copy.deepcopy` keeps a moment. Where a parameter
@@ -405,14 +595,27 @@ class Optimizer:
         One of `fusedstep.schedules` is also in `schedules`, a dict for each group that has
         parameters, as its `to_dict`, which has the progress of a `ReduceOnPlateau`. Where the
         parameters have names, each group has them as `param_names`, which is torch's key too.
+        Where anything is rounded at random each state has `step`, its count of updates, so that a
+        resumed run has the same bits.
+
+        Args:
+            state_dtype: "float32" gives states and averages in bfloat16 or q8 as torch has them,
+                float32, or float64 under float64 parameters, in copies; exactly. None gives all as
+                it is (default None). `masters` has what belongs to the parameters.
 
         Raises:
-            RuntimeError: the optimizer is stepping in another thread.
+            ValueError: another state_dtype.
+            RuntimeError: the optimizer is stepping in another thread, or the call comes from inside
+                `ema`.
         """
-        return self._turn.read(self._saved)
+        if state_dtype not in (None, "float32"):
+            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
+        return self._turn.read(self._saved, state_dtype is not None)
 
-    def _saved(self) -> dict[str, Any]:
+    def _saved(self, plain: bool) -> dict[str, Any]:
         """`state_dict`, while nobody else has a turn."""
+        if self._ahead == "ema":
+            _lookahead.refuse_inside(self, "state_dict must come")
         natives = self._last_natives()
         groups = []
         for group, native in zip(self._groups, natives, strict=True):
@@ -420,29 +623,66 @@ class Optimizer:
             if self._named:
                 stored["param_names"] = [self._names[i] for i in group._params]
             groups.append(stored)
-        begun = {i: c for i, c in enumerate(self._table.clocks()) if self._started(c)}
+        clocks = self._table.clocks()
         # A hyperparameter that was edited may call for states which only the next step would make.
         uses = [
             self._spec.uses(self._spec.native({name: stored[name] for name in group._hypers}))
             for group, stored in zip(self._groups, groups, strict=True)
         ]
+        late, pending = self._spec.late, []
+        shown: dict[int, list[str]] = {}  # the states of each parameter that has begun
+        for i, clock in enumerate(clocks):
+            if not self._started(i, clock):
+                continue
+            used = uses[self._group_of[i]]
+            names = [n for n in self._spec.states if n in used or self._states[n][i] is not None]
+            if late and clock[2]:
+                names = [n for n in self._spec.states if n in names and n != late]
+                if late in used:
+                    pending.append(i)
+                elif plain:  # torch has one, which it does not use
+                    names = [late, *names]
+            shown[i] = names
         wanted = [
-            (name, i)
-            for i in begun
-            for name in uses[self._group_of[i]]
-            if self._states[name][i] is None
+            (key, i)
+            for i, names in shown.items()
+            for key in self._form(i).keys(names)
+            if self._states[key][i] is None
         ]
         states = self._extended(self._states, wanted, self._groups)
         state: dict[int, dict[str, Any]] = {}
-        for i, clock in begun.items():
-            entry: dict[str, Any] = {"step": clock[0]} if self._spec.counts_steps else {}
-            entry.update(zip(self._spec.carried, clock[1:], strict=False))
-            entry.update((name, a[i]) for name, a in states.items() if a[i] is not None)
-            state[i] = _arrays.as_tensors(entry) if i in self._tensors else entry
+        for i, clock in enumerate(clocks):
+            entry: dict[str, Any] = {}
+            form = self._form(i)
+            if i in shown:
+                entry.update({"step": clock[0]} if self._counts(i) else {})
+                entry.update(zip(self._spec.carried, clock[1:], strict=False))
+                for name in shown[i]:
+                    entry.update(self._entry(states, name, i, plain))
+            entry.update(self._entry(states, EMA, i, plain))
+            beside = states[form.param.beside][i] if form.param.beside else None
+            if beside is not None and (i in shown or np.any(beside)):
+                entry[form.param.beside] = beside
+            if entry:
+                state[i] = _arrays.as_tensors(entry) if i in self._tensors else entry
         groups = [stored for stored in groups if stored["params"]]
         whole = {"state": state, "param_groups": groups, "step": self.steps}
         schedules = [group._stored() for group in self._groups if group._params]
+        if pending:
+            whole["pending"] = pending  # whose late state begins with the next step
+        if self._table.averages:
+            whole["averages"] = self._table.averages
         return {**whole, "schedules": schedules} if any(schedules) else whole
+
+    def _entry(self, states: States, key: str, i: int, plain: bool) -> dict[str, Any]:
+        """A state or an average as a checkpoint has it, and what lies beside it."""
+        if states[key][i] is None:
+            return {}
+        stored, wide = self._stored(states, key, i), _wide(self._dtypes[i])
+        if plain and stored.format not in ("float32", "float64"):
+            return {key: decoded(stored, wide)}
+        beside = self._form(i).streams[key].beside
+        return {key: stored.array} | ({beside: stored.beside} if beside else {})
 
     def _followed(self, group: Mapping[str, Any], native: list[float]) -> dict[str, Any]:
         """The scheduled hyperparameters of a group as numbers."""
@@ -470,7 +710,9 @@ class Optimizer:
             zip(self._params.values(), self._table.clocks(), strict=True)
         ):
             state = {
-                n: a[i].astype(np.float64) for n, a in self._states.items() if a[i] is not None
+                name: decoded(self._stored(self._states, name, i), "float64")
+                for name in self._spec.states
+                if self._states[name][i] is not None
             }
             found.append((param, self._spec.divisor(natives[self._group_of[i]], clock[0], state)))
         return found
@@ -490,6 +732,7 @@ class Optimizer:
         arrays = [a for found in states.values() for a in found if a is not None]
         saved = [array.copy() for array in arrays]
         steps, used = self._table.steps, self._table.used
+        averages = self._table.averages
         hypers = [(group.__dict__, {"_hypers": group._hypers}) for group in self._groups]
         held = [one for group in self._groups for one in plateaus(group._hypers.values())]
         progress = [one._changed_to(one.progress) for one in held]
@@ -497,12 +740,16 @@ class Optimizer:
         def put_back() -> None:
             for array, values in zip(arrays, saved, strict=True):
                 array[...] = values
-            self._table.load(states, clocks, steps, used, hypers + progress)
+            self._table.load(states, clocks, steps, used, hypers + progress, averages)
 
         return lambda: self._turn.run(put_back)
 
-    def _started(self, clock: Clock) -> bool:
-        return clock[0] > 0 if self._spec.counts_steps else clock[1] != 0
+    def _counts(self, i: int) -> bool:
+        """Whether a parameter's state has its count of updates."""
+        return self._spec.counts_steps or self._form(i).random
+
+    def _started(self, i: int, clock: Clock) -> bool:
+        return clock[0] > 0 if self._counts(i) else clock[1] != 0
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
@@ -518,6 +765,10 @@ class Optimizer:
         Warns:
             UserWarning: a schedule is not the checkpoint's; the message has both.
 
+        States may be in any format, float32, bfloat16 or q8, whatever this optimizer keeps them in:
+        they are converted, and rounded to nearest where they must be. `low_bits` and `compensation`
+        are taken over where `rounding` has them, and begin at zero where the dict lacks them.
+
         Raises:
             TypeError, ValueError: a key, count, shape, dtype or value does not fit; nothing has
                 changed then.
@@ -529,17 +780,34 @@ class Optimizer:
         """`load_state_dict`, while nobody else has a turn."""
         groups = [(group._hypers, group._params) for group in self._groups]
         own = _checkpoint.Holder(
-            self._spec, self._names, self._named, groups, self._shapes, self._state_dtypes
+            self._spec,
+            self._names,
+            self._named,
+            groups,
+            self._shapes,
+            [self._form(i) for i in range(len(self._names))],
+            [_wide(dtype) for dtype in self._dtypes],
         )
         found = _checkpoint.loaded(own, state_dict)
+        for values, group in zip(found.hypers, self._groups, strict=True):
+            native = self._spec.native_at(values, found.steps)
+            self._storage.check_exact(native, (self._dtypes[i] for i in group._params))
         begun = found.begun
         clocks = [begun[i][0] if i in begun else (0, 0.0, 0.0) for i in range(len(self._names))]
-        wanted = {(name, i) for i, k in enumerate(self._group_of) for name in found.uses[k]}
-        wanted |= {(name, i) for i, (_, arrays) in begun.items() for name in arrays}
+        forms = list(map(self._form, range(len(self._names))))
+        wanted = {
+            (key, i) for i, k in enumerate(self._group_of) for key in forms[i].keys(found.uses[k])
+        }
+        for i, (_, arrays) in begun.items():
+            names = [name for name in arrays if name in forms[i].streams]
+            wanted |= {(key, i) for key in forms[i].keys(names)}
         states = self._extended(self._no_states(), sorted(wanted), found.hypers)
         for i, (_, arrays) in begun.items():
-            for name, array in arrays.items():
-                states[name][i][...] = array
+            for name, stored in arrays.items():
+                if name in forms[i].streams:
+                    self._put(states, name, i, stored)
+                elif name == forms[i].param.beside:
+                    states[name][i][...] = stored.array
         if found.schedules.warning:  # which may be an error: nothing has changed yet
             warnings.warn(found.schedules.warning, UserWarning, stacklevel=3)
         changes = [
@@ -547,7 +815,7 @@ class Optimizer:
             for group, values, other in zip(self._groups, found.hypers, found.others, strict=True)
         ]
         changes += [plateau._changed_to(reached) for plateau, reached in found.schedules.progress]
-        self._table.load(states, clocks, found.steps, [], changes)
+        self._table.load(states, clocks, found.steps, [], changes, found.averages)
 
     def __getstate__(self) -> dict[str, Any]:
         _lookahead.refuse_inside(self, "copies must be made")
@@ -556,9 +824,9 @@ class Optimizer:
     def _copied(self) -> dict[str, Any]:
         """`__getstate__`, while nobody else has a turn."""
         table = self._table
-        known = dict(table.states), table.clocks(), table.steps, table.used
-        state = {**self.__dict__, "_table": known}
-        for name in ("_tensors", "_index", "_turn"):
+        known = dict(table.states), table.clocks(), table.steps, table.used, table.averages
+        state = {**self.__dict__, "_table": known, "_how": self._storage.how}
+        for name in ("_tensors", "_index", "_turn", "_storage"):
             del state[name]
         if self._buffer is not None:
             del state["_params"]  # views of the buffer
@@ -572,18 +840,20 @@ class Optimizer:
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self._storage = Storage(self._spec, state.pop("_how", {}))
         self.__dict__.update(state)
         if self._buffer is not None:
             self._params = dict(self._buffer.items())
         self._open_table()
-        old, clocks, steps, used = state["_table"]
+        old, clocks, steps, used, *averages = state["_table"]
         wanted = [
             (s, i) for s, arrays in old.items() for i, a in enumerate(arrays) if a is not None
         ]
         states = self._extended(self._no_states(), wanted, self._groups)  # in flat buffers
         for name, i in wanted:
             states[name][i][...] = old[name][i]
-        self._table.load(states, clocks, steps, used, [])
+        self._table.load(states, clocks, steps, used, [], *averages)
 
     def __repr__(self) -> str:
         n = sum(int(np.prod(shape)) for shape in self._shapes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ _PARAM_FORMATS = {
     "kahan": "kahan",
     "split": "split",
 }
-_PARAM_BESIDE = {"kahan": "compensation", "split": "low_bits"}
+_PARAM_KEYS = {"kahan": "compensation", "split": "low_bits"}
 STATE_DTYPES = ("float32", "bfloat16", "q8")
 _AVERAGES = ("float32", "float64", "bfloat16", "parameter")
 # The dtypes of arrays in formats that are no array's own, and of what is beside them.
@@ -61,6 +62,8 @@ _ARRAYS = {
     "q8": ("uint8", "uint8"),
     "q8_positive": ("uint8", "uint8"),
 }
+# What lies beside parameters, by key in their state, and its dtype.
+PARAM_BESIDE = {key: _ARRAYS[name][1] for name, key in _PARAM_KEYS.items()}
 _BLOCKS = _core.blocks()  # elements that share an entry beside them, by format
 _WIDTHS = {**_core.formats(), "q8": 1}
 
@@ -105,6 +108,21 @@ class Form(NamedTuple):
         """What lies beside a stream, by its key in the parameter's state."""
         return {k.beside: k for k in (self.param, *self.states.values()) if k.beside}
 
+    def keys(self, names: Iterable[str]) -> list[str]:
+        """The arrays in a parameter's state that has these streams, by key."""
+        beside = [self.streams[name].beside for name in names]
+        return [key for key in (*names, *beside, self.param.beside) if key]
+
+    def dtype(self, key: str) -> str:
+        """The dtype of an array in a parameter's state."""
+        found = self.beside.get(key)
+        return found.beside_dtype if found else self.streams[key].dtype
+
+    def shape(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an array in the state of a parameter of this shape."""
+        found = self.beside.get(key)
+        return found.beside_shape(shape) if found else shape
+
     @property
     def random(self) -> bool:
         """Whether anything is rounded at random, so that updates must be counted."""
@@ -116,9 +134,6 @@ class Storage:
 
     def __init__(self, spec: Spec, how: How) -> None:
         self._spec = spec
-        for name in how:
-            if name not in HOW:
-                raise TypeError(f"got an unexpected keyword argument {name!r}")
         defaults = {name: default for name, (default, _) in HOW.items()}
         self.how: dict[str, Any] = {**defaults, **how}
         self.seed = _as_seed(self.how["seed"])
@@ -156,7 +171,7 @@ class Storage:
             param = Kept(
                 _PARAM_FORMATS[rounding],
                 rounding == "stochastic",
-                _PARAM_BESIDE.get(rounding, ""),
+                _PARAM_KEYS.get(rounding, ""),
             )
         random = self.how["state_rounding"] == "stochastic"
         states = {}
@@ -238,7 +253,12 @@ def _as_seed(value: Any) -> int:
 def listed(signature: inspect.Signature) -> inspect.Signature:
     """A signature with the keywords of `How` in place of `**how`."""
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=How.__annotations__[name].__forward_arg__,
+        )
         for name, (default, _) in HOW.items()
     ]
     parameters: list[inspect.Parameter] = []
@@ -249,8 +269,12 @@ def listed(signature: inspect.Signature) -> inspect.Signature:
 
 
 def how_docs() -> list[str]:
-    """A docstring line for each keyword of `How`."""
-    return [f"{name}: {doc} (default {default!r})." for name, (default, doc) in HOW.items()]
+    """The lines of docstrings for the keywords of `How`."""
+    lines = []
+    for name, (default, doc) in HOW.items():
+        text = f"{name}: {doc} (default {default!r})."
+        lines += textwrap.wrap(text, 92, subsequent_indent="    ")
+    return lines
 
 
 # -- whole arrays from one format to another -------------------------------------------------------
@@ -262,6 +286,11 @@ class Stored(NamedTuple):
     array: Any
     format: str
     beside: Any = None
+
+
+def array_dtype(name: str) -> np.dtype[Any]:
+    """A dtype of `Kept` as NumPy's."""
+    return as_dtype(name) if name in DTYPES else np.dtype(name)
 
 
 def convert(source: Stored, target: Stored, first: int = 0) -> None:
@@ -281,24 +310,29 @@ def convert(source: Stored, target: Stored, first: int = 0) -> None:
     )
 
 
+def put(source: Stored, target: Stored) -> None:
+    """`convert` of whole arrays, wherever they lie; of the same format bit by bit."""
+    here = Stored(to_host(source.array), source.format, to_host(source.beside))
+    if source.format != target.format:
+        is_here = isinstance(target.array, np.ndarray)
+        there = target if is_here else Stored(*map(_blank, target))
+        convert(here, there)
+        if is_here:
+            return
+        here = there
+    for into, values in ((target.array, here.array), (target.beside, here.beside)):
+        if into is not None:
+            into[...] = values
+
+
+def _blank(part: Any) -> Any:
+    """Memory for an array of this shape and dtype; what is none as it is."""
+    return np.empty(part.shape, part.dtype) if hasattr(part, "dtype") else part
+
+
 def decoded(source: Stored, dtype: str = "float32", first: int = 0) -> Array:
     """The numbers of an array, wherever it lies, as a new one of the dtype."""
     here = Stored(to_host(source.array), source.format, to_host(source.beside))
     result: Array = np.empty(tuple(here.array.shape), as_dtype(dtype))
     convert(here, Stored(result, dtype), first)
     return result
-
-
-__all__ = [
-    "EMA",
-    "HOW",
-    "STATE_DTYPES",
-    "Form",
-    "Kept",
-    "Storage",
-    "Stored",
-    "convert",
-    "decoded",
-    "how_docs",
-    "listed",
-]

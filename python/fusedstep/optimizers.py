@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from fusedstep._groups import Group, ParamGroup
 from fusedstep._hypers import FINITE
 from fusedstep._optimizer import Optimizer, StepReport, given
 from fusedstep._spec import Spec
-from fusedstep._types import Betas, Pair, Params, Rate
+from fusedstep._types import Betas, How, Pair, Params, Rate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's from Python 3.11 on
 
 for _public in (Group, Optimizer, ParamGroup, StepReport):  # where pickles look for them
     _public.__module__ = __name__
@@ -71,7 +74,7 @@ class SGD(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-3, momentum: Rate = 0.0, dampening: float = 0.0,
         weight_decay: Rate = 0.0, nesterov: bool = False, *, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -160,7 +163,7 @@ class Lion(Optimizer):
 
     def __init__(
         self, params: Params, lr: Rate = 1e-4, betas: Betas = (0.9, 0.99), weight_decay: Rate = 0.0,
-        *, maximize: bool = False, groups: Iterable[Group] = (),
+        *, maximize: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -201,7 +204,7 @@ class Adagrad(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,
         initial_accumulator_value: float = 0.0, eps: float = 1e-10, *, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -245,7 +248,7 @@ class RMSprop(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
         weight_decay: Rate = 0.0, momentum: Rate = 0.0, centered: bool = False, *,
-        maximize: bool = False, groups: Iterable[Group] = (),
+        maximize: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -289,6 +292,7 @@ class Adadelta(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1.0, rho: float = 0.9, eps: float = 1e-6,
         weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
+        **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -335,7 +339,7 @@ class Adam(Optimizer):
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, amsgrad: bool = False, *, maximize: bool = False,
         decoupled_weight_decay: bool = False, bias_correction: bool = True,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -382,7 +386,7 @@ class AdamW(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
-        bias_correction: bool = True, groups: Iterable[Group] = (),
+        bias_correction: bool = True, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -425,6 +429,7 @@ class Adamax(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
+        **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -469,7 +474,7 @@ class NAdam(Optimizer):
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False, *, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -513,7 +518,7 @@ class RAdam(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, decoupled_weight_decay: bool = False, *, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -563,7 +568,7 @@ class ASGD(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lambd: float = 1e-4, alpha: float = 0.75,
         t0: float = 1e6, weight_decay: Rate = 0.0, *, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -608,7 +613,7 @@ class Rprop(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-2, etas: Pair = (0.5, 1.2),
         step_sizes: Pair = (1e-6, 50.0), *, weight_decay: Rate = 0.0, maximize: bool = False,
-        groups: Iterable[Group] = (),
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 

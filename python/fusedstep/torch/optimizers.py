@@ -1163,7 +1163,7 @@ class Optimizer(torch.optim.Optimizer):
         taken: dict[str, Any] = {}
         form = self._form(param)
         # What lies beside something is taken with it, or is of another form.
-        beside = {*_storage._PARAM_BESIDE.values(), *(f"{name}_exponents" for name in form.states)}
+        beside = {*_storage.PARAM_BESIDE, *(f"{name}_exponents" for name in form.states)}
         for name, value in entry.items():
             label = f"{where}[{name!r}]"
             if isinstance(value, torch.Tensor):
@@ -1668,8 +1668,8 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
     name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
-    for beside in ("groups", "how", *HOW):
-        own.pop(beside, None)
+    for beside in ("groups", *HOW):
+        del own[beside]
     peer = getattr(torch.optim, name, None)
     theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
     parameters = dict(theirs or own)
