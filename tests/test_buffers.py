@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fusedstep as fs
 from cases import FORMATS
 from fusedstep import _core
+from fusedstep._arrays import as_dtype
 
 DTYPES = FORMATS
 SHAPES = {"w": (3, 5), "b": (5,), "scale": (), "none": (0,), "hollow": (4, 0, 2), "one": (1,)}
@@ -564,3 +565,46 @@ def test_over_memmap_trains_on_disk(tmp_path):
 def test_pack_names_the_array_of_a_dtype_that_no_kernel_takes():
     with pytest.raises(TypeError, match=r"arrays\[w\] must be float32.*, got int32"):
         fs.FlatBuffer.pack({"w": np.ones(3, np.int32)})
+
+
+# -- accumulation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("own", ["float32", "float64", "bfloat16"])
+def test_add_is_one_fma_rounded_once(own, other):
+    rng = np.random.default_rng(2)
+    shapes = {"a": (300, 7), "b": (5,)}
+    arrays = {k: rng.standard_normal(s).astype(as_dtype(own)) for k, s in shapes.items()}
+    more = {k: rng.standard_normal(s).astype(as_dtype(other)) for k, s in shapes.items()}
+    compute = np.float64 if own == "float64" else np.float32
+    exact = np.longdouble if own == "float64" else np.float64  # holds products
+    flat = fs.FlatBuffer.pack(arrays).add_(fs.FlatBuffer.pack(more), scale=0.3)
+    apart = fs.FlatBuffer.pack(arrays).add_(more, scale=np.float64(0.3))
+    for key, array in arrays.items():
+        product = more[key].astype(compute).astype(exact) * exact(compute(0.3))
+        expected = (product + array.astype(exact)).astype(compute).astype(array.dtype)
+        np.testing.assert_allclose(
+            flat[key].astype("f8"), expected.astype("f8"), rtol=4e-16 if own == "float64" else 0
+        )
+        assert flat[key].tobytes() == apart[key].tobytes()
+
+
+def test_add_leaves_out_none_and_refuses_what_does_not_fit():
+    buffer = fs.FlatBuffer.pack({"a": np.ones(3, "f4"), "b": np.ones(2, "f4")})
+    buffer.add_({"a": None, "b": np.ones(2, np.float16)})
+    assert buffer["a"].tolist() + buffer["b"].tolist() == [1, 1, 1, 2, 2]
+    ones = np.ones(3, "f4")
+    for other, scale, error, message in [
+        ({"a": ones}, 1.0, ValueError, r"other must have the names of params, got missing \['b'\]"),
+        ([ones], 1.0, ValueError, "other must have 2 arrays, got 1"),
+        ([ones, ones], 1.0, ValueError, r"other\[b\] must have shape \(2,\), got \(3,\)"),
+        ([ones.astype(int), None], 1.0, TypeError, r"other\[a\] must be float32, .* got int64"),
+        ([ones, buffer["b"]], 1.0, ValueError, r"other\[b\] must not share memory with buffer\["),
+        (buffer, 1.0, ValueError, r"other\[flat\] must not share memory with buffer\[flat\]"),
+        ([ones, None], np.inf, ValueError, "scale must be finite, got inf"),
+        ([ones, None], "2", TypeError, "scale must be a finite number, got '2'"),
+    ]:
+        with pytest.raises(error, match=message):
+            buffer.add_(other, scale)
+    assert buffer["a"].tolist() + buffer["b"].tolist() == [1, 1, 1, 2, 2]

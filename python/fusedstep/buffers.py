@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from fusedstep import _core, _runtime
-from fusedstep._arrays import as_array, as_dtype, as_values, is_array
+from fusedstep._add import add
+from fusedstep._arrays import as_array, as_dtype, as_values, in_order, is_array
 from fusedstep._layout import Layout
 from fusedstep._types import Array, Key, Shapes
 
@@ -206,6 +207,38 @@ class FlatBuffer(Mapping[Key, Array]):
         result = self._allocate(self._layout, self.dtype, huge_pages)
         result._flat[...] = self._flat
         return result
+
+    def add_(self, other: Any, scale: SupportsFloat = 1.0) -> FlatBuffer:
+        """Adds `scale * other` to the arrays in place, in one pass, rounded once: accumulation.
+
+        With the same bits on every instruction set and number of threads, whatever the dtypes are:
+        read as float32, or as float64 in a float64 buffer, and stored in the buffer's own.
+
+        Args:
+            other: a FlatBuffer of the same shapes, which is the fastest; a dict of arrays of the
+                buffer's names; or a sequence in its order. None adds nothing to that array.
+            scale: a finite number (default 1).
+
+        Returns:
+            The buffer itself.
+
+        Raises:
+            TypeError, ValueError: an array is missing, of a wrong shape, dtype or layout, or
+                overlaps the buffer; nothing has changed then.
+
+        Example:
+            >>> import numpy as np, fusedstep as fs
+            >>> grads = fs.FlatBuffer.zeros({"w": 2})
+            >>> for _ in range(2):
+            ...     _ = grads.add_({"w": np.array([1, 3], np.float16)}, scale=0.5)
+            >>> grads["w"]
+            array([1., 3.], dtype=float32)
+        """
+        if isinstance(other, FlatBuffer) and other._layout == self._layout:
+            add({"flat": self._flat}, [other._flat], scale, "buffer")
+        else:
+            add(self._views, in_order(self._views, other, "other"), scale, "buffer")
+        return self
 
     @property
     def flat(self) -> Array:
