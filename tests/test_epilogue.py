@@ -298,3 +298,14 @@ def test_averages_go_on_after_a_checkpoint(resume):
     assert contents(params) == contents(twin_params)
     assert all_state(opt) == all_state(twin)
     assert "ema" in opt.state_dict()["state"][2]  # of a parameter that never had a gradient
+
+
+def test_an_average_goes_on_without_gradients():
+    w = np.ones(4096, np.float32)
+    opt = fs.SGD(w, lr=1.0, ema_dtype="bfloat16")
+    opt.step(np.zeros_like(w), ema=0.999)
+    w[...] = 1.25
+    for _ in range(500):  # no count of updates says which of these it is
+        opt.step([None], ema=0.999)
+    mean = opt.state[0]["ema"].astype(np.float64).mean()
+    assert mean == pytest.approx(1.25 - 0.25 * 0.999**500, abs=0.0056)  # as above

@@ -16,7 +16,7 @@ struct Options {
   int measure = false;                  // their norm is wanted, that of all and of each tensor
   int skip_nonfinite = false;           // an infinite or NaN gradient: nothing changes at all
   int zero_grad = false;                // they become zero
-  int average = false;                  // parameters are averaged
+  int average = 0;                      // parameters are averaged, for the so manieth time
   int padding = 0;
   // The device alone knows how many updates a tensor has had, and prepares the scalars: a skipped
   // step does not count, and a recorded one counts when replayed.

@@ -384,7 +384,7 @@ ArrayTable::Taken ArrayTable::run(const std::vector<Stream>& grads,
     averaged_ = found.averaged;
   }
   used_ = std::move(used);
-  averages_ += options.average;
+  averages_ += options.average != 0;
   const Taken taken = {++steps_, outcome.elements};
   announce_to(announce, written);
   return taken;

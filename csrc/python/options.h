@@ -22,7 +22,7 @@ inline Options as_options(const pybind11::object& given) {
   options.live = flag(5);
   if (!pybind11::object(fields[9]).is_none()) options.clip_value = fields[9].cast<double>();
   options.ema_decay = fields[10].cast<double>();
-  options.average = flag(11);
+  options.average = fields[11].cast<int>();
   options.zero_grad = flag(12);
   options.seed = fields[13].cast<uint64_t>();
   return options;

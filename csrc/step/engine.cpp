@@ -192,7 +192,10 @@ void Plan::make(int rule, const std::vector<Counted>& counted, const std::vector
   row_at_.assign(places, -1);
   for (size_t i = 0; i < segments.size(); ++i) {
     if (!is_written(segments[i])) continue;
-    segments[i].row = row_of(rule, counted[i], groups[counted[i].group], factor, options);
+    Counted own = counted[i];
+    // What sits the update out is averaged on: with other random bits each time.
+    if (!takes_part(segments[i])) own.clock.t = options.average;
+    segments[i].row = row_of(rule, own, groups[own.group], factor, options);
   }
 }
 

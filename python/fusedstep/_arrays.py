@@ -177,7 +177,9 @@ def as_tensors(entry: dict[str, Any]) -> dict[str, Any]:
     torch = loaded_torch()
     result = {}
     for name, value in entry.items():
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":
+            result[name] = torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        elif isinstance(value, np.ndarray):
             result[name] = torch.from_numpy(value)
         elif isinstance(value, Array):
             result[name] = torch.as_tensor(value, device=value.device)

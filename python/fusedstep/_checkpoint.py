@@ -383,10 +383,10 @@ def _loaded_array(own: Holder, i: int, name: str, entry: Mapping[str, Any], labe
     if array.shape != shape:
         raise ValueError(f"{label} must have shape {shape}, got {array.shape}")
     if name in PARAM_BESIDE:
-        dtype = PARAM_BESIDE[name]
+        rounding, dtype = PARAM_BESIDE[name]
         if array.dtype.name != dtype:
             raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
-        return Stored(array, dtype)
+        return Stored(array, rounding)
     beside = _exponents(name)
     if array.dtype == np.uint8 and entry.get(beside) is not None:
         kept = Kept("q8_positive" if name in own.spec.positive else "q8", beside=beside)

@@ -392,7 +392,8 @@ class Optimizer:
         table = self._table
         if ema is not None:
             decay = at_step("ema", ema, table.averages, SHARE)
-            options = (options or PLAIN)._replace(ema_decay=decay, average=True)
+            average = table.averages + 1
+            options = (options or PLAIN)._replace(ema_decay=decay, average=average)
         announce = announcer() if self._tensors else None
         copies = None
         if shadow is not None:
@@ -806,8 +807,12 @@ class Optimizer:
             for name, stored in arrays.items():
                 if name in forms[i].streams:
                     self._put(states, name, i, stored)
-                elif name == forms[i].param.beside:
-                    states[name][i][...] = stored.array
+                elif key := forms[i].param.beside:
+                    there = stored.array
+                    if name != key:
+                        param = list(self._params.values())[i]
+                        there = _storage.beside_param(Stored(param, stored.format, there), key)
+                    states[key][i][...] = there
         if found.schedules.warning:  # which may be an error: nothing has changed yet
             warnings.warn(found.schedules.warning, UserWarning, stacklevel=3)
         changes = [

@@ -62,8 +62,8 @@ _ARRAYS = {
     "q8": ("uint8", "uint8"),
     "q8_positive": ("uint8", "uint8"),
 }
-# What lies beside parameters, by key in their state, and its dtype.
-PARAM_BESIDE = {key: _ARRAYS[name][1] for name, key in _PARAM_KEYS.items()}
+# What lies beside parameters, by key in their state: their format, and its dtype.
+PARAM_BESIDE = {key: (name, _ARRAYS[name][1]) for name, key in _PARAM_KEYS.items()}
 _BLOCKS = _core.blocks()  # elements that share an entry beside them, by format
 _WIDTHS = {**_core.formats(), "q8": 1}
 
@@ -336,3 +336,16 @@ def decoded(source: Stored, dtype: str = "float32", first: int = 0) -> Array:
     result: Array = np.empty(tuple(here.array.shape), as_dtype(dtype))
     convert(here, Stored(result, dtype), first)
     return result
+
+
+def beside_param(stored: Stored, key: str) -> Array:
+    """What lies beside a bfloat16 parameter, by `key`, from what lies there under another rounding.
+
+    The parameter stays; the number that the two make is kept as far as the other key can hold it.
+    """
+    master, param = decoded(stored), decoded(Stored(stored.array, "bfloat16"))
+    if key == "compensation":
+        result: Array = (master - param).astype(array_dtype("bfloat16"))
+        return result
+    left = (master.view(np.uint32) - param.view(np.uint32)).view(np.int32)
+    return left.clip(-(2**15), 2**15 - 1).astype(np.int16)

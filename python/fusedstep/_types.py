@@ -48,7 +48,7 @@ class Options(NamedTuple):
     # Both layers' again:
     clip_value: float | None = None  # of each element, after max_norm
     ema_decay: float = 0.0
-    average: bool = False  # the parameters are averaged
+    average: int = 0  # the number of the average that the step takes, from 1; 0: none
     zero_grad: bool = False
     seed: int = 0  # of what is rounded at random
 
