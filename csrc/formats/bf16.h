@@ -20,11 +20,12 @@ struct In<Format::kBf16> {
     const auto quiet = word | 0x400000u;  // rounding could carry a NaN's payload into infinity
     store_high<F32::kWidth>(to, x.v == x.v ? rounded : quiet);
   }
+  static constexpr int kRandomBits = 16;
   template <class Words>
   FN static void dither(uint16_t* to, F32 x, Words random) {
     const auto word = words_of(x);
     const auto quiet = word | 0x400000u;
-    store_high<F32::kWidth>(to, x.v == x.v ? word + (random >> 16) : quiet);
+    store_high<F32::kWidth>(to, x.v == x.v ? word + random : quiet);
   }
 };
 

@@ -3,7 +3,8 @@
 //   Register  the register that it converts to and from: F64 for float64, F32 for all others
 //   load      one register's elements
 //   store     likewise, rounded to nearest, ties to even
-//   dither    likewise, rounded at random by words of random bits, where the format can
+//   dither    likewise, rounded at random by words of kRandomBits random bits, where the format can
+// One whose elements share an entry makes codes, `nearest` or `dithered`, for store_bytes.
 // A format with something beside its elements takes a pointer to that, too. All conversions to
 // Register are exact.
 #pragma once

@@ -77,14 +77,12 @@ constexpr Shape kShapeList[] = {
 };
 constexpr int kShapes = sizeof(kShapeList) / sizeof(kShapeList[0]);
 
-// Where a run of elements lies. States in 8 bits are read in their blocks and left as floats in
-// `values`, since a block's exponent is known only when all of it is.
+// Where a run of elements lies. States in 8 bits begin with a block.
 struct Run {
   void* at[kStreams];
-  const uint8_t* exponents[kMaxStates];
-  float* values[kMaxStates];
-  int64_t place;   // of the first element in its parameter
-  int stochastic;  // rounding of states
+  uint8_t* exponents[kMaxStates];  // of those states' blocks
+  int64_t place;                   // of the first element in its parameter
+  int stochastic;                  // rounding of states
 };
 
 // Updates n elements, whole registers, of streams in a shape's formats.

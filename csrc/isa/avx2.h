@@ -49,12 +49,37 @@ FN void store_high<8>(uint16_t* to, vector<uint32_t, 8> x) {
 }
 
 template <>
-FN void store_bytes<8>(uint8_t* to, vector<uint32_t, 8> x) {
-  const __m256i lowest = _mm256_set1_epi32(0x0c080400);  // of each 16 bytes
-  const __m256i bytes = _mm256_shuffle_epi8((__m256i)x, lowest);
-  const __m128i joined =
-      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), joined);
+FN vector<uint32_t, 8> load_bytes<8>(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (vector<uint32_t, 8>)_mm256_cvtepu8_epi32(bytes);
+}
+template <>
+FN vector<uint32_t, 8> load_signed_bytes<8>(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (vector<uint32_t, 8>)_mm256_cvtepi8_epi32(bytes);
+}
+template <>
+FN vector<uint32_t, 8> with_sign<8>(vector<uint32_t, 8> a, vector<uint32_t, 8> sign) {
+  return (vector<uint32_t, 8>)_mm256_sign_epi32((__m256i)a, (__m256i)sign);
+}
+template <>
+FN vector<uint32_t, 8> zero_where_zero<8>(vector<uint32_t, 8> a, vector<uint32_t, 8> b) {
+  return (vector<uint32_t, 8>)_mm256_sign_epi32((__m256i)a, (__m256i)b);
+}
+// Packing takes from each half of a register in turn.
+template <>
+FN void store_bytes<8>(uint8_t* to, const vector<uint32_t, 8> (&x)[4]) {
+  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i bytes = _mm256_packus_epi16(low, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
+}
+template <>
+FN void store_signed_bytes<8>(uint8_t* to, const vector<uint32_t, 8> (&x)[4]) {
+  const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  const __m256i bytes = _mm256_packs_epi16(low, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
 }
 
 }  // namespace FUSEDSTEP_TARGET

@@ -49,8 +49,17 @@ FN void store_high<16>(uint16_t* to, vector<uint32_t, 16> x) {
 }
 
 template <>
+FN vector<uint32_t, 16> load_bytes<16>(const uint8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (vector<uint32_t, 16>)_mm512_cvtepu8_epi32(bytes);
+}
+template <>
 FN void store_bytes<16>(uint8_t* to, vector<uint32_t, 16> x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)x));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtusepi32_epi8((__m512i)x));
+}
+template <>
+FN void store_signed_bytes<16>(uint8_t* to, vector<uint32_t, 16> x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8((__m512i)x));
 }
 
 }  // namespace FUSEDSTEP_TARGET

@@ -84,6 +84,14 @@ FN uint32_t select_word_gt(uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
   return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? x : y;
 }
 template <int N>
+FN uint32_t max_word(uint32_t a, uint32_t b) {
+  return select_word_gt<N>(a, b, a, b);
+}
+template <int N>
+FN uint32_t min_word(uint32_t a, uint32_t b) {
+  return select_word_gt<N>(a, b, b, a);
+}
+template <int N>
 FN uint32_t count_from(uint32_t begin) {
   return begin;
 }

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #define FN [[gnu::always_inline]] inline
+#define FN_LAMBDA __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace fusedstep {
@@ -134,8 +135,28 @@ FN vector<uint32_t, N> load_bytes(const uint8_t* from) {
       *reinterpret_cast<const typename Vector<uint8_t, N>::unaligned*>(from));
 }
 template <int N>
-FN void store_bytes(uint8_t* to, vector<uint32_t, N> x) {
-  *reinterpret_cast<typename Vector<uint8_t, N>::unaligned*>(to) = convert<uint8_t, uint32_t, N>(x);
+FN vector<uint32_t, N> load_signed_bytes(const uint8_t* from) {
+  const auto x = bits<vector<int32_t, N>>(load_bytes<N>(from) << 24);
+  return bits<vector<uint32_t, N>>(vector<int32_t, N>(x >> 24));
+}
+
+// Words as signed numbers: without their signs, and with those of others.
+template <int N>
+FN vector<uint32_t, N> abs_word(vector<uint32_t, N> a) {
+  const auto x = bits<vector<int32_t, N>>(a);
+  return bits<vector<uint32_t, N>>(vector<int32_t, N>(x < 0 ? -x : x));
+}
+template <int N>
+FN vector<uint32_t, N> with_sign(vector<uint32_t, N> a, vector<uint32_t, N> sign) {
+  const auto x = bits<vector<int32_t, N>>(sign);
+  const auto all = bits<vector<uint32_t, N>>(vector<int32_t, N>(x >> 31));
+  return (a ^ all) - all;
+}
+
+// Zero where b is, else a; b is not negative.
+template <int N>
+FN vector<uint32_t, N> zero_where_zero(vector<uint32_t, N> a, vector<uint32_t, N> b) {
+  return bits<vector<int32_t, N>>(b) > 0 ? a : b;
 }
 
 // a > b ? x : y of words as signed numbers.
@@ -144,6 +165,43 @@ FN vector<uint32_t, N> select_word_gt(vector<uint32_t, N> a, vector<uint32_t, N>
                                       vector<uint32_t, N> x, vector<uint32_t, N> y) {
   using Signed = vector<int32_t, N>;
   return bits<Signed>(a) > bits<Signed>(b) ? x : y;
+}
+
+// The larger and the smaller of words as signed numbers, in the form that is one instruction.
+template <int N>
+FN vector<uint32_t, N> max_word(vector<uint32_t, N> a, vector<uint32_t, N> b) {
+  const auto x = bits<vector<int32_t, N>>(a), y = bits<vector<int32_t, N>>(b);
+  return bits<vector<uint32_t, N>>(vector<int32_t, N>(x > y ? x : y));
+}
+template <int N>
+FN vector<uint32_t, N> min_word(vector<uint32_t, N> a, vector<uint32_t, N> b) {
+  const auto x = bits<vector<int32_t, N>>(a), y = bits<vector<int32_t, N>>(b);
+  return bits<vector<uint32_t, N>>(vector<int32_t, N>(x < y ? x : y));
+}
+
+// Words, which are 0 or more, as bytes, and words as signed bytes; those out of range as the nearest.
+template <int N>
+FN void store_bytes(uint8_t* to, vector<uint32_t, N> x) {
+  const auto most = x - x + 255u;
+  *reinterpret_cast<typename Vector<uint8_t, N>::unaligned*>(to) =
+      convert<uint8_t, uint32_t, N>(min_word<N>(x, most));
+}
+template <int N>
+FN void store_signed_bytes(uint8_t* to, vector<uint32_t, N> x) {
+  const auto most = x - x + 127u;
+  *reinterpret_cast<typename Vector<uint8_t, N>::unaligned*>(to) =
+      convert<uint8_t, uint32_t, N>(max_word<N>(min_word<N>(x, most), 0u - most) & 255u);
+}
+// The same of four registers.
+template <int N>
+FN void store_bytes(uint8_t* to, const vector<uint32_t, N> (&x)[4]) {
+  UNROLL
+  for (int r = 0; r < 4; ++r) store_bytes<N>(to + r * N, x[r]);
+}
+template <int N>
+FN void store_signed_bytes(uint8_t* to, const vector<uint32_t, N> (&x)[4]) {
+  UNROLL
+  for (int r = 0; r < 4; ++r) store_signed_bytes<N>(to + r * N, x[r]);
 }
 
 // The numbers begin, begin + 1, ... in the lanes.

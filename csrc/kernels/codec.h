@@ -106,14 +106,20 @@ void decode(const Stream& stream, int64_t at, [[maybe_unused]] int64_t place, in
   }
 }
 
+template <class Words>
+FN uint32_t largest_lane(Words words) {
+  uint32_t lanes[F32::kWidth], most = 0;
+  __builtin_memcpy(lanes, &words, sizeof(lanes));
+  UNROLL
+  for (int l = 0; l < F32::kWidth; ++l) most = lanes[l] > most ? lanes[l] : most;
+  return most;
+}
+
 // The word of the largest of n values, without its sign.
 template <class F, class T>
 FN uint32_t largest_word(const T* values, int64_t n) {
   auto largest = F::magnitude(F32(0));
-  const auto compare = [&](const T* x) {
-    const auto word = F::magnitude(load_values(x));
-    largest = select_word_gt<F32::kWidth>(word, largest, word, largest);
-  };
+  const auto compare = [&](const T* x) { largest = F::larger(largest, load_values(x)); };
   each_register(
       n, [&](int64_t i) { compare(values + i); },
       [&](int64_t i, int64_t left) {
@@ -121,10 +127,7 @@ FN uint32_t largest_word(const T* values, int64_t n) {
         copy(tail, values + i, left);
         compare(tail);
       });
-  uint32_t lanes[F32::kWidth], most = 0;
-  __builtin_memcpy(lanes, &largest, sizeof(lanes));
-  for (const uint32_t lane : lanes) most = lane > most ? lane : most;
-  return most;
+  return largest_lane(largest);
 }
 
 // `kRandom`: rounded at random, by a format that can be.
@@ -143,9 +146,9 @@ FN void encode_as(const Stream& stream, [[maybe_unused]] int k, int64_t at,
       entries[entry] = static_cast<typename F::Beside>(base);
       const auto put = [&](Element* into, F32 x, int64_t i) {
         if constexpr (kRandom) {
-          F::dither(into, x, base, random.words(i));
+          F::store_codes(into, F::dithered(x, base, random.template words<F::kRandomBits>(i)));
         } else {
-          F::store(into, x, base);
+          F::store_codes(into, F::nearest(x, base));
         }
       };
       each_register(
@@ -171,7 +174,7 @@ FN void encode_as(const Stream& stream, [[maybe_unused]] int k, int64_t at,
   } else {
     const auto put = [&](Element* into, const T* x, [[maybe_unused]] int64_t i) {
       if constexpr (kRandom) {
-        F::dither(into, load_values(x), random.words(i));
+        F::dither(into, load_values(x), random.template words<F::kRandomBits>(i));
       } else {
         encode_register<F>(x, into);
       }

@@ -24,6 +24,19 @@ FN void each(const Body& body) {
   }
 }
 
+// Asks memory for n elements that are to be read soon, and maybe written.
+template <int n, class T>
+FN void fetch(const T* at, bool written) {
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    const char* line = reinterpret_cast<const char*>(at) + byte;
+    if (written) {
+      __builtin_prefetch(line, 1);
+    } else {
+      __builtin_prefetch(line, 0);
+    }
+  }
+}
+
 // The format of state s where a shape's states are in 8 bits or in any other format.
 template <class Rule, int kShape, int s>
 constexpr Format state_in() {
@@ -41,7 +54,7 @@ void update(const Row& row, const Run& run, int64_t n) {
   using Step = typename Rule::template Step<V, kVariant>;
   constexpr int kCount = count(Rule::kStates);
   constexpr StateMask kMask = mask_of<Rule, Step>(0);
-  // In 8 bits a block's elements are read by one base, so the loop is one over blocks, too.
+  // States in 8 bits are encoded when all of their block is known.
   constexpr int kTogether = kShared<kShapeList[kShape].state>;
 
   const Step step = broadcast<Step, V>(row.scalars + 2);
@@ -49,61 +62,123 @@ void update(const Row& row, const Run& run, int64_t n) {
   const V decay(static_cast<typename V::Scalar>(row.scalars[1]));
   auto* param = static_cast<typename P::Element*>(run.at[kParam]);
   const auto* grad = static_cast<const typename G::Element*>(run.at[kGrad]);
+  // Local, as bytes that are stored could be anything else in memory.
+  void* state[kCount + 1];
+  uint8_t* exponents[kCount + 1];
+  Random bits[kCount + 1];
+  for (int s = 0; s < kCount; ++s) {
+    state[s] = run.at[kState + s];
+    exponents[s] = run.exponents[s];
+    bits[s] = Random(row.key, kState + s, run.place);
+  }
+  // Calls body with the number of each state, its format, and where element i of it is.
+  const auto each_state = [&](int64_t i, const auto& body) FN_LAMBDA {
+    each<kCount>([&](auto index) FN_LAMBDA {
+      constexpr int s = decltype(index)::value;
+      using S = In<state_in<Rule, kShape, s>()>;
+      if constexpr (has(kMask, s)) {
+        body(index, S(), static_cast<typename S::Element*>(state[s]) + i);
+      }
+    });
+  };
 
-  const auto loop = [&](auto coupled, auto random) {
-    [[maybe_unused]] uint32_t base[kCount + 1];  // there are no empty arrays
-    const auto body = [&](int64_t i) {
-      V p = P::load(param + i), states[kCount + 1];
+  const auto loop = [&](auto coupled, auto random) FN_LAMBDA {
+    const auto advance_at = [&](int64_t i, const auto& load_state,
+                                const auto& store_state) FN_LAMBDA {
+      V p = P::load(param + i), states[kCount + 1];  // there are no empty arrays
       const V g = G::load(grad + i);
-      each<kCount>([&](auto index) {
-        constexpr int s = decltype(index)::value;
-        using S = In<state_in<Rule, kShape, s>()>;
-        if constexpr (has(kMask, s)) {
-          const auto* from = static_cast<const typename S::Element*>(run.at[kState + s]) + i;
-          if constexpr (kTogether > 1) {
-            states[s] = S::load(from, base[s]);
-          } else {
-            states[s] = S::load(from);
-          }
-        }
-      });
+      each_state(i, [&](auto s, auto format, const auto* from)
+                        FN_LAMBDA { states[s.value] = load_state(s, format, from); });
       advance<Rule>(step, factor, decay, coupled.value, p, g, states);
       P::store(param + i, p);
-      each<kCount>([&](auto index) {
-        constexpr int s = decltype(index)::value;
-        using S = In<state_in<Rule, kShape, s>()>;
-        if constexpr (has(kMask, s)) {
-          [[maybe_unused]] auto* to = static_cast<typename S::Element*>(run.at[kState + s]) + i;
-          if constexpr (kTogether > 1) {
-            store(run.values[s] + i, states[s]);
-          } else if constexpr (random.value) {
-            S::dither(to, states[s], Random(row.key, kState + s, run.place).words(i));
-          } else {
-            S::store(to, states[s]);
-          }
-        }
-      });
+      each_state(i, [&](auto s, auto format, auto* to)
+                        FN_LAMBDA { store_state(s, format, to, states[s.value]); });
     };
-    if constexpr (kTogether > 1) {
-      for (int64_t begin = 0; begin < n; begin += kTogether) {
-        const int64_t end = n - begin < kTogether ? n : begin + kTogether;
-        for (int s = 0; s < kCount; ++s) {
-          if (has(kMask, s)) base[s] = run.exponents[s][begin / kTogether];
+    if constexpr (kTogether > 1 && kMask != 0) {
+      constexpr int kFour = 4 * V::kWidth;
+      alignas(64) float values[kCount][kBlock];
+      uint32_t base[kCount][kBlock / kTogether];
+      for (int64_t first = 0; first < n; first += kBlock) {
+        const int64_t size = n - first < kBlock ? n - first : kBlock;
+        for (int64_t begin = 0; begin < size; begin += kTogether) {
+          const int64_t end = size - begin < kTogether ? size : begin + kTogether;
+          const int64_t block = begin / kTogether;
+          decltype(words_of(V())) largest[kCount];
+          uint32_t before[kCount];
+          each_state(0, [&](auto s, auto, auto*) FN_LAMBDA {
+            before[s.value] = exponents[s.value][first / kTogether + block];
+            largest[s.value] = words_of(V(0));
+          });
+          _Pragma("GCC unroll 2") for (int64_t i = begin; i < end; i += V::kWidth) {
+            advance_at(
+                first + i,
+                [&](auto s, auto format, const auto* from)
+                    FN_LAMBDA { return format.load(from, before[s.value]); },
+                [&](auto s, auto format, auto*, V x) FN_LAMBDA {
+                  store(values[s.value] + i, x);
+                  auto& most = largest[s.value];
+                  most = format.larger(most, x);
+                });
+          }
+          each_state(0, [&](auto s, auto format, auto*) FN_LAMBDA {
+            base[s.value][block] = format.base_of(largest_lane(largest[s.value]));
+            exponents[s.value][first / kTogether + block] =
+                static_cast<uint8_t>(base[s.value][block]);
+          });
         }
-        _Pragma("GCC unroll 2") for (int64_t i = begin; i < end; i += V::kWidth) body(i);
+        const auto code_at = [&](auto s, auto format, int64_t i, uint32_t own) FN_LAMBDA {
+          const V x = load<V>(values[s.value] + i);
+          if constexpr (random.value) {
+            constexpr int kBits = decltype(format)::kRandomBits;
+            return format.dithered(x, own, bits[s.value].template words<kBits>(first + i));
+          } else {
+            return format.nearest(x, own);
+          }
+        };
+        int64_t i = 0;
+        for (; i + kFour <= size; i += kFour) {
+          // Memory would be idle meanwhile: it fetches what the next block begins with.
+          fetch<kFour>(param + first + kBlock + i, true);
+          fetch<kFour>(grad + first + kBlock + i, false);
+          each_state(first + kBlock + i,
+                     [&](auto, auto, auto* at) FN_LAMBDA { fetch<kFour>(at, true); });
+          each_state(first + i, [&](auto s, auto format, auto* to) FN_LAMBDA {
+            const uint32_t own = base[s.value][i / kTogether];
+            decltype(words_of(V())) codes[4];
+            UNROLL
+            for (int r = 0; r < 4; ++r) codes[r] = code_at(s, format, i + r * V::kWidth, own);
+            format.store_codes(to, codes);
+          });
+        }
+        for (; i < size; i += V::kWidth) {
+          each_state(first + i, [&](auto s, auto format, auto* to) FN_LAMBDA {
+            format.store_codes(to, code_at(s, format, i, base[s.value][i / kTogether]));
+          });
+        }
       }
     } else {
-      _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) body(i);
+      _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) {
+        advance_at(
+            i, [&](auto, auto format, const auto* from) FN_LAMBDA { return format.load(from); },
+            [&](auto s, auto format, auto* to, V x) FN_LAMBDA {
+              if constexpr (random.value) {
+                constexpr int kBits = decltype(format)::kRandomBits;
+                format.dither(to, x, bits[s.value].template words<kBits>(i));
+              } else {
+                format.store(to, x);
+              }
+            });
+      }
     }
   };
-  const auto with_decay = [&](auto random) {
+  const auto with_decay = [&](auto random) FN_LAMBDA {
     if (row.decay == kCoupled) {
       loop(Constant<true>(), random);
     } else {
       loop(Constant<false>(), random);
     }
   };
-  if constexpr (kShapeList[kShape].state == Format::kBf16 && kMask != 0) {
+  if constexpr (kCanDither<kShapeList[kShape].state> && kMask != 0) {
     if (run.stochastic) return with_decay(Constant<true>());
   }
   with_decay(Constant<false>());
@@ -270,7 +345,9 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
     random = random || (has_stream(mask, k) && segment.stream[k].rounding == Rounding::kStochastic);
   }
   run.stochastic = random;
-  if (updates && choice.staged == 0 && !shared && !random && !clips && !finishes) {
+  // Whether nothing is done block by block.
+  const bool flows = updates && choice.staged == 0 && !clips && !finishes;
+  if (flows && !shared && !random) {
     const int64_t whole = (end - begin) / width * width;
     for (int k = 0; k < kStreams; ++k) {
       if (has_stream(mask, k)) run.at[k] = address(segment.stream[k], begin);
@@ -288,6 +365,10 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
   for (int64_t n; begin < end; begin += n) {
     const int64_t place = segment.first + begin;
     n = kBlock - place % kBlock;
+    if (flows && n == kBlock && end - begin > n) {
+      const int64_t same_half = (int64_t{1} << 32) - place % (int64_t{1} << 32);  // of random bits
+      n = end - begin < same_half ? (end - begin) / kBlock * kBlock : same_half;
+    }
     if (n > end - begin) n = end - begin;
     run.place = place;
     // A block that ends within a register is staged as a whole.
@@ -301,8 +382,8 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
         run.at[k] = address(stream, begin);
         if (k < kState || !shared) continue;
         const int64_t entry = place / kShared<Format::kQ8> - segment.first / kShared<Format::kQ8>;
-        run.exponents[k - kState] = static_cast<const uint8_t*>(stream.beside) + entry;
-        run.values[k - kState] = reinterpret_cast<float*>(staged[k]);
+        run.exponents[k - kState] = static_cast<uint8_t*>(stream.beside) + entry;
+        continue;
       } else {
         kernels.codec[static_cast<int>(stream.format)][wide].decode(stream, begin, place, n,
                                                                     staged[k]);
