@@ -73,7 +73,6 @@ constexpr Shape kShapeList[] = {
     {Format::kF32, Format::kF16, Format::kF32},    // 1.15, 1.01
     {Format::kF32, Format::kF32, Format::kBf16},
     {Format::kF32, Format::kF32, Format::kQ8},
-    {Format::kF32, Format::kBf16, Format::kQ8},
 };
 constexpr int kShapes = sizeof(kShapeList) / sizeof(kShapeList[0]);
 

@@ -13,6 +13,7 @@ namespace FUSEDSTEP_TARGET {
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
+  constexpr operator int() const { return kValue; }
 };
 
 // Calls body(Constant<i>) for i = 0, ..., kEnd - 1.
@@ -89,7 +90,7 @@ void update(const Row& row, const Run& run, int64_t n) {
       const V g = G::load(grad + i);
       each_state(i, [&](auto s, auto format, const auto* from)
                         FN_LAMBDA { states[s.value] = load_state(s, format, from); });
-      advance<Rule>(step, factor, decay, coupled.value, p, g, states);
+      advance<Rule>(step, factor, decay, coupled, p, g, states);
       P::store(param + i, p);
       each_state(i, [&](auto s, auto format, auto* to)
                         FN_LAMBDA { store_state(s, format, to, states[s.value]); });
@@ -171,17 +172,19 @@ void update(const Row& row, const Run& run, int64_t n) {
       }
     }
   };
-  const auto with_decay = [&](auto random) FN_LAMBDA {
-    if (row.decay == kCoupled) {
-      loop(Constant<true>(), random);
-    } else {
-      loop(Constant<false>(), random);
-    }
-  };
+  // Where states are converted, a branch on decay costs nothing, where they are not a tenth in cache.
+  const bool coupled = row.decay == kCoupled;
   if constexpr (kCanDither<kShapeList[kShape].state> && kMask != 0) {
-    if (run.stochastic) return with_decay(Constant<true>());
+    if (run.stochastic) {
+      loop(coupled, Constant<true>());
+    } else {
+      loop(coupled, Constant<false>());
+    }
+  } else if (coupled) {
+    loop(Constant<true>(), Constant<false>());
+  } else {
+    loop(Constant<false>(), Constant<false>());
   }
-  with_decay(Constant<false>());
 }
 
 // Copies fewer than 2*kLargest bytes, an even number, without a call.
