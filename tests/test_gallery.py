@@ -283,6 +283,19 @@ def test_sharpness_settles_at_two_over_the_rate(drawn):
         np.testing.assert_allclose(sharpness[-6:], 2 / lr, rtol=0.12)
 
 
+def test_small_steps_stall_rounded_to_nearest_alone(drawn):
+    found = drawn["roundings"]
+    exact, gap = curve(found, "float32"), 2.0**-7
+    assert (curve(found, "nearest") == 1).all()
+    for name, apart in (("kahan", 0.65 * gap), ("split", 0.5 * gap), ("mean of 256", 0.2 * gap)):
+        np.testing.assert_allclose(curve(found, name), exact, atol=1.01 * apart, rtol=0)
+    assert set(np.diff(curve(found, "stochastic")).round(6)) == {0, round(gap, 6)}
+    loss = curve(found, "float32", 1)
+    for name in ("stochastic", "kahan", "split"):
+        np.testing.assert_allclose(curve(found, name, 1), loss, rtol=0.01)
+    assert curve(found, "nearest", 1)[-1] - loss[0] > 0.6 * (loss[-1] - loss[0])
+
+
 # -- where it is written ---------------------------------------------------------------------------
 
 

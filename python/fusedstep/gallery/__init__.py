@@ -14,7 +14,7 @@ from fusedstep.gallery.figures import FIGURES, Entry
 
 __all__ = ["FIGURES", "Entry", "draw", "write"]
 
-_NEEDED = ("matplotlib", "pygments", "scipy", "sklearn")
+_NEEDED = ("matplotlib", "ml_dtypes", "pygments", "scipy", "sklearn")
 
 
 def draw(name: str) -> Any:
