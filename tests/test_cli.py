@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 import fusedstep as fs
-from fusedstep import bench, bench_models, demo, schedules
+from fusedstep import bench, bench_models, bench_step, demo, schedules
 from fusedstep.__main__ import main
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -129,6 +129,52 @@ def test_bench_models_rows_hold_together(tmp_path, capsys):
         assert set(row["torch_ms"]) == set(row["plain_ratio"]) == set(row["flat_ratio"]) == expected
 
 
+# Bytes per parameter: moved, and of the two moments.
+STEP_BYTES = {
+    "AdamW": (28, 8),
+    "clip + AdamW": (32, 8),
+    "AdamW + EMA": (36, 8),
+    "AdamW + shadow": (30, 8),
+    "AdamW + zero": (32, 8),
+    "clip + AdamW + EMA + shadow + zero": (46, 8),
+    "AdamW, bf16 states": (20, 4),
+    "AdamW, q8 states": (16 + 1 / 32, 2 + 1 / 64),
+    "bf16 split": (28, 8),
+    "bf16 split, bf16 gradients": (26, 8),
+    "bf16 split, bf16 grads, q8 states": (14 + 1 / 32, 2 + 1 / 64),
+}
+
+
+def test_bench_step_rows_hold_together(tmp_path, capsys, monkeypatch):
+    none = bench_step.Library("no-such-package", "no_such_module", "AdamW")
+    fails = bench_step.Library("torch", "torch.optim", "NoSuchClass")
+    works = bench_step.Library("torch", "torch.optim", "AdamW")
+    libraries = dict(zip(bench_step.LIBRARIES, (none, fails, works, works, works), strict=True))
+    monkeypatch.setattr(bench_step, "LIBRARIES", libraries)
+    target = tmp_path / "rows.json"
+    arguments = ["--step", "--n", "2^12", "--rounds", "2", "--threads", "2"]
+    assert main(["bench", *arguments, "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "projection" in out
+    rows = json.loads(target.read_text())["rows"]
+    assert {row["mode"] for row in rows} == STEP_BYTES.keys()
+    for row, case in zip(rows, bench_step.CASES, strict=True):
+        assert (row["bytes_per_param"], row["state_bytes"]) == STEP_BYTES[row["mode"]]
+        assert row["gbps"] == pytest.approx(row["bytes_per_param"] * row["n"] / row["ms"] / 1e6)
+        assert (row["n"], row["threads"]) == {
+            "": (4096, 2), "in cache": (4096, 1), "libraries": (1024, 2)
+        }[case.where]  # fmt: skip
+        assert row["peers"].keys() | row["skipped"].keys() == set(case.peers)
+    assert rows[0]["peers"]["torch fused"]["bytes_per_param"] == 28
+    assert rows[5]["peers"]["torch fused"]["bytes_per_param"] == 62
+    skipped = rows[-2]["skipped"]
+    assert skipped["DeepSpeed CPUAdam"] == "not installed"
+    assert skipped["bitsandbytes AdamW"].startswith("AttributeError: module 'torch.optim' has no")
+    assert rows[-1]["peers"]["torchao AdamW8bit"]["version"] == torch.__version__
+    assert rows[-1]["peers"]["torchao AdamW8bit"]["state_bytes"] == 8
+
+
 # Bytes per float32 parameter: 12 for gradient and parameter, and 8 for each state.
 @pytest.mark.parametrize(
     ("moved", "names"),
@@ -150,12 +196,14 @@ BENCHES = {
         ["sgd"], [100], rounds=1, torch=False, **how
     ),
     "models": lambda **how: bench_models.measure(["lion"], ["mlp"], rounds=1, **how),
+    "step": lambda **how: bench_step.measure(100, rounds=1, **how),
 }
 
 
 @pytest.mark.parametrize("run", BENCHES.values(), ids=BENCHES)
 @pytest.mark.parametrize("fails", [False, True])
 def test_bench_leaves_threads_isa_and_random_numbers_as_they_were(run, fails, monkeypatch):
+    monkeypatch.setattr(bench_step, "CASES", bench_step.CASES[5:6])
     if fails:
         monkeypatch.setattr(bench, "interleave", lambda *_: 1 / 0)
     kept = torch.get_num_threads()
@@ -185,6 +233,9 @@ def test_bench_leaves_threads_isa_and_random_numbers_as_they_were(run, fails, mo
         (["--models", "--n", "5"], "--n must not be given with --models"),
         (["--models", "--dtype", "float64"], "--dtype must be float32"),
         (["--models", "vgg"], "got 'vgg'"),
+        (["--step", "--sweep"], "--sweep must not be given with --step"),
+        (["--step", "--models"], "--models must not be given with --step"),
+        (["--step", "--n", "5", "6"], "--n must be one size with --step, got 2"),
     ],
 )
 def test_bench_says_what_is_wrong(arguments, message, capsys):

@@ -103,7 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--models", nargs="*", metavar="MODEL",
                        help="torch's optimizers and ours on the shapes of mlp, 1000x1000, resnet50,"
                        " gpt2 (all)")  # fmt: skip
-    bench.add_argument("--n", nargs="+", type=_count, help="elements (2^24; with --plot a sweep)")
+    bench.add_argument("--step", action="store_true",
+                       help="all of a training step in one sweep, and narrow streams, beside what"
+                       " torch and other libraries do for it")  # fmt: skip
+    bench.add_argument("--n", nargs="+", type=_count,
+                       help="elements (2^24; with --plot a sweep, with --step 2^26)")  # fmt: skip
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
     bench.add_argument("--threads", type=_count, help="for us and for torch (all cores)")
     bench.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -272,6 +276,42 @@ def _measure(
     return rows
 
 
+def _check_alone(args: argparse.Namespace, option: str, others: Sequence[str]) -> None:
+    """Raises _Usage for options that mean nothing beside `option`."""
+    for name in others:
+        if getattr(args, name) not in (None, False):
+            raise _Usage(f"--{name.replace('_', '-')} must not be given with {option}")
+    if args.dtype != "float32":
+        raise _Usage(f"--dtype must be float32 with {option}, got {args.dtype}")
+
+
+def _bench_step(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fusedstep import bench, bench_step
+
+    _check_alone(args, "--step", ("models", "optimizers", "sweep", "plot", "compile", "grad_dtype"))
+    sizes = args.n or [1 << 26]
+    if len(sizes) > 1:
+        raise _Usage(f"--n must be one size with --step, got {len(sizes)}")
+    with _progress(Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(bench_step.CASES))
+        done = iter(range(len(bench_step.CASES)))
+        rows = bench_step.measure(
+            sizes[0],
+            threads=args.threads,
+            isa=args.isa,
+            rounds=args.rounds,
+            torch=False if args.no_torch else None,
+            progress=lambda label: progress.update(task, description=label, completed=next(done)),
+        )
+    _print(bench_step.table(rows))
+    _print(bench_step.projection(rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(bench.as_json(rows), file, indent=1)
+
+
 def _bench_models(args: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -279,11 +319,7 @@ def _bench_models(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
     from fusedstep import bench, bench_models
 
-    for name in ("n", "sweep", "plot", "compile", "no_torch", "grad_dtype"):
-        if getattr(args, name):
-            raise _Usage(f"--{name.replace('_', '-')} must not be given with --models")
-    if args.dtype != "float32":
-        raise _Usage(f"--dtype must be float32 with --models, got {args.dtype}")
+    _check_alone(args, "--models", ("n", "sweep", "plot", "compile", "no_torch", "grad_dtype"))
     for model in args.models:
         if model not in bench_models.MODELS:
             known = ", ".join(bench_models.MODELS)
@@ -310,6 +346,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     _check_output(args.json)
     _check_output(args.plot, picture=True)
+    if args.step:
+        return _bench_step(args)
     if args.models is not None:
         return _bench_models(args)
     sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
