@@ -345,6 +345,99 @@ def sent_after_flatten(rank, folder):
     )
 
 
+# How parameters and states are stored, what a step does beside its rule. 8-bit states have whole
+# blocks in each shard of `NARROW_SHAPES`.
+NARROW_SHAPES = ((6, 128), (3, 256), (1, 128))
+NARROW = {
+    "q8": (torch.float32, {"state_dtype": "q8", "ema": 0.75}),
+    "bfloat16": (torch.float32, {"state_dtype": "bfloat16", "ema": 0.5, "ema_dtype": "bfloat16"}),
+    "split": (torch.bfloat16, {"rounding": "split", "state_dtype": "q8", "ema": 0.75}),
+    "stochastic": (torch.bfloat16, {"rounding": "stochastic", "ema": lambda n: n / (n + 1)}),
+}
+
+
+class Held(nn.Module):
+    """Parameters alone, each as `place` has it."""
+
+    def __init__(self, dtype, place=lambda value: value, seed=0):
+        super().__init__()
+        rng = torch.Generator().manual_seed(seed)
+        values = [torch.randn(shape, generator=rng).to(dtype) for shape in NARROW_SHAPES]
+        self.held = nn.ParameterList([nn.Parameter(place(value)) for value in values])
+
+    def train_on(self, opt, steps, place=lambda value: value):
+        for step in steps:
+            rng = torch.Generator().manual_seed(100 + step)
+            for param in self.held:
+                param.grad = place(torch.randn(param.shape, generator=rng).to(param.dtype))
+            opt.step()
+
+
+def narrow_optimizer(model, how):
+    return ft.AdamW(model.parameters(), lr=0.05, seed=9, **how)
+
+
+def averages(model, opt):
+    with opt.ema():
+        return full(model)
+
+
+@scenario(*((key,) for key in NARROW))
+def narrow(key, rank, folder):
+    """Some steps, a checkpoint, some more in a model that loads it."""
+    dtype, how = NARROW[key]
+    mesh = init_device_mesh("cpu", (RANKS,))
+
+    def place(value):
+        return distribute_tensor(value, mesh, [Shard(0)])
+
+    model = Held(dtype, place)
+    opt = narrow_optimizer(model, how)
+    model.train_on(opt, range(STEPS), place)
+    weights, states = get_state_dict(model, opt)
+    placed = all(
+        isinstance(value, DTensor)
+        for entry in states["state"].values()
+        for name, value in entry.items()
+        if name != "step"
+    )
+    path = f"{folder}/narrow-{key}"
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=path)
+    resumed = Held(dtype, place, seed=1)
+    again = narrow_optimizer(resumed, how)
+    weights, states = get_state_dict(resumed, again)
+    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=path)
+    set_state_dict(resumed, again, model_state_dict=weights, optim_state_dict=states)
+    resumed.train_on(again, range(STEPS, 2 * STEPS), place)
+    return SimpleNamespace(params=full(resumed), averages=averages(resumed, again), placed=placed)
+
+
+@scenario()
+def narrow_zero(rank, folder):
+    dtype, how = NARROW["split"]
+    model = Held(dtype)
+    opt = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=ft.AdamW, lr=0.05, seed=9, **how
+    )
+    model.train_on(opt, range(STEPS))
+    opt.consolidate_state_dict(0)
+    return SimpleNamespace(params=full(model), states=opt.state_dict() if rank == 0 else None)
+
+
+@scenario()
+def sharded_otherwise(rank, folder):
+    mesh = init_device_mesh("cpu", (RANKS,))
+    param = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    param.grad = torch.ones_like(param)
+    errors = [
+        error_of(ft.AdamW([param], lr=0.1, **how).step)
+        for how in ({"state_dtype": "q8"}, {"state_dtype": "bfloat16"})
+    ]
+    kept = bool((param.full_tensor() == 1).all())
+    nearest = ft.AdamW([param], lr=0.1, state_dtype="bfloat16", state_rounding="nearest")
+    return errors, kept, error_of(nearest.step)
+
+
 def error_of(call):
     try:
         call()
@@ -555,6 +648,40 @@ def test_a_gradient_is_distributed_as_its_parameter(results):
         for value, kept in rank:
             assert kept
             assert_equal(value, torch.arange(6.0).reshape(3, 2) - 1)
+
+
+@pytest.mark.parametrize("key", NARROW)
+def test_narrow_shards_equal_one_process(results, key):
+    dtype, how = NARROW[key]
+    model = Held(dtype)
+    opt = narrow_optimizer(model, how)
+    model.train_on(opt, range(2 * STEPS))
+    for result in results("narrow", key):
+        assert_equal(result.params, full(model))
+        assert_equal(result.averages, averages(model, opt))
+        assert result.placed
+
+
+def test_narrow_zero_equals_one_process(results):
+    dtype, how = NARROW["split"]
+    model = Held(dtype)
+    opt = narrow_optimizer(model, how)
+    model.train_on(opt, range(STEPS))
+    found = results("narrow_zero")
+    for result in found:
+        assert_equal(result.params, full(model))
+    assert_equal(found[0].states["state"], opt.state_dict()["state"])
+    assert found[0].states["param_groups"][0]["averages"] == STEPS
+
+
+def test_a_shard_that_is_no_run_of_places_is_refused(results):
+    for errors, kept, nearest in results("sharded_otherwise"):
+        assert nearest == "no error"
+        assert kept
+        for error in errors:
+            assert error.startswith(
+                "ValueError: params[0] must be sharded by its first dimension, because random bits"
+            )
 
 
 def test_what_cannot_be_distributed_is_refused(results):

@@ -295,13 +295,14 @@ PYBIND11_MODULE(_core, m) {
       .def("state_dtypes", &ArrayTable::state_dtypes);
 
   py::class_<TensorTable>(m, "TensorTable", py::custom_type_setup(collected<TensorTable>))
-      .def(py::init<const std::string&, const std::vector<std::string>&, bool, const py::object&,
-                    int, py::object>(),
-           py::arg("rule"), py::arg("scalars"), py::arg("exchange"), py::arg("device"),
-           py::arg("index"), py::arg("state"))
+      .def(py::init<const std::string&, const std::vector<std::string>&, const py::object&, bool,
+                    const py::object&, int, py::object>(),
+           py::arg("rule"), py::arg("scalars"), py::arg("storage"), py::arg("exchange"),
+           py::arg("device"), py::arg("index"), py::arg("state"))
       .def_property("state", &TensorTable::state, &TensorTable::set_state)
       .def("step", &TensorTable::step, py::arg("groups"), py::arg("options"), py::arg("first"),
-           py::arg("free"), py::arg("owner"))
+           py::arg("free"), py::arg("owner"), py::arg("shadows") = py::none(),
+           py::arg("changes") = py::list())
       .def("norms", &TensorTable::norms)
       .def("not_begun", &TensorTable::not_begun, py::arg("params"))
       .def_property_readonly("norm", &TensorTable::norm)

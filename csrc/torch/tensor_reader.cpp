@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -25,10 +26,25 @@ struct Complex {
 };
 constexpr Complex kComplexes[] = {{"complex64", Format::kF32}, {"complex128", Format::kF64}};
 
-bool real_dtype(const DLTensor& t, TensorView& view) {
+// Those in which halves of numbers and codes are kept.
+struct Integer {
+  const char* name;
+  int code, bytes;
+};
+constexpr Integer kIntegers[] = {{"int16", kInt, 2}, {"uint8", kUnsigned, 1}};
+
+bool known_dtype(const DLTensor& t, TensorView& view) {
   view.reals = 1;
+  view.integer = 0;
   if (dlpack_format(t, view.format)) return true;
-  if (t.dtype.code != kComplex || t.dtype.lanes != 1) return false;
+  if (t.dtype.lanes != 1) return false;
+  for (const Integer& integer : kIntegers) {
+    if (t.dtype.code != integer.code || t.dtype.bits != 8 * integer.bytes) continue;
+    view.format = Format::kNone;
+    view.integer = integer.bytes;
+    return true;
+  }
+  if (t.dtype.code != kComplex) return false;
   view.reals = 2;
   for (const Complex& complex : kComplexes) {
     view.format = complex.format;
@@ -38,6 +54,10 @@ bool real_dtype(const DLTensor& t, TensorView& view) {
 }
 
 }  // namespace
+
+int64_t element_bytes(const TensorView& view) {
+  return view.integer ? view.integer : view.reals * format_bytes(view.format);
+}
 
 bool same_shape(const TensorView& a, const TensorView& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
@@ -52,20 +72,24 @@ bool same_strides(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-bool dense(const TensorView& view) {
+bool contiguous(const TensorView& view) {
   if (view.n <= view.reals) return true;
   int64_t expected = 1;
-  for (int i = view.ndim - 1;; --i) {  // contiguous, as nearly all are
-    if (i < 0) return true;
-    if (view.shape[i] != 1 && view.strides[i] != expected) break;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.shape[i] != 1 && view.strides[i] != expected) return false;
     expected *= view.shape[i];
   }
+  return true;
+}
+
+bool dense(const TensorView& view) {
+  if (contiguous(view)) return true;  // as nearly all are
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int i = 0; i < view.ndim; ++i) {
     if (view.shape[i] != 1) dims.emplace_back(view.strides[i], view.shape[i]);
   }
   std::sort(dims.begin(), dims.end());
-  expected = 1;
+  int64_t expected = 1;
   for (const auto& [stride, size] : dims) {
     if (stride != expected) return false;
     expected *= size;
@@ -80,6 +104,7 @@ TensorReader::TensorReader(bool exchange) {
   strided_ = torch.attr("strided");
   for (int i = 1; i < kArrayFormats; ++i) dtypes_.append(torch.attr(kFormatInfo[i].name));
   for (const Complex& complex : kComplexes) dtypes_.append(torch.attr(complex.name));
+  for (const Integer& integer : kIntegers) dtypes_.append(torch.attr(integer.name));
   // Both stay with their class, which the members above keep.
   const py::object is_neg = tensor_.attr("is_neg"), grad = tensor_.attr("grad");
   if (Py_TYPE(is_neg.ptr()) == &PyMethodDescr_Type) {
@@ -114,7 +139,7 @@ bool TensorReader::read(py::handle tensor, TensorView& view, const Place& place)
   }
   const int kind = place.device ? place.device->kind : kCpu;
   if (t.device.type != kind || (kind != kCpu && t.device.id != place.index)) return false;
-  if (!real_dtype(t, view)) return false;
+  if (!known_dtype(t, view)) return false;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.ndim = t.ndim;
   view.shape = t.shape;
@@ -127,14 +152,17 @@ bool TensorReader::read_attributes(py::handle tensor, TensorView& view, const Pl
   const std::string text = place.device && place.device->kind != kCpu ? place_text(place) : "cpu";
   if (py::str(py::getattr(tensor, "device")).cast<std::string>() != text) return false;
   const py::object dtype = py::getattr(tensor, "dtype");
-  size_t k = 0;  // the formats, but for none of them, then kComplexes
+  size_t k = 0;  // the formats, but for none of them, then kComplexes and kIntegers
   while (k < dtypes_.size() && !py::object(dtypes_[k]).is(dtype)) ++k;
   if (k == dtypes_.size()) return false;
   const auto shape = py::getattr(tensor, "shape").cast<std::vector<int64_t>>();
   const auto strides = py::getattr(tensor, "stride")().cast<std::vector<int64_t>>();
-  view.reals = k + 1 < kArrayFormats ? 1 : 2;
-  view.format =
-      view.reals == 1 ? static_cast<Format>(k + 1) : kComplexes[k + 1 - kArrayFormats].format;
+  const size_t complex = kArrayFormats - 1, integer = complex + std::size(kComplexes);
+  view.reals = k < complex || k >= integer ? 1 : 2;
+  view.integer = k < integer ? 0 : kIntegers[k - integer].bytes;
+  view.format = k < complex   ? static_cast<Format>(k + 1)
+                : k < integer ? kComplexes[k - complex].format
+                              : Format::kNone;
   view.data = reinterpret_cast<void*>(py::getattr(tensor, "data_ptr")().cast<uintptr_t>());
   view.held = shape;
   view.held.insert(view.held.end(), strides.begin(), strides.end());
@@ -156,7 +184,7 @@ bool TensorReader::finish(py::handle tensor, TensorView& view) const {
   const auto at = reinterpret_cast<uintptr_t>(view.data);
   if (view.n == 0 || at >= kLow) return true;
   const auto offset = py::getattr(tensor, storage_offset)().cast<int64_t>();
-  return at != static_cast<uintptr_t>(offset * view.reals * format_bytes(view.format));
+  return at != static_cast<uintptr_t>(offset * element_bytes(view));
 }
 
 bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
@@ -172,8 +200,7 @@ bool TensorReader::holds(py::handle tensor, const TensorView& view) const {
   if (view.n == 0) return true;
   auto end = ask(tensor, storage_offset).cast<int64_t>() + 1;
   for (int i = 0; i < view.ndim; ++i) end += (view.shape[i] - 1) * view.strides[i];
-  return ask(ask(tensor, untyped_storage), nbytes).cast<int64_t>() >=
-         end * view.reals * format_bytes(view.format);
+  return ask(ask(tensor, untyped_storage), nbytes).cast<int64_t>() >= end * element_bytes(view);
 }
 
 py::object TensorReader::storage_of(py::handle tensor) const {

@@ -20,17 +20,23 @@ struct TensorView {
   int reals;  // 1, or 2 where an element is a complex number
   int ndim;
   const int64_t *shape, *strides;  // the tensor's own, alive while nobody changes it
-  int64_t n;                       // real numbers
+  int64_t n;                       // real numbers, or integers
+  int integer;                     // bytes of an integer; 0: it has real or complex numbers
   std::vector<int64_t> held;       // what they are where they had to be copied, else empty
 };
 
 bool same_shape(const TensorView& a, const TensorView& b);
+
+// Bytes of an element.
+int64_t element_bytes(const TensorView& view);
 
 // Whether the same place in memory is the same element in both.
 bool same_strides(const TensorView& a, const TensorView& b);
 
 // Whether the elements fill one run of memory, in any order of the dimensions.
 bool dense(const TensorView& view);
+// And in the order of their places in the tensor.
+bool contiguous(const TensorView& view);
 
 inline void prefetch(uintptr_t address) {
   __builtin_prefetch(reinterpret_cast<const void*>(address));
@@ -67,6 +73,7 @@ class TensorReader {
 
   // Reads an ordinary tensor. False for what has no memory to sweep over as it is: another class
   // (DTensor, FakeTensor, ...), place, layout or dtype, or a storage that was resized to nothing.
+  // Integers, which have no format, are int16 and uint8: what an optimizer keeps.
   bool read(pybind11::handle tensor, TensorView& view, const Place& place) const;
 
   // Whether the tensor's storage reaches as far as its elements do: one may be resized under it.
@@ -108,7 +115,7 @@ class TensorReader {
   Owners alone_ = {};                    // of a storage that only its tensor has
   pybind11::object tensor_, parameter_;  // the classes
   pybind11::object strided_;             // torch.strided
-  pybind11::list dtypes_;                // torch's, one for each format, then the complex ones
+  pybind11::list dtypes_;                // torch's: formats', complex ones, integers
 
   // What the two classes inherit, called without a lookup of its name; null where torch has
   // another kind of attribute there.

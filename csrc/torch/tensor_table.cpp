@@ -45,12 +45,43 @@ class Ordered {
   Py_ssize_t at_ = 0;
 };
 
+int state_stream(size_t s) { return kState + static_cast<int>(s); }
+
+// What a tensor holds that a stream in a format lies in, or what is beside it: integers of so many
+// bytes, or numbers in a format.
+struct Holding {
+  int integer;
+  Format format;
+};
+Holding holding(Format format, bool beside) {
+  switch (format) {
+    case Format::kQ8:
+    case Format::kQ8Positive:
+      return {1, Format::kNone};
+    case Format::kSplit:
+      return beside ? Holding{2, Format::kNone} : Holding{0, Format::kBf16};
+    case Format::kKahan:
+      return {0, Format::kBf16};
+    default:
+      return {0, format};
+  }
+}
+
+// Whether a number is stored by its place in the parameter, so that those must be in order.
+bool by_place(const Kept& kept) {
+  return kept.rounding == Rounding::kStochastic ||
+         kFormatInfo[static_cast<int>(kept.format)].block > 1;
+}
+
 std::string type_text(Format format, int reals) {
   if (reals == 1) return format_name(format);
   return format == Format::kF64 ? "complex128" : "complex64";
 }
 
-std::string type_text(const TensorView& view) { return type_text(view.format, view.reals); }
+std::string type_text(const TensorView& view) {
+  if (view.integer) return view.integer == 1 ? "uint8" : "int16";
+  return type_text(view.format, view.reals);
+}
 
 std::string shape_text(const TensorView& view) {
   return fusedstep::shape_text(view.shape, view.ndim);
@@ -87,11 +118,13 @@ std::vector<py::str> interned(const std::vector<std::string>& names) {
 }  // namespace
 
 TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>& scalars,
-                         bool exchange, const py::object& device, int index, py::object state)
+                         const py::object& storage, bool exchange, const py::object& device,
+                         int index, py::object state)
     : rule_(rule_number(rule)),
       place_{device_of(device), index, nullptr},
       reader_(exchange),
-      states_(interned(rules()[rule_].states)),
+      storage_(rules()[rule_], storage),
+      n_states_(rules()[rule_].states.size()),
       scalars_(interned(scalars)),
       amp_(interned({"grad_scale", "found_inf"})),
       stepper_(
@@ -105,6 +138,31 @@ TensorTable::TensorTable(const std::string& rule, const std::vector<std::string>
   if (scalars_.size() > kCounts) {
     throw py::value_error("scalars must be at most 3, got " + std::to_string(scalars_.size()));
   }
+  const auto add = [&](const std::string& name, int stream, bool beside) {
+    if (!name.empty()) slots_.push_back({interned({name})[0], stream, beside});
+  };
+  const Form& form = storage_.of(Format::kBf16);  // which alone has something beside it
+  for (size_t s = 0; s < n_states_; ++s) add(rules()[rule_].states[s], state_stream(s), false);
+  for (size_t s = 0; s < n_states_; ++s) add(form.states[s].beside, state_stream(s), true);
+  add(form.param.beside, kParam, true);
+  add("ema", kEma, false);
+}
+
+// Which slots a step has with these of the rule's states.
+TensorTable::SlotMask TensorTable::slots_of(StateMask states, bool average) const {
+  SlotMask mask = states;
+  for (size_t s = n_states_; s < slots_.size(); ++s) {
+    const int stream = slots_[s].stream;
+    const bool has =
+        stream == kParam || (stream == kEma ? average : states >> (stream - kState) & 1);
+    mask |= SlotMask{has} << s;
+  }
+  return mask;
+}
+
+const Kept& TensorTable::kept_in(const Form& form, int stream) const {
+  if (stream == kParam) return form.param;
+  return stream == kEma ? form.ema : form.states[stream - kState];
 }
 
 py::object TensorTable::state() {
@@ -154,7 +212,7 @@ std::string TensorTable::state_label(const Active& a, const py::str& name) const
 bool TensorTable::look(Active& a, const py::str& kind, py::object& tensor, TensorView& view,
                        const void* before, Known* known, bool on_host) {
   const Place place = on_host ? Place{} : place_;
-  if (reader_.read(tensor, view, place)) {
+  if (reader_.read(tensor, view, place) && (known || !view.integer)) {
     trail_.pass_tensor(tensor, view);
     if (view.n) sources_.push_back({tensor, view.data, view.n, view.format, on_host});
     const bool own =
@@ -205,6 +263,45 @@ void TensorTable::check_grad(const Active& a, const TensorView& param,
                        " as its " + type_text(param) + " parameter, got " + type_text(grad));
 }
 
+void TensorTable::check_shadow(const Active& a, const TensorView& param,
+                               const TensorView& shadow) const {
+  const std::string name = name_of(a.i);
+  const Label label{"shadow", &name};
+  if (!same_shape(param, shadow)) {
+    throw py::value_error(label.text() + " must have shape " + shape_text(param) + ", got " +
+                          shape_text(shadow));
+  }
+  if (shadow.format != Format::kF64 && shadow.reals == param.reals) return;
+  throw py::type_error(label.text() + " must be " +
+                       (param.reals == 2 ? "complex64" : "float32, bfloat16 or float16") +
+                       ", got " + type_text(shadow));
+}
+
+// A tensor of the parameter's state, as its storage has it.
+void TensorTable::check_slot(const Active& a, size_t s, const Segment& segment,
+                             const TensorView& param, const TensorView& view) const {
+  const auto refuse = [&](const std::string& rule, const std::string& got) {
+    throw py::value_error(state_label(a, slots_[s].name) + " must be " + rule + ", got " + got);
+  };
+  const Format format = kept_in(storage_.of(param.format), slots_[s].stream).format;
+  const Holding wanted = holding(format, slots_[s].beside);
+  if (slots_[s].beside && kFormatInfo[static_cast<int>(format)].block > 1) {
+    const int64_t entries = beside_entries(segment, format);
+    if (view.ndim != 1 || view.n != entries || !contiguous(view)) {
+      refuse("contiguous, of shape (" + std::to_string(entries) + ",)", shape_text(view));
+    }
+  } else if (!same_shape(param, view)) {
+    refuse("of shape " + shape_text(param), shape_text(view));
+  }
+  if (view.integer == wanted.integer && view.format == wanted.format &&
+      (wanted.integer || view.reals == param.reals)) {
+    return;
+  }
+  const char* integers[] = {nullptr, "uint8", "int16"};
+  refuse(wanted.integer ? integers[wanted.integer] : type_text(wanted.format, param.reals),
+         type_text(view));
+}
+
 TensorTable::Entry TensorTable::find(const Active& a) const {
   Entry found;
   if (of(a).entry && !PyDict_Check(of(a).entry.ptr())) {
@@ -221,24 +318,26 @@ TensorTable::Entry TensorTable::find(const Active& a) const {
       found.complete = false;
     }
   };
-  for (size_t s = 0; s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.mask >> s & 1) take(states_[s], found.states[s]);
+  for (size_t s = 0; a.updates && s < scalars_.size(); ++s) take(scalars_[s], found.scalars[s]);
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (a.slots >> s & 1) take(slots_[s].name, found.slots[s]);
   }
   return found;
 }
 
 // Whether a step takes anything of a parameter's entry: plain SGD has none, and to find that out costs
 // the tensor's hash, which is Python code.
-bool TensorTable::takes_state(const Active& a) const { return a.mask != 0 || !scalars_.empty(); }
+bool TensorTable::takes_state(const Active& a) const {
+  return a.slots != 0 || (a.updates && !scalars_.empty());
+}
 
 py::list TensorTable::names_missing(const Active& a) const {
   py::list names;
-  for (size_t s = 0; s < scalars_.size(); ++s) {
+  for (size_t s = 0; a.updates && s < scalars_.size(); ++s) {
     if (!of(a).found.scalars[s]) names.append(scalars_[s]);
   }
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (a.mask >> s & 1 && !of(a).found.states[s]) names.append(states_[s]);
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (a.slots >> s & 1 && !of(a).found.slots[s]) names.append(slots_[s].name);
   }
   return names;
 }
@@ -251,19 +350,29 @@ void TensorTable::read(size_t place, bool begins) {
   of(a).found = find(a);
   const Entry& entry = of(a).found;
   of(a).first_source = sources_.size();
-  TensorView p, g, views[kMaxStates];
+  TensorView p, g = {}, copy = {}, views[kSlots];
   py::object param = py::reinterpret_borrow<py::object>(a.param);
   const std::vector<Tensor>& before = stepper_.tensors();
   const bool had = place < before.size() && place < gradients_before_.size();
   look(a, params_, param, p, had ? before[place].segment.stream[kParam].data : nullptr);
-  look(a, grads_, a.grad, g, had ? gradients_before_[place].data : nullptr);
-  check_grad(a, p, g);
+  if (a.updates) {
+    look(a, grads_, a.grad, g, had ? gradients_before_[place].data : nullptr);
+    check_grad(a, p, g);
+  }
+  if (a.shadow) {
+    look(a, shadow_, a.shadow, copy, nullptr);
+    check_shadow(a, p, copy);
+  }
+  const Form& form = storage_.of(p.format);
+  const bool rounds = storage_.of(Format::kBf16).param.format != Format::kBf16 ||
+                      storage_.of(Format::kBf16).param.rounding != Rounding::kNearest;
+  if (p.reals == 2 || (rounds && p.format != Format::kBf16)) owner_.attr("_check_stored")(a.i);
   if (!entry.complete) return;
 
   const auto refuse = [&](const py::str& name, const std::string& rule, const std::string& got) {
     throw py::value_error(state_label(a, name) + " must be " + rule + ", got " + got);
   };
-  for (size_t s = 0; s < scalars_.size(); ++s) {
+  for (size_t s = 0; a.updates && s < scalars_.size(); ++s) {
     TensorView view;
     of(a).scalars[s] = entry.scalars[s];
     py::object scalar = entry.scalars[s];
@@ -284,63 +393,84 @@ void TensorTable::read(size_t place, bool begins) {
     a.numbers[s] = {view.data, view.format};
   }
 
-  bool direct = dense(p) && same_strides(p, g);
-  of(a).states = entry.states;
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (!of(a).states[s]) continue;
-    look(a, states_[s], of(a).states[s], views[s], nullptr, &counted_[a.i].known[kCounts + s]);
-    if (!same_shape(p, views[s])) {
-      refuse(states_[s], "of shape " + shape_text(p), shape_text(views[s]));
-    }
-    if (views[s].format != state_format(p.format) || views[s].reals != p.reals) {
-      refuse(states_[s], type_text(state_format(p.format), p.reals), type_text(views[s]));
-    }
-    direct = direct && same_strides(p, views[s]);
+  Tensor& tensor = tensors_[place];
+  filled_[place] = 0;
+  tensor = {};
+  Segment& segment = tensor.segment;
+  segment.n = p.n;
+  bool ordered = a.updates && by_place(form.param);
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    ordered = ordered || (a.slots >> s & 1 && by_place(kept_in(form, slots_[s].stream)));
+  }
+  if (ordered && !reader_.ordinary(a.param)) {
+    segment.first = owner_.attr("_first_of")(a.i).cast<int64_t>();
+  }
+  bool direct = ordered ? contiguous(p) : dense(p);
+  direct = direct && (!a.updates || same_strides(p, g)) && (!a.shadow || same_strides(p, copy));
+  std::array<bool, kSlots> like = {};  // of the parameter's shape
+  of(a).slots = entry.slots;
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (!of(a).slots[s]) continue;
+    look(a, slots_[s].name, of(a).slots[s], views[s], nullptr, &counted_[a.i].known[kCounts + s]);
+    check_slot(a, s, segment, p, views[s]);
+    like[s] = same_shape(p, views[s]) && (!slots_[s].beside || slots_[s].stream == kParam);
+    direct = direct && (!like[s] || same_strides(p, views[s]));
   }
   if (!direct) {
-    py::list all;
-    all.append(param);
-    all.append(a.grad);
-    for (const py::object& state : of(a).states) {
-      if (state) all.append(state);
+    py::list all, writes;
+    std::vector<TensorView*> of_all;
+    const auto pass = [&](const py::object& object, bool written, TensorView& view) {
+      all.append(object);
+      writes.append(written);
+      of_all.push_back(&view);
+    };
+    pass(param, a.updates, p);
+    if (a.updates) pass(a.grad, false, g);
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      if (of(a).slots[s] && like[s]) pass(of(a).slots[s], true, views[s]);
     }
+    if (a.shadow) pass(a.shadow, true, copy);
     ran_ = true;
-    const py::tuple made = owner_.attr("_match")(a.i, all);
+    const py::tuple made = owner_.attr("_match")(a.i, all, writes, ordered);
     const py::list matched = made[0];
     for (const py::handle pair : py::list(made[1])) {
       const auto both = py::reinterpret_borrow<py::tuple>(pair);
       back_of_copies_.emplace_back(both[0], both[1]);
     }
-    size_t next = 0;
-    const auto take = [&](TensorView& view) {
-      if (!reader_.read(matched[next++], view, place_))
+    for (size_t k = 0; k < of_all.size(); ++k) {
+      if (!reader_.read(matched[k], *of_all[k], place_))
         throw std::logic_error("_match must be plain");
-    };
-    take(p);
-    take(g);
-    for (size_t s = 0; s < states_.size(); ++s) {
-      if (of(a).states[s]) take(views[s]);
     }
+    a.own_grad = a.updates && py::object(matched[1]).is(a.grad);
     of(a).stand_ins.push_back(matched);
   }
+  a.own_grad = a.own_grad && a.grad.is(a.given);
 
-  Tensor& tensor = tensors_[place];
-  filled_[place] = 0;
-  tensor = {};
-  tensor.segment.stream[kParam] = {p.data, p.format};
-  tensor.segment.n = p.n;
+  const auto put = [&](int stream) -> Stream& {
+    Stream& it = segment.stream[stream];
+    it.format = kept_in(form, stream).format;
+    it.rounding = kept_in(form, stream).rounding;
+    return it;
+  };
+  put(kParam).data = p.data;
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (!of(a).slots[s]) continue;
+    Stream& it = put(slots_[s].stream);
+    (slots_[s].beside ? it.beside : it.data) = views[s].data;
+    const bool average = slots_[s].stream == kEma;
+    if (average) written_.append(entry.slots[s]);
+    segment.ema_begins |= average && begins && of(a).fresh && lookup(of(a).fresh, slots_[s].name);
+  }
   tensor.counted = {a.group, clock_of(a, begins)};
-  if (live_) {
+  if (live_ && a.updates) {
     tensor.slot = static_cast<int64_t>(a.i);
     tensor.entered = counted_[a.i].entered && !begins;
     for (size_t s = 0; s < scalars_.size(); ++s) {
       tensor.shown[s] = a.numbers[s];
     }
   }
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (of(a).states[s]) tensor.segment.stream[kState + s] = {views[s].data, views[s].format};
-  }
-  gradients_[place] = {g.data, g.format};
+  gradients_[place] = {g.data, a.updates ? g.format : Format::kNone};
+  copies_[place] = {copy.data, a.shadow ? copy.format : Format::kNone};
   a.direct = direct && of(a).stand_ins.empty() && !begins && !live_;
 }
 
@@ -348,38 +478,46 @@ void TensorTable::read(size_t place, bool begins) {
 // they are not what they were, and have to be read.
 bool TensorTable::recall(size_t place) {
   Active& a = active_[place];
-  Kept& kept = kept_[a.i];
-  if (kept.shown != seen() || kept.mask != a.mask || live_) return false;
-  TensorView p, g;
+  Held& held = held_[a.i];
+  if (held.shown != seen() || held.slots != a.slots || live_) return false;
+  TensorView p, g = {}, copy = {};
   if (!reader_.read(a.param, p, place_)) return false;
-  if (!reader_.read(a.grad, g, place_)) return false;
-  if (p.data != kept.param || p.format != kept.format || p.reals != kept.reals ||
-      p.ndim != kept.ndim || !std::equal(p.shape, p.shape + p.ndim, kept.layout.data()) ||
-      !std::equal(p.strides, p.strides + p.ndim, kept.layout.data() + p.ndim)) {
+  if (a.updates && !reader_.read(a.grad, g, place_)) return false;
+  if (p.data != held.segment.stream[kParam].data || p.format != held.format ||
+      p.reals != held.reals || p.ndim != held.ndim ||
+      !std::equal(p.shape, p.shape + p.ndim, held.layout.data()) ||
+      !std::equal(p.strides, p.strides + p.ndim, held.layout.data() + p.ndim)) {
     return false;
   }
-  if (g.format != kept.grad_format || g.reals != p.reals || !same_strides(p, g)) return false;
-  if (g.data != kept.grad && !reader_.holds(a.grad, g)) return false;
-  if (reader_.lazy(a.param, p) || reader_.lazy(a.grad, g)) return false;
-  a.numbers = kept.numbers;
-  for (size_t s = 0; s < scalars_.size(); ++s) {
-    if (shows_less(s, a.numbers[s])) return false;
+  const Format grad_format = a.updates ? g.format : Format::kNone;
+  if (grad_format != held.grad_format || reader_.lazy(a.param, p)) return false;
+  if (a.updates) {
+    if (g.reals != p.reals || !same_strides(p, g)) return false;
+    if (g.data != held.grad && !reader_.holds(a.grad, g)) return false;
+    if (reader_.lazy(a.grad, g)) return false;
+    a.numbers = held.numbers;
+    for (size_t s = 0; s < scalars_.size(); ++s) {
+      if (shows_less(s, a.numbers[s])) return false;
+    }
   }
-  kept.grad = g.data;
+  if (a.shadow) {
+    if (!reader_.read(a.shadow, copy, place_) || copy.integer || !same_strides(p, copy) ||
+        !reader_.holds(a.shadow, copy) || reader_.lazy(a.shadow, copy)) {
+      return false;
+    }
+    check_shadow(a, p, copy);
+  }
+  held.grad = g.data;
   a.kept = true;
   Tensor& tensor = tensors_[place];
-  if (filled_[place] != kept.serial) {
+  if (filled_[place] != held.serial) {
     tensor = {};
-    tensor.segment.stream[kParam] = {p.data, p.format};
-    tensor.segment.n = p.n;
-    for (size_t s = 0; s < states_.size(); ++s) {
-      if (!(a.mask >> s & 1)) continue;
-      tensor.segment.stream[kState + s] = {kept.states[s], state_format(p.format)};
-    }
-    filled_[place] = kept.serial;
+    tensor.segment = held.segment;
+    filled_[place] = held.serial;
   }
   tensor.counted = {a.group, clock_of(a, false)};
-  gradients_[place] = {g.data, g.format};
+  gradients_[place] = {g.data, grad_format};
+  copies_[place] = {copy.data, a.shadow ? copy.format : Format::kNone};
   return true;
 }
 
@@ -393,9 +531,9 @@ bool TensorTable::shows_less(size_t s, const Stream& number) const {
 // The counts that the state's tensors show.
 Clock TensorTable::clock_of(const Active& a, bool begins) const {
   // SGD carries whether its state had begun, Adam whether its first one had not.
-  const bool first = begins && !states_.empty() && of(a).fresh && lookup(of(a).fresh, states_[0]);
-  Clock clock{0, {begins ? 0.0 : 1.0, first ? 1.0 : 0.0}};
-  if (live_) return clock;  // the device looks at the tensors
+  const bool first = begins && n_states_ > 0 && of(a).fresh && lookup(of(a).fresh, slots_[0].name);
+  Clock clock{0, {first ? 0.0 : 1.0, first ? 1.0 : 0.0}};
+  if (live_ || !a.updates) return clock;  // the device looks at the tensors
   for (size_t s = 0; s < scalars_.size(); ++s) {
     const Stream& number = a.numbers[s];
     const double shown = number.format == Format::kF64 ? *static_cast<const double*>(number.data)
@@ -444,10 +582,13 @@ std::optional<std::vector<std::tuple<size_t, double, bool>>> TensorTable::norms(
 }
 
 void TensorTable::write_clocks() {
-  for (const Active& a : active_) counted_[a.i].entered = live_;
+  for (const Active& a : active_) {
+    if (a.updates) counted_[a.i].entered = live_;
+  }
   if (scalars_.empty() || live_) return;
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
+    if (!a.updates) continue;
     const Clock clock = stepper_.clock(place);
     for (size_t s = 0; s < scalars_.size(); ++s) {
       const double value = s ? clock.carry[s - 1] : static_cast<double>(clock.t);
@@ -474,15 +615,17 @@ Stream TensorTable::number(const py::handle& tensor, const char* name) const {
 }
 
 // Reads all that the step goes by. Python code may run on the way, and move what was read before.
-void TensorTable::collect(const py::list& groups, size_t first) {
+void TensorTable::collect(const py::list& groups, size_t first, const Options& options,
+                          const py::object& shadows, const py::list& changes) {
   active_.clear();
   readings_.clear();
   groups_.clear();
   gradients_.clear();
+  copies_.clear();
   sources_.clear();
   back_.clear();
   back_of_copies_.clear();
-  changes_ = {};
+  changes_ = Changes(changes);
   written_ = py::list();
   ran_ = false;
   trail_.begin();
@@ -497,24 +640,32 @@ void TensorTable::collect(const py::list& groups, size_t first) {
     const py::tuple params(group[0]);  // the list may change while torch is asked
     groups_.push_back(as_group(group[1].cast<std::vector<double>>(), rule_));
     groups_.back().lr = number(group[3], "lr");
-    const StateMask mask = rules()[rule_].mask_of(groups_.back().hypers);
+    const bool average = options.average != 0;
+    const SlotMask of_rest = slots_of(0, average),
+                   slots = slots_of(rules()[rule_].mask_of(groups_.back().hypers), average);
     if (counted_.size() < i + params.size()) {
       counted_.resize(i + params.size());
-      kept_.resize(i + params.size());
+      held_.resize(i + params.size());
     }
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
-      if (here + kAhead < kept_.size()) {
-        const Lines& lines = kept_[here + kAhead].lines;
+      if (here + kAhead < held_.size()) {
+        const Lines& lines = held_[here + kAhead].lines;
         lines.fetch(lines.n);
       }
       ran_ = ran_ || !reader_.ordinary(param);
       py::object grad = reader_.grad(param);
-      if (grad.is_none()) continue;
+      py::object shadow;
+      if (!shadows.is_none()) {
+        shadow = py::reinterpret_borrow<py::object>(PyList_GetItem(shadows.ptr(), here));
+        if (shadow.is_none()) shadow = {};
+      }
+      const bool updates = !grad.is_none();
+      if (!updates && !average && !shadow) continue;
       if (counted_[here].param != param.ptr()) {
         counted_[here] = {};
         counted_[here].param = param.ptr();
-        kept_[here].shown = 0;
+        held_[here].shown = 0;
       }
       Active& a = active_.emplace_back();
       a.i = here;
@@ -522,15 +673,19 @@ void TensorTable::collect(const py::list& groups, size_t first) {
       a.param = param;
       a.given = grad;
       a.grad = std::move(grad);
+      a.updates = updates;
+      a.shadow = std::move(shadow);
       if (place == tensors_.size()) {
         tensors_.emplace_back();
         filled_.push_back(0);
       }
       gradients_.emplace_back();
-      a.mask = mask;
-      written_.append(param);
+      copies_.emplace_back();
+      a.slots = updates ? slots : of_rest;
+      if (updates) written_.append(param);
+      if (a.shadow) written_.append(a.shadow);
       if (recall(place)) continue;
-      if (kept_[here].shown == seen()) give_up(here);  // the step may replace what it reads
+      if (held_[here].shown == seen()) give_up(here);  // the step may replace what it reads
       a.reading = readings_.size();
       readings_.emplace_back();
       if (takes_state(a)) of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
@@ -581,10 +736,14 @@ bool TensorTable::stayed() const {
   for (size_t place = 0; place < active_.size(); ++place) {
     const Active& a = active_[place];
     if (a.kept) {
-      TensorView p, g;
-      if (kept_[a.i].shown != seen() || !reader_.read(a.param, p, place_) ||
-          !reader_.read(a.grad, g, place_) || p.data != kept_[a.i].param ||
-          g.data != gradients_[place].data || p.n != tensors_[place].segment.n || p.n != g.n) {
+      const Segment& segment = tensors_[place].segment;
+      const auto stays = [&](const py::handle& tensor, const void* data) {
+        TensorView now;
+        return reader_.read(tensor, now, place_) && now.data == data && now.n == segment.n;
+      };
+      if (held_[a.i].shown != seen() || !stays(a.param, segment.stream[kParam].data) ||
+          (a.updates && !stays(a.grad, gradients_[place].data)) ||
+          (a.shadow && !stays(a.shadow, copies_[place].data))) {
         return false;
       }
     } else if (takes_state(a) &&
@@ -608,17 +767,27 @@ bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) con
     return false;
   }
   TensorView view;
-  const auto is = [&](const py::str& name, const Place& where, const Stream& stream) {
+  const auto is = [&](const py::str& name, const Place& where, const void* data) {
     const py::handle tensor = lookup(entry, name);
     return tensor && reader_.alone(tensor) && reader_.read(tensor, view, where) &&
-           view.data == stream.data && view.format == stream.format;
+           view.data == data;
   };
-  for (size_t s = 0; s < scalars_.size(); ++s) {
-    if (!is(scalars_[s], Place{}, a.numbers[s]) || view.n != 1) return false;
+  for (size_t s = 0; a.updates && s < scalars_.size(); ++s) {
+    if (!is(scalars_[s], Place{}, a.numbers[s].data) || view.n != 1 ||
+        view.format != a.numbers[s].format) {
+      return false;
+    }
   }
-  for (size_t s = 0; s < states_.size(); ++s) {
-    if (!(a.mask >> s & 1)) continue;
-    if (!is(states_[s], place_, segment.stream[kState + s]) || !same_strides(p, view)) return false;
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (!(a.slots >> s & 1)) continue;
+    const Stream& stream = segment.stream[slots_[s].stream];
+    if (!is(slots_[s].name, place_, slots_[s].beside ? stream.beside : stream.data)) return false;
+    const Holding wanted = holding(stream.format, slots_[s].beside);
+    const bool shared = slots_[s].beside && slots_[s].stream != kParam;
+    if (view.integer != wanted.integer || view.format != wanted.format) return false;
+    if (shared ? view.n != beside_entries(segment, stream.format) : !same_strides(p, view)) {
+      return false;
+    }
   }
   return p.data == segment.stream[kParam].data && p.n == segment.n;
 }
@@ -626,7 +795,7 @@ bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) con
 // Leaves a parameter's states to be read in each step, for a while that doubles each time.
 void TensorTable::give_up(size_t i) {
   constexpr unsigned kMostTries = 10;
-  kept_[i].shown = 0;
+  held_[i].shown = 0;
   counted_[i].rest = 1u << std::min(++counted_[i].tries, kMostTries);
 }
 
@@ -648,40 +817,38 @@ void TensorTable::keep() {
     } else {
       of(a) = {};  // none of its references are somebody's
       TensorView p;
-      if (!reader_.read(a.param, p, place_) || p.ndim > Kept::kDims ||
+      if (!reader_.read(a.param, p, place_) || p.ndim > Held::kDims ||
           !alone(place, p, takes_state(a) ? entries.at(a.param) : py::handle())) {
         give_up(a.i);
         continue;
       }
-      Kept& kept = kept_[a.i];
-      kept.mask = a.mask;
-      kept.format = p.format;
-      kept.grad_format = gradients_[place].format;
-      kept.reals = p.reals;
-      kept.ndim = p.ndim;
-      kept.param = p.data;
-      kept.grad = gradients_[place].data;
-      for (size_t s = 0; s < states_.size(); ++s) {
-        kept.states[s] = tensors_[place].segment.stream[kState + s].data;
+      Held& held = held_[a.i];
+      held.slots = a.slots;
+      held.segment = tensors_[place].segment;
+      held.format = p.format;
+      held.grad_format = gradients_[place].format;
+      held.reals = p.reals;
+      held.ndim = p.ndim;
+      held.grad = gradients_[place].data;
+      held.numbers = a.numbers;
+      held.serial = ++serial_;
+      held.lines = {};
+      reader_.add_lines(a.param, held.lines);
+      held.of_param = held.lines.n;
+      if (a.updates) reader_.add_lines(a.given, held.lines);
+      for (size_t s = 0; a.updates && s < scalars_.size(); ++s) {
+        held.lines.add(reinterpret_cast<uintptr_t>(a.numbers[s].data), sizeof(double));
       }
-      kept.numbers = a.numbers;
-      kept.serial = ++serial_;
-      kept.lines = {};
-      reader_.add_lines(a.param, kept.lines);
-      kept.of_param = kept.lines.n;
-      reader_.add_lines(a.given, kept.lines);
-      for (size_t s = 0; s < scalars_.size(); ++s) {
-        kept.lines.add(reinterpret_cast<uintptr_t>(a.numbers[s].data), sizeof(double));
-      }
-      std::copy(p.shape, p.shape + p.ndim, kept.layout.begin());
-      std::copy(p.strides, p.strides + p.ndim, kept.layout.begin() + p.ndim);
-      kept.shown = shown;
+      std::copy(p.shape, p.shape + p.ndim, held.layout.begin());
+      std::copy(p.strides, p.strides + p.ndim, held.layout.begin() + p.ndim);
+      held.shown = shown;
     }
   }
 }
 
 void TensorTable::step(const py::list& groups, const py::tuple& options, size_t first, bool free,
-                       const py::object& owner) {
+                       const py::object& owner, const py::object& shadows,
+                       const py::list& changes) {
   struct Release {  // of all that the step borrows, however it ends
     TensorTable& table;
     ~Release() {  // NOLINT(bugprone-exception-escape): an empty list has memory
@@ -713,7 +880,7 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
   for (int tries = 0;; ++tries) {
     bool whole = true;
     try {
-      collect(groups, first);
+      collect(groups, first, own, shadows, changes);
     } catch (const Moved&) {
       whole = false;
     }
@@ -741,7 +908,8 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
   Outcome outcome;
   {
     const Unlocked unlocked;
-    outcome = stepper_.step(gradients_, groups_, own);
+    outcome = shadows.is_none() ? stepper_.step(gradients_, groups_, own)
+                                : stepper_.step(gradients_, groups_, own, copies_);
   }
 
   // The commit. No Python code runs before states and counts are those of the new parameters.
@@ -766,13 +934,20 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
     }
   }
   for (const Active& a : active_) {
-    if (a.kept) kept_[a.i].lines.fetch(kept_[a.i].of_param);
+    if (a.kept) held_[a.i].lines.fetch(held_[a.i].of_param);
+    if (!own.zero_grad || !a.updates) continue;
+    if (a.own_grad) {
+      written_.append(a.given);
+    } else {
+      insistence.run([&] { a.given.attr("detach")().attr("zero_")(); });
+    }
   }
   insistence.run([&] { announce(written_); });
   for (const Active& a : active_) {
-    if (free) insistence.run([&] { reader_.drop_grad(a.param); });
+    if (free && a.updates) insistence.run([&] { reader_.drop_grad(a.param); });
   }
   insistence.raise();
+  written_ = py::list();  // of which some are states
   try {
     keep();
   } catch (const py::error_already_set& error) {  // somebody's torch function mode

@@ -115,6 +115,7 @@ class TensorTable:
         self,
         rule: str,
         scalars: Sequence[str],
+        storage: Any,
         exchange: bool,
         device: Any,
         index: int,
@@ -128,6 +129,8 @@ class TensorTable:
         first: int,
         free: bool,
         owner: Any,
+        shadows: list[Any] | None = None,
+        changes: list[tuple[dict[str, Any], dict[str, Any]]] = ...,
     ) -> None: ...
     def norms(self) -> list[tuple[int, float, bool]] | None: ...
     def not_begun(self, params: list[Any]) -> list[int]: ...

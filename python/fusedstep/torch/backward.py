@@ -143,8 +143,8 @@ def step_in_backward(
 
     The gradients never exist all at once, which for AdamW takes a quarter off the memory of
     parameters, gradients and states. Each backward is a step: do not accumulate over several. The
-    optimizer's own `step` then finds no gradients and does nothing; call it for its hooks and for
-    learning-rate schedulers as ever.
+    optimizer's own `step` then finds no gradients and does nothing but averages (`ema`) and copies
+    (`shadow`); call it for these, its hooks and learning-rate schedulers as ever.
 
     What needs all gradients before the first update cannot be had: clipping (by norm or by value,
     torch's functions raise for these parameters, unless the limit is inf: trainers log the norm in
@@ -162,8 +162,9 @@ def step_in_backward(
 
     Raises:
         TypeError: not a module, or not an optimizer of `fusedstep.torch`.
-        ValueError: `max_norm` is given; the model is or has one wrapped for data-parallel training,
-            is flattened, is stepped in backward already, or shares no parameter with the optimizer.
+        ValueError: `max_norm` is given; the optimizer has `zero_grad`; the model is or has one
+            wrapped for data-parallel training, is flattened, is stepped in backward already, or
+            shares no parameter with the optimizer.
 
     Example:
         >>> import torch
@@ -188,6 +189,9 @@ def step_in_backward(
             f"max_norm must be None, got {max_norm!r}: the global norm is known only after"
             " backward, when the parameters have already been stepped"
         )
+    if optimizer._each.zero_grad:
+        raise ValueError("optimizer must not be told to zero_grad, got zero_grad=True: gradients"
+                         " are freed")  # fmt: skip
     for module in model.modules():
         if isinstance(module, _reducing()):
             raise ValueError(

@@ -22,7 +22,6 @@ from fusedstep.torch.tensors import (
     dense_strides,
     is_dtensor,
     own_storage,
-    state_dtype,
 )
 
 
@@ -341,17 +340,23 @@ def warn_of_broken(params: Sequence[torch.Tensor]) -> bool:
 
 
 def packed_states(
-    wanted: Iterable[tuple[torch.Tensor, Any, list[str]]], is_array: Callable[[str], bool]
+    wanted: Iterable[tuple[torch.Tensor, Any, list[str]]],
+    dtype_of: Callable[[torch.Tensor, str], torch.dtype | None],
 ) -> dict[tuple[torch.Tensor, str], torch.Tensor]:
-    """New states for flat parameters, packed as they are, by parameter and name."""
-    together: dict[tuple[int, str], list[torch.Tensor]] = {}
+    """New states for flat parameters, packed as they are, by parameter and name.
+
+    `dtype_of` says in which dtype, or None for what has not the parameter's shape.
+    """
+    together: dict[tuple[int, str, torch.dtype], list[torch.Tensor]] = {}
     if len(_parts):
         for param, _, names in wanted:
             if param in _parts:
-                for name in filter(is_array, names):
-                    together.setdefault((id(_parts[param]), name), []).append(param)
+                for name in names:
+                    if (dtype := dtype_of(param, name)) is not None:
+                        key = id(_parts[param]), name, dtype
+                        together.setdefault(key, []).append(param)
     result: dict[tuple[torch.Tensor, str], torch.Tensor] = {}
-    for (_, name), params in together.items():
-        states = _Memory(params, state_dtype(params[0])).apart()
+    for (_, name, dtype), params in together.items():
+        states = _Memory(params, dtype).apart()
         result.update(zip(((param, name) for param in params), states, strict=True))
     return result

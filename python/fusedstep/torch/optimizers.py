@@ -9,18 +9,28 @@ import inspect
 import operator
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch.optim import optimizer as torch_optimizer
 
 import fusedstep as neutral
-from fusedstep import _checkpoint, _core, _lookahead, _storage
+from fusedstep import _arrays, _checkpoint, _core, _lookahead, _storage
 from fusedstep._arrays import announcer, as_float
-from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number, check_flags, is_scheduled
+from fusedstep._hypers import (
+    ABOVE_0,
+    AT_LEAST_0,
+    HYPERS,
+    SHARE,
+    as_number,
+    at_step,
+    check_flags,
+    is_scheduled,
+)
 from fusedstep._spec import STATES, Spec
+from fusedstep._storage import EMA, HOW, Form, Storage, Stored
 from fusedstep._turn import Turn, new_turn
 from fusedstep._types import PLAIN, Options
 from fusedstep.torch import flat
@@ -31,12 +41,17 @@ from fusedstep.torch.tensors import (
     check_apart,
     check_memory,
     check_readable,
+    convert,
+    dtype_for,
+    dtype_name,
+    first_place,
     gpu_of,
     is_dtensor,
     local,
     new_state,
     recording,
     stream_of,
+    swapping,
 )
 
 # How torch computes, not what. The first has no effect here, the second is for GradScaler, the next
@@ -49,6 +64,53 @@ _FLAGS: dict[str, Any] = {
 }
 _HOW = ("capturable", "differentiable")
 _KEPT = (*_HOW, "fused")  # which no checkpoint changes
+
+# What each step does beside its rule: keywords of constructors, which hold for all steps that are
+# not told otherwise, and of `step`. Each one's default, and its line in the docstrings.
+_EACH: dict[str, tuple[Any, str]] = {
+    "clip_value": (
+        None,
+        "clips each element of the gradients to [-clip_value, clip_value], after `max_norm`; NaN"
+        " stays; a number > 0",
+    ),
+    "ema": (
+        None,
+        "keeps an exponential moving average of all parameters as they are stored, a state `ema`,"
+        " as `torch.optim.swa_utils.AveragedModel` does, from a copy at the first average on: a"
+        " decay in [0, 1], or a callable of the number of averages so far",
+    ),
+    "shadow": (
+        None,
+        "tensors of the parameters' shapes, in their order or by name, or None, that take a copy of"
+        " the parameters: float32, bfloat16 or float16",
+    ),
+    "zero_grad": (False, "the gradients become zero, once they were read"),
+}
+
+# A group's key for the number of averages so far.
+_AVERAGES = "averages"
+
+
+class _AsMade:
+    def __repr__(self) -> str:
+        return "as constructed"
+
+
+_AS_MADE: Any = _AsMade()
+_UNTOLD = (_AS_MADE,) * len(_EACH)
+
+
+class _Asked(NamedTuple):
+    """What one step is asked for."""
+
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    norms: bool = False
+    clip_value: float | None = None
+    ema: Any = None
+    shadow: list[Any] | None = None
+    zero_grad: bool = False
+
 
 # A group's key for the hyperparameters beyond torch's that it heeds: those that our constructor was
 # given by name. Clients put keys of any optimizer into their groups, and torch's classes look only
@@ -82,10 +144,14 @@ class Optimizer(torch.optim.Optimizer):
     Parameters are tensors of float32, float64, bfloat16, float16, complex64 or complex128 (each
     number as two reals), all on the CPU or all on one CUDA device. A gradient may be any of the
     real ones under a real parameter (`torch.Tensor.grad_dtype`), complex under a complex one.
-    States are float32, float64 under float64.
-    A step reads gradients and never writes them: with `max_norm`, or with `fused=True` under
-    `torch.amp.GradScaler`, they stay as backward left them. Without `fused=True` it is the scaler
-    that unscales them before, and that does not call `step` where one is not finite.
+    States are float32, float64 under float64, unless `state_dtype` says otherwise. How parameters
+    and states are stored (`rounding`, `state_dtype`, `state_rounding`, `seed`, `ema_dtype`) is the
+    optimizer's, not a group's; what each step does beside its rule (`clip_value`, `ema`, `shadow`,
+    `zero_grad`) holds for all steps that are not told otherwise.
+    A step reads gradients and writes them only for `zero_grad`: with `max_norm`, or with
+    `fused=True` under `torch.amp.GradScaler`, they stay as backward left them. Without `fused=True`
+    it is the scaler that unscales them before, and that does not call `step` where one is not
+    finite.
 
     On a CUDA device a step is queued on torch's current stream and does not wait for it. Results
     are the CPU's, bit by bit. With `capturable=True`, with `skip_nonfinite`, under a `GradScaler`
@@ -110,7 +176,12 @@ class Optimizer(torch.optim.Optimizer):
     _keys: Sequence[str] = ()  # the parameters' names, when a step last measured gradients
     _found: set[int] | None = None  # in the constructor, the `id` of each parameter so far
     _turn: Turn
-    _ahead = False  # whether the parameters stand at a look-ahead point
+    _ahead: bool | str = False  # whether the parameters stand elsewhere, and where
+    _storage: Storage
+    _reread = False  # whether a group has changed since the last step
+    _random: bool  # whether anything is rounded at random
+    _arrays: set[str]  # the keys of arrays in states
+    _each: _Asked  # as constructed
     _table: _core.TensorTable
     _gpu: Any  # what steps on the parameters' CUDA device, or None
     _device: torch.device
@@ -118,6 +189,9 @@ class Optimizer(torch.optim.Optimizer):
     _seen: dict[int, tuple[tuple[Any, ...], tuple[Any, ...] | None, _Row]]
 
     def __init__(self, params: Any, **hypers: Any) -> None:
+        self._store({name: hypers.pop(name) for name in HOW if name in hypers})
+        each = {name: hypers.pop(name, default) for name, (default, _) in _EACH.items()}
+        self._each = _Asked(**self._checked_each(each))
         self.__dict__.update(_turn=new_turn(), _stepping_in_backward=set(), **self._derived({}))
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
         heard = {_BEYOND: beyond} if beyond else {}
@@ -126,11 +200,14 @@ class Optimizer(torch.optim.Optimizer):
             super().__init__(params, {**self._spec.fixed, **self._given, **hypers, **heard})
         finally:
             self._found = None
+        self._shadows(self._each.shadow)
         if self._spec.begins_at_once:
             rows = self._current()
             helper = _Helper(self, self._counts_live(rows), rows)
             for params, native, group, _ in rows:
                 names = ["step", *self._spec.uses(native)]
+                if params:
+                    names += self._beside(params[0], names)
                 made = helper._begin([(param, group, names) for param in params])
                 self.state.update(zip(params, made, strict=True))
 
@@ -142,9 +219,116 @@ class Optimizer(torch.optim.Optimizer):
         """The compiled table for parameters on `device`, with counts there if `live`."""
         gpu = gpu_of(device)
         index = 0 if gpu is None else device.index or 0
-        table = _core.TensorTable(self._spec.rule, self._spec.scalars, _EXCHANGE, gpu, index, state)
+        storage = self._storage.native
+        table = _core.TensorTable(
+            self._spec.rule, self._scalars(), storage, _EXCHANGE, gpu, index, state
+        )
         table.live = live
         return {"_table": table, "_gpu": gpu, "_device": device}
+
+    def _store(self, how: Mapping[str, Any]) -> None:
+        """Takes over how parameters and states are stored."""
+        self._storage = Storage(self._spec, how)  # type: ignore[arg-type]  # it checks them
+        forms = [self._storage.of(name) for name in _arrays.DTYPES]
+        self._random = any(form.random for form in forms)
+        self._arrays = {name for form in forms for name in (*form.streams, *form.beside)}
+
+    def _scalars(self) -> Sequence[str]:
+        """The numbers in a parameter's state. What is rounded at random needs a count."""
+        counts = self._spec.counts_steps
+        return self._spec.scalars if counts or not self._random else ("step",)
+
+    def _form(self, param: torch.Tensor) -> Form:
+        """How a parameter and what belongs to it are stored."""
+        return self._storage.of(dtype_name(param))
+
+    def _beside(self, param: torch.Tensor, names: Sequence[str]) -> list[str]:
+        """The keys of what lies beside a parameter and these of its states."""
+        form = self._form(param)
+        kept = [form.param, *(form.states[name] for name in names if name in form.states)]
+        return [one.beside for one in kept if one.beside]
+
+    def _ordered(self, param: torch.Tensor) -> bool:
+        """Whether what is stored of a parameter depends on places in it."""
+        form = self._form(param)
+        return form.random or any("q8" in kept.format for kept in form.states.values())
+
+    def _array_dtype(self, param: torch.Tensor, name: str) -> torch.dtype:
+        """The dtype of an array in a parameter's state."""
+        form = self._form(param)
+        beside = form.beside.get(name)
+        text = form.streams[name].dtype if beside is None else beside.beside_dtype
+        return dtype_for(text, param)
+
+    def _new(self, param: torch.Tensor, name: str) -> torch.Tensor:
+        """A new array, zeros, of a parameter's state."""
+        beside = self._form(param).beside.get(name)
+        dtype = self._array_dtype(param, name)
+        if beside is not None and len(beside.beside_shape((2,))) and beside.format.startswith("q8"):
+            here = local(param)
+            shape = beside.beside_shape((self._first(param) % 128 + here.numel(),))
+            return torch.zeros(shape if here.numel() else 0, dtype=dtype, device=here.device)
+        return new_state(param, dtype, self._ordered(param))
+
+    def _first(self, param: torch.Tensor) -> int:
+        """The place in the whole parameter of the first element here, where that matters."""
+        if not self._ordered(param) or not is_dtensor(param):
+            return 0
+        return first_place(lambda: f"params[{self._places()[id(param)][2]}]", param)
+
+    def _stored(self, param: torch.Tensor, name: str, entry: Mapping[str, Any]) -> Stored:
+        """A state or an average in `entry`, with its format and what lies beside it."""
+        kept = self._form(param).streams[name]
+        return Stored(entry[name], kept.format, entry[kept.beside] if kept.beside else None)
+
+    def _check_stored(self, label: str, param: torch.Tensor) -> None:
+        """Raises ValueError for a parameter that cannot be stored as this optimizer stores."""
+        self._storage.check_params([(label, dtype_name(param))])
+        for name, kept in self._form(param).streams.items() if param.is_complex() else ():
+            if kept.format not in ("float32", "float64"):
+                key = "ema_dtype" if name == EMA else "state_dtype"
+                raise ValueError(
+                    f"{key} must be float32 or float64 under complex parameters, got"
+                    f" {self._storage.how[key]!r} with {label} of {param.dtype}"
+                )
+
+    @staticmethod
+    def _checked_each(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords of _EACH, but for the shadows, which are to fit parameters."""
+        checked = dict(given)
+        if given.get("clip_value") is not None:
+            checked["clip_value"] = as_number("clip_value", given["clip_value"], ABOVE_0)
+        if given.get("ema") is not None and not callable(given["ema"]):
+            checked["ema"] = as_number("ema", given["ema"], SHARE)
+        if "zero_grad" in given:
+            check_flags(zero_grad=given["zero_grad"])
+        shadow = given.get("shadow")
+        if shadow is not None and not isinstance(shadow, Mapping):
+            if isinstance(shadow, torch.Tensor) or not isinstance(shadow, Iterable):
+                kind = type(shadow).__name__
+                raise TypeError(f"shadow must be a sequence or dict of tensors, got {kind}")
+            checked["shadow"] = list(shadow)
+        return checked
+
+    def _shadows(self, given: Any) -> list[Any] | None:
+        """What each parameter is copied to, or None, by number."""
+        if given is None:
+            return None
+        n = len(self._params())
+        shadows = given
+        if isinstance(given, Mapping):
+            names = self._distinct_names()
+            unknown = [key for key in given if key not in names]
+            if unknown:
+                raise ValueError(f"shadow must have names of parameters, got {unknown[0]!r}")
+            shadows = [given.get(name) for name in names]
+        if len(shadows) != n:
+            raise ValueError(f"shadow must have an entry for each of {n} parameters, got"
+                             f" {len(shadows)}")  # fmt: skip
+        for i, shadow in enumerate(shadows):
+            if shadow is not None and not isinstance(shadow, torch.Tensor):
+                raise TypeError(f"shadow[{i}] must be a tensor or None, got {shadow!r}")
+        return list(shadows)
 
     @property
     def state(self) -> Any:
@@ -294,8 +478,11 @@ class Optimizer(torch.optim.Optimizer):
             lr = None
         else:  # to read it would be to wait for the device
             known, lr = {**group, "lr": 0.0}, lr.detach()
-        row = (group["params"], self._spec.native(self._checked(known)), group, lr)
+        native = self._spec.native(self._checked(known))
+        self._storage.check_exact(native, map(dtype_name, group["params"]))
+        row = (group["params"], native, group, lr)
         self._seen[k] = (values, copies, row)
+        self._reread = True
         return row
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -320,6 +507,11 @@ class Optimizer(torch.optim.Optimizer):
                 first = sum(len(one["params"]) for one in self.param_groups[:-1])
                 (name,) = _names_in(group, first + j, 1, j)
                 raise ValueError(f"params[{name}] must be {rule}, got {device}")
+            first = sum(len(one["params"]) for one in self.param_groups[:-1])
+            for j, param in enumerate(group["params"]):
+                self._check_stored(f"params[{_names_in(group, first + j, 1, j)[0]}]", param)
+            native = self._spec.native(self._checked({**group, "lr": 0.0}))
+            self._storage.check_exact(native, map(dtype_name, group["params"]))
             if home != self._device:
                 self.__dict__.update(self._opened(home, self.state))
             self._to_python(group)
@@ -367,6 +559,8 @@ class Optimizer(torch.optim.Optimizer):
                 parameter, state or step count changes (default False).
             norms: measures each parameter's gradient, for `grad_norms` and `nonfinite`
                 (default False).
+            clip_value, ema, shadow, zero_grad: as the constructor's, for this step (default: the
+                constructor's).
 
         Returns:
             What the closure returned.
@@ -434,9 +628,24 @@ class Optimizer(torch.optim.Optimizer):
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
         norms: bool = False,
+        clip_value: float | None = _AS_MADE,
+        ema: float | Callable[[int], float] | None = _AS_MADE,
+        shadow: Any = _AS_MADE,
+        zero_grad: bool = _AS_MADE,
     ) -> Any:
+        asked = self._each
+        told = clip_value, ema, shadow, zero_grad
+        if told != _UNTOLD:
+            given = zip(_EACH, told, strict=True)
+            checked = self._checked_each({n: value for n, value in given if value is not _AS_MADE})
+            asked = asked._replace(**checked)
+        if asked.zero_grad and self._stepping_in_backward:
+            raise RuntimeError(
+                "zero_grad must be False, got True: step_in_backward frees gradients"
+            )
         if max_norm is not None or skip_nonfinite is not False or norms is not False:
             max_norm = self._check_whole(max_norm, skip_nonfinite, norms)
+            asked = asked._replace(max_norm=max_norm, skip_nonfinite=skip_nonfinite, norms=norms)
         loss = None
         if closure is not None:
             if not callable(closure):
@@ -446,13 +655,15 @@ class Optimizer(torch.optim.Optimizer):
                 )
             with torch.enable_grad():
                 loss = closure()
-        self._turn.run(self._step_all, max_norm, skip_nonfinite, norms)
+        self._turn.run(self._step_all, asked)
         return loss
 
-    def _step_all(self, max_norm: float | None, skip_nonfinite: bool, norms: bool) -> None:
+    def _step_all(self, asked: _Asked) -> None:
         """A step, while nobody else has a turn."""
         rows = self._current()
-        self._update(rows, max_norm=max_norm, skip_nonfinite=skip_nonfinite, norms=norms)
+        if asked.shadow is not None:
+            asked = asked._replace(shadow=self._shadows(asked.shadow))
+        self._update(rows, asked)
 
     def _check_whole(self, max_norm: Any, skip_nonfinite: Any, norms: Any) -> float | None:
         """`max_norm`, checked; raises unless all gradients are here at once, as all three need."""
@@ -474,11 +685,9 @@ class Optimizer(torch.optim.Optimizer):
     def _update(
         self,
         groups: list[_Row],
+        asked: _Asked,
         first: int = 0,
         at: int = 0,
-        max_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        norms: bool = False,
         free: bool = False,
     ) -> None:
         """Steps the parameters of `groups`, with the loss scale that torch.amp has set.
@@ -491,6 +700,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("GradScaler cannot be used with step_in_backward: gradients were"
                                " stepped before they were checked")  # fmt: skip
         scale = self.__dict__.get("grad_scale")
+        max_norm, skip_nonfinite, norms = asked[:3]
         options = PLAIN
         if self._gpu is not None:
             live = skip_nonfinite or found_inf is not None or self._counts_live(groups)
@@ -505,10 +715,36 @@ class Optimizer(torch.optim.Optimizer):
             )
         if type(self).state is not Optimizer.state:  # a subclass's own attribute
             self._table.state = self.state
-        helper = _Helper(self, options.live, groups, first, at)
-        self._table.step(groups, options, first, free, helper)
+        changes = []
+        if asked.ema is not None:
+            so_far = self._averages()
+            decay = at_step("ema", asked.ema, so_far, SHARE)
+            options = options._replace(average=True, ema_decay=decay)
+            changes = [(group, {_AVERAGES: so_far + 1}) for group in self.param_groups]
+        if asked.clip_value is not None or asked.zero_grad or self._storage.seed:
+            options = options._replace(
+                clip_value=asked.clip_value, zero_grad=asked.zero_grad, seed=self._storage.seed
+            )
+        helper = _Helper(self, options.live, groups, first, at, asked)
+        self._table.step(groups, options, first, free, helper, asked.shadow, changes)
+        if self._reread:
+            self._drop_late(groups)
         if options.max_norm is not None or options.skip_nonfinite or options.norms:
             self._keys = self._distinct_names()
+
+    def _averages(self) -> int:
+        """How many averages there were."""
+        return max((group.get(_AVERAGES, 0) for group in self.param_groups), default=0)
+
+    def _drop_late(self, rows: list[_Row]) -> None:
+        """After a step: drops a state that it did not have, so that it begins anew later."""
+        self._reread = False
+        late = self._spec.late
+        for params, native, *_ in rows:
+            if late and late not in self._spec.uses(native):
+                for param in params:
+                    if param in self.state:
+                        self.state[param].pop(late, None)
 
     def _counts_live(self, rows: list[_Row]) -> bool:
         """Whether the step counts are on the device: once there, they stay."""
@@ -570,10 +806,12 @@ class Optimizer(torch.optim.Optimizer):
         self._settle(param)
         k, j, i = place
         _, native, group, lr = self._row(k, self.param_groups[k])
-        self._update([([param], native, group, lr)], i, j, free=True)
+        # Averages and copies are made by `step`, of all parameters at once.
+        asked = _Asked(clip_value=self._each.clip_value)
+        self._update([([param], native, group, lr)], asked, i, j, free=True)
 
     def _is_array(self, name: str) -> bool:
-        return name in self._spec.states
+        return name in self._arrays
 
     def _params(self) -> list[torch.Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -587,9 +825,9 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 entry = self.state.get(param, {})
                 state = {
-                    name: value.detach().double().cpu().numpy()
-                    for name, value in entry.items()
-                    if self._is_array(name)
+                    name: self._wide(param, name, entry).double().cpu().numpy()
+                    for name in self._spec.states
+                    if name in entry
                 }
                 t = int(entry.get("step", 0))
                 found.append((param, self._spec.divisor(native, t, state)))
@@ -610,23 +848,137 @@ class Optimizer(torch.optim.Optimizer):
             return []
         return self._table.not_begun(self._params())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped."""
-        return self._turn.read(self._saved)
+    def state_dict(self, state_dtype: str | None = None) -> dict[str, Any]:
+        """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped.
 
-    def _saved(self) -> dict[str, Any]:
+        Args:
+            state_dtype: "float32" gives states and averages that are narrower as torch has them, in
+                float32, exactly. None gives them as they are, but for those of a DTensor in q8,
+                which are bfloat16, exactly: what lies beside them has no placement (default None).
+        """
+        if state_dtype not in (None, "float32"):
+            raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
+        return self._turn.read(self._saved, state_dtype is not None)
+
+    def _saved(self, wide: bool) -> dict[str, Any]:
         """`state_dict`, while nobody else has a turn."""
+        if self._ahead == EMA:
+            _lookahead.refuse_inside(self, "state_dict must come")
         result = super().state_dict()
         for i, late in self._late().items():
             if i in result["state"]:
                 result["state"][i] = {**result["state"][i], **late}
         for i in self._not_begun():
             result["state"].pop(i, None)
+        for i, param in enumerate(dict.fromkeys(self._params())):
+            if i in result["state"]:
+                result["state"][i] = self._saved_entry(param, result["state"][i], wide)
         for group in result["param_groups"]:  # which may have been edited since they were made
             self._to_python(group)
         return result
 
-    def _late(self) -> dict[int, dict[str, torch.Tensor]]:
+    def _saved_entry(
+        self, param: torch.Tensor, entry: Mapping[str, Any], wide: bool
+    ) -> dict[str, Any]:
+        """A parameter's state as a checkpoint has it, all wide or as it is."""
+        result = dict(entry)
+        for name, kept in self._form(param).streams.items():
+            if kept.format in ("float32", "float64") or entry.get(name) is None:
+                continue
+            coded = bool(kept.beside)
+            if wide or (coded and is_dtensor(param)):
+                values = self._wide(param, name, entry)
+                result[name] = values if wide else values.to(torch.bfloat16)
+                result.pop(kept.beside, None)
+        late = self._spec.late  # which torch has always
+        narrow = late and self._form(param).states[late].format not in ("float32", "float64")
+        if late and "step" in entry and late not in entry and (wide or not narrow):
+            result[late] = new_state(param, dtype_for(_computed(param), param))
+        return result
+
+    def _wide(self, param: torch.Tensor, name: str, entry: Mapping[str, Any]) -> torch.Tensor:
+        """A state or an average of a parameter as the step computes with it."""
+        dtype = dtype_for(_computed(param), param)
+        stored = self._stored(param, name, entry)
+        if stored.beside is None:
+            return stored.array.detach().to(dtype)
+        result = new_state(param, dtype, True)
+        convert(stored, Stored(result, _computed(param)), self._first(param))
+        return result
+
+    def masters(self) -> dict[str | int, torch.Tensor]:
+        """Copies of the parameters at the precision that they are trained in, by name or number.
+
+        float32, or float64 under float64: with `rounding="split"` or `"kahan"` more than the
+        bfloat16 parameters show, otherwise what they are.
+        """
+        return self._turn.read(self._masters)
+
+    def _masters(self) -> dict[str | int, torch.Tensor]:
+        """`masters`, while nobody else has a turn."""
+        _lookahead.refuse_inside(self, "masters must come")
+        found: dict[str | int, torch.Tensor] = {}
+        names = self._distinct_names()
+        for i, param in enumerate(self._params()):
+            kept = self._form(param).param
+            beside = self.state.get(param, {}).get(kept.beside) if kept.beside else None
+            result = new_state(param, dtype_for(_computed(param), param), True)
+            with torch.no_grad():
+                if beside is None:
+                    result.copy_(param)
+                else:
+                    convert(Stored(param, kept.format, beside), Stored(result, "float32"))
+            found[names[i] if names else i] = result
+        return found
+
+    @contextlib.contextmanager
+    def ema(self) -> Iterator[None]:
+        """The parameters' moving average in their place: `with opt.ema(): evaluate(model)`.
+
+        Parameters and averages change places in the memory that they have, and back afterwards,
+        also after an exception: the parameters are then what they were, to the bit. Inside they are
+        for reading, and in 16 bits they are the average rounded to nearest. A copy of the
+        parameters is kept meanwhile only where they and their average are in formats of which
+        neither holds the other. Of a model in shards each rank swaps its own.
+
+        Raises:
+            ValueError: no step had `ema=` so far.
+            RuntimeError: a step, a load, a copy or a reading of the state inside.
+
+        Example:
+            >>> import torch
+            >>> from fusedstep.torch import SGD
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> opt = SGD([w], lr=1.0, ema=0.5)
+            >>> for _ in range(2):
+            ...     w.grad = torch.ones(1)
+            ...     opt.step()
+            >>> with opt.ema():
+            ...     print(w.item())
+            -0.5
+            >>> w.item()
+            -1.0
+        """
+        self._settle(None)
+        pairs = [
+            (param, entry[EMA]) for param in self._params()
+            if isinstance((entry := self.state.get(param, {})).get(EMA), torch.Tensor)
+        ]  # fmt: skip
+        if not pairs:
+            raise ValueError("ema must follow a step with ema=, got no average so far")
+        swap = swapping(pairs)
+        swapped = False
+        try:
+            swapped = True
+            self._turn.run(swap)
+            self._ahead = EMA
+            yield
+        finally:
+            if swapped:
+                self._turn.run(swap)
+                self._ahead = False
+
+    def _late(self) -> dict[int, dict[str, Any]]:
         """States that the next step would make for an edited hyperparameter, by parameter number.
 
         Else a checkpoint could not be told from one of which a state was lost.
@@ -639,22 +991,26 @@ class Optimizer(torch.optim.Optimizer):
                 uses = self._uses(group)
                 for i, param in enumerate(group["params"], first):
                     entry = self.state.get(param, {})
-                    missing = [name for name in uses if entry.get(name) is None]
+                    names = [*uses, *self._beside(param, uses)]
+                    missing = [name for name in names if entry.get(name) is None]
                     if missing and any(entry.get(name) is not None for name in own):
                         numbers.append(i)
                         wanted.append((param, group, missing))
             first += len(group["params"])
         made = _Helper(self, self._table.live, [])._begin(wanted) if wanted else []
-        return dict(zip(numbers, made, strict=True))
+        late = self._spec.late  # which begins as what the next step finds
+        return {
+            i: {name: None if name == late else value for name, value in fresh.items()}
+            for i, fresh in zip(numbers, made, strict=True)
+        }
 
     def _uses(self, group: Mapping[str, Any]) -> list[str]:
         """The states that a step under a group's hyperparameters has."""
         return self._spec.uses(self._spec.native(self._checked({**group, "lr": 0.0})))
 
-    @classmethod
-    def _own_names(cls) -> list[str]:
+    def _own_names(self) -> list[str]:
         """The keys of the rule in a parameter's state."""
-        return [*cls._spec.scalars, *cls._spec.states]
+        return [*self._scalars(), *self._spec.states]
 
     def __getstate__(self) -> dict[str, Any]:
         _lookahead.refuse_inside(self, "copies must be made")
@@ -663,6 +1019,7 @@ class Optimizer(torch.optim.Optimizer):
     def _copied(self) -> dict[str, Any]:
         """`__getstate__`, while nobody else has a turn."""
         result = super().__getstate__()
+        result |= {"_how": self._storage.how, "_each": self._each}
         if missing := self._not_begun():
             params = self._params()
             result["state"] = copy.copy(result["state"])
@@ -710,12 +1067,14 @@ class Optimizer(torch.optim.Optimizer):
         named = list(map(len, names)) == list(map(len, own))
         order, saved = _checkpoint.arranged(saved, names if named else None, strict=False)
         param_of = _checkpoint.places(saved, own)
+        averages = state_dict.get(_AVERAGES)  # a neutral optimizer's
         number: dict[int, int] = {}
         for i, param in enumerate(self._params()):
             number.setdefault(id(param), i)
         # A neutral optimizer's checkpoint has no keys but its own.
         beyond = sorted(self._extra.keys() - _FLAGS.keys()) if "step" in state_dict else []
         groups, required, own_names = [], {}, self._own_names()
+        unused: set[torch.Tensor] = set()  # of which a late state begins later
         for k, (loaded, params) in enumerate(zip(saved, own, strict=True)):
             where = f"{_checkpoint.GROUPS}[{order[k]}]"
             group = {
@@ -726,13 +1085,20 @@ class Optimizer(torch.optim.Optimizer):
             }
             if beyond:
                 group[_BEYOND] = beyond
+            if averages is not None:
+                group[_AVERAGES] = _checkpoint.count("state_dict['averages']", averages)
             groups.append(group)
             try:
-                used = self._uses(self._completed(dict(group), self.param_groups[k], True))
+                completed = self._completed(dict(group), self.param_groups[k], True)
+                native = self._spec.native(self._checked({**completed, "lr": 0.0}))
+                self._storage.check_exact(native, map(dtype_name, params))
+                used = self._spec.uses(native)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from None
             needed = self._spec.required(used)
             required.update({id(param): needed for param in params})
+            if self._spec.late and self._spec.late not in used:
+                unused.update(params)
         recordable = self._recordable()
         state: dict[Any, Any] = {}
         for key, entry in entries.items():
@@ -742,6 +1108,8 @@ class Optimizer(torch.optim.Optimizer):
                 counts = param.device if param in recordable else _CPU
                 taken = self._taken(where, entry, param, counts, own_names)
                 self._check_complete(where, taken, own_names, required[id(param)])
+                if param in unused:
+                    taken.pop(self._spec.late, None)
                 state[number[id(param)]] = _Hidden(taken)
             elif isinstance(entry, Mapping) and set(own_names) & set(entry):
                 raise ValueError(f"state_dict['state'] must have known parameters, got {key!r}")
@@ -777,7 +1145,9 @@ class Optimizer(torch.optim.Optimizer):
             for key, entry in shown.items():
                 entries[key] = entry.entry if isinstance(entry, _Hidden) else entry
         else:
-            state = {**state, "_turn": new_turn(), "_stepping_in_backward": set()}
+            state = {"_each": _Asked(), **state}
+            state |= {"_turn": new_turn(), "_stepping_in_backward": set()}
+            self._store(state.pop("_how", {}))
         state = {name: value for name, value in state.items() if name != "state"}
         # One update of the attributes, before which nothing has changed, and after which all has.
         super().__setstate__({**state, **self._derived(entries)})
@@ -792,17 +1162,24 @@ class Optimizer(torch.optim.Optimizer):
     ) -> dict[str, Any]:
         """A parameter's saved state as the step wants it, checked and copied."""
         _checkpoint.check_mapping(where, entry)
-        taken = {}
+        taken: dict[str, Any] = {}
+        form = self._form(param)
+        # What lies beside something is taken with it, or is of another form.
+        beside = {*_storage.PARAM_BESIDE, *(f"{name}_exponents" for name in form.states)}
         for name, value in entry.items():
             label = f"{where}[{name!r}]"
             if isinstance(value, torch.Tensor):
                 check_readable(label, value)
-            if name not in own:
+            if name in form.beside and form.beside[name] is form.param:
+                taken[name] = self._taken_like(label, value, param, name)
+            elif name in beside:
+                continue
+            elif name not in own and name != EMA:
                 taken[name] = _users_own(label, value, None if param.is_meta else param.device)
             elif value is None:  # torch before the first step with momentum
                 taken[name] = None
             elif self._is_array(name):
-                taken[name] = _state_like(label, value, param)
+                taken |= self._taken_array(label, name, entry, param)
             else:
                 one = isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_sparse
                 number = value.detach() if one else value
@@ -815,11 +1192,64 @@ class Optimizer(torch.optim.Optimizer):
                 taken[name] = _scalar(name, number, 0.0, counts)
         return taken
 
+    def _taken_like(self, label: str, value: Any, param: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy of a saved array of one dtype and the parameter's shape."""
+        _check_like(label, value, param)
+        dtype = self._array_dtype(param, name)
+        if value.dtype != dtype:
+            wanted, found = (str(one).removeprefix("torch.") for one in (dtype, value.dtype))
+            raise TypeError(f"{label} must be {wanted}, got {found}")
+        return value if param.is_meta else _copied_like(label, self._new(param, name), value)
+
+    def _taken_array(
+        self, label: str, name: str, entry: Mapping[str, Any], param: torch.Tensor
+    ) -> dict[str, Any]:
+        """A copy of a saved state or average, in whatever form it is, as a step has it."""
+        value, kept = entry[name], self._form(param).streams[name]
+        _check_like(label, value, param)
+        coded = value.dtype == torch.uint8 and not param.is_complex()
+        real = value.is_floating_point() and not param.is_complex()
+        if not coded and not real and not (value.is_complex() and param.is_complex()):
+            kind = "complex" if param.is_complex() else "floating point, or uint8 with exponents"
+            raise TypeError(f"{label} must be {kind}, got {value.dtype}")
+        if param.is_meta:
+            return {key: entry[key] for key in (name, kept.beside) if key in entry}
+        first = self._first(param)
+        new = {key: self._new(param, key) for key in (name, kept.beside) if key}
+        target = Stored(new[name], kept.format, new.get(kept.beside))
+        if not coded and not kept.beside:
+            _copied_like(label, new[name], value)
+            return new
+        source = Stored(value, _float_name(value))
+        if coded:
+            beside = f"{name}_exponents"
+            exponents = entry.get(beside)
+            n = local(param).numel()
+            shape = (-(-(first % 128 + n) // 128) if n else 0,)
+            known = isinstance(exponents, torch.Tensor) and exponents.dtype == torch.uint8
+            if exponents is None or not known or exponents.shape != shape:
+                found = type(exponents).__name__
+                if exponents is not None and known:
+                    found = str(tuple(exponents.shape))
+                raise ValueError(
+                    f"{label[:-2]}_exponents'] must be uint8 of shape {shape}, got {found}"
+                )
+            source = Stored(
+                value, "q8_positive" if name in self._spec.positive else "q8", exponents
+            )
+        convert(source, target, first)
+        return new
+
     def _check_complete(
         self, where: str, entry: Mapping[str, Any], own: list[str], required: list[str]
     ) -> None:
         """Raises ValueError for a state that has begun, by this rule or another, and lacks some."""
-        lacking = [name for name in required if entry.get(name) is None]
+        late = self._spec.late
+        lacking = [
+            name
+            for name in required
+            if entry.get(name) is None and not (name == late and name in entry)
+        ]
         if required and not lacking:
             return
         begun = {name for name, value in entry.items() if value is not None}
@@ -911,9 +1341,16 @@ class _Helper:
     """What the compiled table asks for during one step (tensor_table.h), and what it takes."""
 
     def __init__(
-        self, optimizer: Optimizer, live: bool, rows: list[_Row], first: int = 0, at: int = 0
+        self,
+        optimizer: Optimizer,
+        live: bool,
+        rows: list[_Row],
+        first: int = 0,
+        at: int = 0,
+        asked: _Asked = _Asked(),  # noqa: B008  # it is a tuple
     ) -> None:
         self._optimizer = optimizer
+        self._asked = asked
         self._rows, self._first, self._at = rows, first, at  # see Optimizer._update
         self._counts = optimizer._device if live else _CPU  # where they are
         self._apart = False
@@ -948,7 +1385,8 @@ class _Helper:
     def _plain(self, i: int, kind: str, tensor: torch.Tensor) -> tuple[Any, Any, bool]:
         label, param = self._label(i, kind), self._param(i)
         device = self._optimizer._device
-        if kind not in ("params", "grads") and not self._optimizer._is_array(kind):
+        is_state = kind not in ("params", "grads", "shadow")
+        if is_state and not self._optimizer._is_array(kind):
             if tensor.numel() == 1 and not tensor.is_complex():
                 check_memory(label, tensor)
                 count = _scalar(kind, tensor, 0.0, self._counts)
@@ -956,27 +1394,43 @@ class _Helper:
                     self._check_not_recording()
                     return count, None, True
             device = self._counts
-        plain, copied = as_plain(tensor, label, param, device)
+        plain, copied = as_plain(tensor, label, param, device, is_state)
         written = local(tensor).detach() if copied and kind != "grads" else None
         return plain, written, False
 
-    def _match(self, i: int, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
+    def _match(
+        self, i: int, tensors: list[torch.Tensor], writes: list[bool], ordered: bool
+    ) -> tuple[list[torch.Tensor], list[Any]]:
         if not self._apart:  # the table sees the copies, not the memory that they stand in for
             with torch._C.DisableTorchFunctionSubclass():  # no code of theirs, which may move some
                 check_apart(self._written())
             self._apart = True
-        result = as_dense(tensors)
-        written = [0, *range(2, len(tensors))]  # all but the gradient
-        back = [(tensors[k].detach(), result[k]) for k in written if result[k] is not tensors[k]]
+        result = as_dense(tensors, ordered)
+        back = [
+            (tensor.detach(), dense)
+            for tensor, dense, written in zip(tensors, result, writes, strict=True)
+            if written and dense is not tensor
+        ]
         return result, back
+
+    def _first_of(self, i: int) -> int:
+        return first_place(lambda: self._label(i, "params"), self._param(i))
+
+    def _check_stored(self, i: int) -> None:
+        self._optimizer._check_stored(self._label(i, "params"), self._param(i))
 
     def _written(self) -> dict[str, torch.Tensor]:
         """The tensors that the step may write to, by their names in errors."""
         found, entries = {}, self._optimizer.state
         for i, (param, *_) in enumerate(self._found(), self._first):
-            if param.grad is None:
+            shadow = self._asked.shadow[i] if self._asked.shadow else None
+            if shadow is not None:
+                found[self._label(i, "shadow")] = shadow
+            if param.grad is None and self._asked.ema is None:
                 continue
             found[self._label(i, "params")] = param
+            if param.grad is not None and self._asked.zero_grad:
+                found[self._label(i, "grads")] = param.grad
             for name, value in entries.get(param, {}).items():
                 if self._optimizer._is_array(name) and isinstance(value, torch.Tensor):
                     found[self._label(i, name)] = value
@@ -984,7 +1438,8 @@ class _Helper:
 
     def _label(self, i: int, kind: str) -> str:
         name = self._name(i)
-        return f"{kind}[{name}]" if kind in ("params", "grads") else f"state[{name}]['{kind}']"
+        is_state = kind not in ("params", "grads", "shadow")
+        return f"state[{name}]['{kind}']" if is_state else f"{kind}[{name}]"
 
     def _check_not_recording(self) -> None:
         """Raises where what is made now would be made again by each replay of a graph."""
@@ -1002,7 +1457,7 @@ class _Helper:
     ) -> list[dict[str, torch.Tensor]]:
         opt = self._optimizer
         self._check_not_recording()
-        packed = flat.packed_states(wanted, opt._is_array)
+        packed = flat.packed_states(wanted, self._packed_dtype)
         made: list[dict[str, torch.Tensor]] = []
         entries = opt.state
         for param, group, names in wanted:
@@ -1021,11 +1476,23 @@ class _Helper:
                     fresh[name] = _scalar(name, given, initial, self._counts)
                     continue
                 state = packed.get((param, name))
-                fresh[name] = new_state(param) if state is None else state
-                if initial:
-                    both = complex(initial, initial)  # two reals
-                    fresh[name].fill_(both if param.is_complex() else initial)
+                fresh[name] = opt._new(param, name) if state is None else state
+            for name in opt._spec.states:
+                initial = opt._spec.first(name, hypers)
+                if initial and name in fresh:
+                    _fill(opt._stored(param, name, {**entry, **fresh}), initial)
+            if opt._gpu is not None and EMA in fresh:  # which alone may know that it skips a step
+                fresh[EMA].copy_(param)
         return made
+
+    def _packed_dtype(self, param: torch.Tensor, name: str) -> torch.dtype | None:
+        """The dtype of a state that is laid out as its parameter; None for any other."""
+        opt = self._optimizer
+        if not opt._is_array(name) or (opt._ordered(param) and not param.is_contiguous()):
+            return None
+        beside = opt._form(param).beside.get(name)
+        coded = beside is not None and beside.format.startswith("q8")
+        return None if coded else opt._array_dtype(param, name)
 
 
 def _names_in(group: Mapping[str, Any], first: int, n: int, at: int = 0) -> list[str]:
@@ -1054,28 +1521,44 @@ def _users_own(label: str, value: Any, device: torch.device | None) -> Any:
     return value.detach().clone().to(device or value.device)
 
 
-def _state_like(label: str, value: Any, param: torch.Tensor) -> torch.Tensor:
-    """A copy of a saved state, as a step over `param` has it."""
+def _computed(param: torch.Tensor) -> str:
+    """The dtype in which a step computes, of reals."""
+    return "float64" if dtype_name(param) == "float64" else "float32"
+
+
+def _float_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _check_like(label: str, value: Any, param: torch.Tensor) -> None:
+    """Raises TypeError or ValueError for what is no tensor of the parameter's shape and kind."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{label} must be a tensor, got {type(value).__name__}")
     if value.shape != param.shape:
         raise ValueError(f"{label} must have shape {tuple(param.shape)}, got {tuple(value.shape)}")
-    real = value.is_floating_point() and not param.is_complex()
-    if not real and not (value.is_complex() and param.is_complex()):
-        kind = "complex" if param.is_complex() else "floating point"
-        raise TypeError(f"{label} must be {kind}, got {value.dtype}")
     if is_dtensor(value) != is_dtensor(param):
         raise TypeError(f"{label} must be {type(param).__name__}, got {type(value).__name__}")
     if value.layout != torch.strided:
         raise ValueError(f"{label} must be dense, got layout {value.layout}")
-    if param.is_meta:
-        return value
-    if value.is_meta:
+    if value.is_meta and not param.is_meta:
         raise ValueError(f"{label} must have memory, got a tensor on {value.device}")
+
+
+def _copied_like(label: str, target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     try:
-        return new_state(param).copy_(value)
+        return target.copy_(value)
     except RuntimeError as error:  # of tensors of other libraries' own kinds
         raise ValueError(f"{label} must be something to copy: {error}") from error
+
+
+def _fill(stored: Stored, number: float) -> None:
+    """Makes all of a state one number, both reals of a complex one."""
+    if stored.beside is None:
+        complex_ = stored.array.is_complex()
+        stored.array.fill_(complex(number, number) if complex_ else number)
+        return
+    values = torch.full(local(stored.array).shape, number, device="cpu")
+    convert(Stored(values, "float32"), stored)
 
 
 def _scalar(name: str, value: Any, default: float, device: torch.device) -> torch.Tensor:
@@ -1136,12 +1619,27 @@ def _copied(value: Any) -> Any:
     return object()  # unlike all others: read again
 
 
+_TYPES: dict[str, Any] = {
+    "rounding": str,
+    "state_dtype": str | dict[str, str] | None,
+    "state_rounding": str,
+    "seed": int,
+    "ema_dtype": str | None,
+    "clip_value": float | None,
+    "ema": float | Callable[[int], float] | None,
+    "shadow": Any,
+    "zero_grad": bool,
+}
+
+
 def _type_of(spec: Spec, name: str) -> Any:
     """The annotation of an argument that torch's class has not, of the kind that torch gives."""
     if name == "params":
         return torch_optimizer.ParamsT
     if name in _FLAGS:
         return bool if name in _HOW else bool | None
+    if name in _TYPES:
+        return _TYPES[name]
     if name == "lr":
         return float | torch.Tensor
     if name in spec.parts:
@@ -1172,8 +1670,8 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     """The torch class of a neutral one, with torch's signature where torch has such a class."""
     name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
-    for n in ("groups", *_storage.HOW):
-        del own[n]
+    for beside in ("groups", *HOW):
+        del own[beside]
     peer = getattr(torch.optim, name, None)
     theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
     parameters = dict(theirs or own)
@@ -1181,6 +1679,8 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     flags = {n: inspect.Parameter(n, keyword, default=value) for n, value in _FLAGS.items()}
     extra = {n: p for n, p in {**own, **flags}.items() if n not in parameters}
     parameters |= {n: p.replace(kind=keyword) for n, p in extra.items()}
+    added = {n: default for n, (default, _) in (*HOW.items(), *_EACH.items())}
+    parameters |= {n: inspect.Parameter(n, keyword, default=d) for n, d in added.items()}
     # With types, by which configurations are parsed.
     signature = inspect.Signature(
         [
@@ -1216,7 +1716,7 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
             "_given": {
                 n: p.default
                 for n, p in signature.parameters.items()
-                if n != "params" and n not in extra
+                if n != "params" and n not in extra and n not in added
             },
             "_extra": {n: p.default for n, p in extra.items()},
             "_read": tuple(dict.fromkeys([*hypers, *spec.fixed, *_HOW])),
@@ -1244,6 +1744,8 @@ def _doc(one: type[neutral.Optimizer], signature: inspect.Signature, has_peer: b
             "capturable: on a CUDA device, keeps step counts there, so that steps can be recorded",
             "    in a CUDA graph (default False).",
             "differentiable: must be False.",
+            *_storage.how_docs(),
+            *(f"{n}: {doc} (default {default!r})." for n, (default, doc) in _EACH.items()),
             "",
         ]
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from fusedstep import _arrays, _core, _gpu, _runtime
+from fusedstep import _arrays, _core, _gpu, _runtime, _storage
+from fusedstep._arrays import announcer
+from fusedstep._storage import Kept, Stored
 
 DTYPES = (*(getattr(torch, name) for name in _arrays.DTYPES), torch.complex64, torch.complex128)
+
+_INTEGERS = (torch.int16, torch.uint8)  # of which states may be
 
 
 def gpu_of(device: torch.device) -> Any:
@@ -30,10 +35,19 @@ def recording(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def state_dtype(param: torch.Tensor) -> torch.dtype:
-    """float32; float64, complex64 and complex128 under parameters of those."""
-    wide = param.dtype in (torch.float64, torch.complex64, torch.complex128)
-    return param.dtype if wide else torch.float32
+_REALS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def dtype_name(param: torch.Tensor) -> str:
+    """The name of the dtype of a parameter's numbers, a complex one's two reals."""
+    return str(_REALS.get(param.dtype, param.dtype)).removeprefix("torch.")
+
+
+def dtype_for(name: str, param: torch.Tensor) -> torch.dtype:
+    """torch's dtype of this name, complex under a complex parameter."""
+    dtype: torch.dtype = getattr(torch, name)
+    complexes = {real: both for both, real in _REALS.items()}
+    return complexes.get(dtype, dtype) if param.is_complex() else dtype
 
 
 def allocate(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -53,18 +67,15 @@ def own_storage(view: torch.Tensor) -> torch.Tensor:
     return run.as_strided(view.shape, view.stride()).detach()
 
 
-def new_state(param: torch.Tensor) -> torch.Tensor:
-    """Zeros like `param`, in the dtype of its states."""
-    dtype = state_dtype(param)
+def new_state(param: torch.Tensor, dtype: torch.dtype, ordered: bool = False) -> torch.Tensor:
+    """Zeros like `param`; `ordered` ones in the order of their places in it."""
+    kind = torch.contiguous_format if ordered else torch.preserve_format
     if type(param) not in (torch.Tensor, torch.nn.Parameter) or param.is_meta:
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return torch.zeros_like(param, dtype=dtype, memory_format=kind)
     if param.device.type != "cpu" or param.numel() * dtype.itemsize < _core.HUGE_FROM:
-        return torch.zeros_like(
-            param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
-        )
-    return allocate(param.numel(), dtype, param.device).as_strided(
-        param.shape, dense_strides(param)
-    )
+        return torch.zeros_like(param, dtype=dtype, memory_format=kind, requires_grad=False)
+    flat = allocate(param.numel(), dtype, param.device)
+    return flat.view(param.shape) if ordered else flat.as_strided(param.shape, dense_strides(param))
 
 
 def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -97,10 +108,145 @@ def local(tensor: Any) -> torch.Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard  # for a collective under way
 
 
+def convert(source: Stored, target: Stored, first: int = 0) -> None:
+    """`_storage.convert` of tensors of any kind: a DTensor's shard, strided, or on a GPU."""
+
+    def here(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return local(tensor).detach().cpu().contiguous()
+
+    there = Stored(here(target.array), target.format, here(target.beside))
+    if there.array.numel():
+        _storage.convert(
+            Stored(here(source.array), source.format, here(source.beside)), there, first
+        )
+    for new, old in ((there.array, target.array), (there.beside, target.beside)):
+        if new is not None and local(old).data_ptr() != new.data_ptr():
+            local(old).copy_(new)
+
+
+def swapping(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """A function that swaps parameters with their averages in place, and back when called again."""
+    with torch.no_grad():
+        runs = [_in_order(local(param), local(average)) for param, average in pairs]
+    params = [param for param, _ in pairs]
+    if params[0].device.type == "cpu":
+        names = list(map(str, range(len(runs))))
+        dtypes = {dtype_name(p): dtype_name(a) for p, a in pairs}
+        native = {d: [Kept(d), Kept(dtypes.get(d, d))] for d in _arrays.DTYPES}
+        table = _core.ArrayTable(
+            "lookahead", names, [p for p, _, _ in runs], [0] * len(runs), storage=native
+        )
+        table.load({"ema": [a for _, a, _ in runs]}, table.clocks(), 0, [], [])
+        swap = table.swap
+    else:
+        swap = _swapping_there([(p, a) for p, a, _ in runs])
+
+    def run() -> None:
+        swap()
+        with torch.no_grad():
+            for there, here in (pair for *_, back in runs for pair in back):
+                there.copy_(here)
+        announcer()([*params, *(average for _, average in pairs)])
+
+    return run
+
+
+def _in_order(
+    param: torch.Tensor, average: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Both as 1-D reals of one order in memory, and what to copy to and from after writing."""
+    given = [tensor.detach().resolve_conj().resolve_neg() for tensor in (param, average)]
+    strides = dense_strides(given[0])
+    if all(tensor.stride() == strides for tensor in given):
+        runs = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in given]
+    else:
+        runs = [tensor.contiguous().view(-1) for tensor in given]
+    back = [
+        (to.detach(), run.view(to.shape))
+        for to, run in zip((param, average), runs, strict=True)
+        if to.data_ptr() != run.data_ptr()
+    ]
+    first, second = (torch.view_as_real(r).view(-1) if r.is_complex() else r for r in runs)
+    return first, second, back
+
+
+def _swapping_there(runs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """`swapping` of dense runs on a GPU, as ArrayTable::swap has it here."""
+    kept: dict[int, torch.Tensor] = {}
+    swapped = [False]
+
+    @torch.no_grad()
+    def swap() -> None:
+        back = swapped[0]
+        for k, (param, average) in enumerate(runs):
+            halves = (param.dtype, average.dtype) == (torch.bfloat16, torch.float32)
+            for begin in range(0, param.numel(), _BLOCK):
+                p, a = (run[begin : begin + _BLOCK] for run in (param, average))
+                if p.dtype == a.dtype:
+                    values = p.clone()
+                    p.copy_(a)
+                    a.copy_(values)
+                elif halves:
+                    _swap_halves(p, a, back)
+            if param.dtype == average.dtype or halves:
+                continue
+            if back:
+                param.copy_(kept.pop(k))
+            else:
+                kept[k] = param.clone()
+                param.copy_(average)
+        swapped[0] = not back
+
+    return swap
+
+
+_BLOCK = 1 << 22  # elements that are swapped at a time
+
+
+def _swap_halves(param: torch.Tensor, average: torch.Tensor, back: bool) -> None:
+    """A bfloat16 parameter and its float32 average, as swap_halves in array_table.cpp."""
+    old = param.view(torch.int16).to(torch.int32) << 16
+    words = average.view(torch.int32)
+    if back:
+        param.view(torch.int16).copy_(words >> 16)
+        words.copy_(old + words.view(torch.int16)[::2])
+        return
+    word = torch.where(average.isnan(), 0x7FC00000, words)
+    param.view(torch.int16).copy_((word + 0x8000) >> 16)
+    words.copy_(old | (word & 0xFFFF))
+
+
+def first_place(label: Callable[[], str], param: torch.Tensor) -> int:
+    """The place in the whole parameter of the first element that is here.
+
+    ValueError for a shard that is no run of places.
+    """
+    if not is_dtensor(param):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    given: Any = param
+    shape, offset = compute_local_shape_and_global_offset(
+        given.shape, given.device_mesh, given.placements
+    )
+    cut = [dim for dim, n in enumerate(param.shape) if n != shape[dim]]
+    run = not cut or all(n == 1 for n in param.shape[: cut[-1]])
+    if len(cut) > 1 or not run or any(p.is_partial() for p in given.placements):
+        raise ValueError(
+            f"{label()} must be sharded by its first dimension, because random bits and blocks of"
+            f" 8-bit states go by place in the parameter, got {given.placements}"
+        )
+    return offset[cut[0]] * math.prod(param.shape[cut[0] + 1 :]) if cut else 0
+
+
 def as_plain(
-    tensor: Any, label: str, param: torch.Tensor, device: torch.device
+    tensor: Any, label: str, param: torch.Tensor, device: torch.device, is_state: bool = False
 ) -> tuple[torch.Tensor, bool]:
     """`tensor` as an ordinary tensor on `device`, and whether that is a copy.
+
+    A state may be of integers.
 
     A DTensor's local shard, distributed as `param` is; the values of a lazy negation or conjugate.
     """
@@ -124,7 +270,7 @@ def as_plain(
     if tensor.device != device:
         where = "the CPU" if device.type == "cpu" else device
         raise ValueError(f"{label} must be on {where}, got device {tensor.device}")
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES and not (is_state and tensor.dtype in _INTEGERS):
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{label} must be {known}, got {tensor.dtype}")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -210,9 +356,13 @@ def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
                 )
 
 
-def as_dense(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors, of one shape, where they are dense with the first one's strides, else copies."""
-    strides = dense_strides(tensors[0])
+def as_dense(tensors: Sequence[torch.Tensor], ordered: bool = False) -> list[torch.Tensor]:
+    """The tensors, of one shape, where they are dense with the first one's strides, else copies.
+
+    `ordered` ones are contiguous.
+    """
+    like = torch.empty(tensors[0].shape, device="meta") if ordered else tensors[0]
+    strides = dense_strides(like)
     with torch.no_grad():
         return [
             tensor
