@@ -641,7 +641,8 @@ class Optimizer:
                 names = [n for n in self._spec.states if n in names and n != late]
                 if late in used:
                     pending.append(i)
-                elif plain:  # torch has one, which it does not use
+                elif plain or (i in self._tensors and not self._form(i).streams[late].is_narrow):
+                    # Which torch has, and does not use.
                     names = [late, *names]
             shown[i] = names
         wanted = [
@@ -680,7 +681,7 @@ class Optimizer:
         if states[key][i] is None:
             return {}
         stored, wide = self._stored(states, key, i), _wide(self._dtypes[i])
-        if plain and stored.format not in ("float32", "float64"):
+        if plain and self._form(i).streams[key].is_narrow:
             return {key: decoded(stored, wide)}
         beside = self._form(i).streams[key].beside
         return {key: stored.array} | ({beside: stored.beside} if beside else {})

@@ -76,6 +76,11 @@ class Kept(NamedTuple):
     beside: str = ""  # what lies beside it, by its key in the state; empty: nothing
 
     @property
+    def is_narrow(self) -> bool:
+        """Whether a step computes in a wider type."""
+        return self.format not in ("float32", "float64")
+
+    @property
     def dtype(self) -> str:
         """The dtype of its array."""
         return _ARRAYS.get(self.format, (self.format, ""))[0]
@@ -296,15 +301,18 @@ def array_dtype(name: str) -> np.dtype[Any]:
 def convert(source: Stored, target: Stored, first: int = 0) -> None:
     """Writes the numbers of one array into another, rounded to nearest where they must be.
 
-    Any arrays in the CPU's memory. `first` is the place of the first element in its parameter, of
-    which both may be a shard.
+    Any arrays in the CPU's memory, the target's C-contiguous. `first` is the place of the first
+    element in its parameter, of which both may be a shard.
     """
 
     def raw(array: Any) -> Any:
         return None if array is None else _core.array_of(array, "array")[0]
 
+    def read(array: Any) -> Any:
+        return None if array is None else np.ascontiguousarray(raw(array))
+
     _core.convert(
-        (raw(source.array), source.format, raw(source.beside)),
+        (read(source.array), source.format, read(source.beside)),
         (raw(target.array), target.format, raw(target.beside)),
         first,
     )

@@ -314,7 +314,8 @@ class Adam(Optimizer):
 
     State:
         `exp_avg`, `exp_avg_sq`, and with amsgrad `max_exp_avg_sq`, 4 bytes per element each (8 for
-        float64). A float32 step moves 28 bytes per element, 36 with amsgrad.
+        float64). A float32 step moves 28 bytes per element, 36 with amsgrad. With `betas[0] = 0`
+        there is no `exp_avg`, and it moves 8 less; one that begins later begins as the gradient.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -359,7 +360,8 @@ class AdamW(Optimizer):
 
     State:
         As `Adam`: `exp_avg`, `exp_avg_sq`, and with amsgrad `max_exp_avg_sq`, 4 bytes per element
-        each (8 for float64). A float32 step moves 28 bytes per element, 36 with amsgrad.
+        each (8 for float64). A float32 step moves 28 bytes per element, 36 with amsgrad, 8 less
+        with `betas[0] = 0`.
 
     Example:
         >>> import numpy as np, fusedstep as fs
