@@ -127,6 +127,11 @@ def test_stochastic_rounding_is_unbiased():
         # Neither do neighbours agree more often than they must.
         agree = share**2 + (1 - share) ** 2
         assert (up[1:] == up[:-1]).mean() == pytest.approx(agree, abs=4.5 * (0.25 / n) ** 0.5)
+        twin = np.ones(n, BF16)
+        fs.SGD(twin, lr=2.0**-7, rounding="stochastic", seed=seed + 1).step(
+            np.full(n, -share, np.float32)
+        )
+        assert not np.array_equal(twin, w)
         before = w.copy()
         opt.step(np.full(n, -share, np.float32))  # other bits in the next step
         assert not np.array_equal(w > before, up)

@@ -719,7 +719,7 @@ class Optimizer(torch.optim.Optimizer):
         if asked.ema is not None:
             so_far = self._averages()
             decay = at_step("ema", asked.ema, so_far, SHARE)
-            options = options._replace(average=True, ema_decay=decay)
+            options = options._replace(average=so_far + 1, ema_decay=decay)
             changes = [(group, {_AVERAGES: so_far + 1}) for group in self.param_groups]
         if asked.clip_value is not None or asked.zero_grad or self._storage.seed:
             options = options._replace(
