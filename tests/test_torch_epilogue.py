@@ -273,3 +273,41 @@ def test_states_that_nobody_sees_are_not_read_again():
     assert recalled[-1] == len(params)
     assert_same(params, other)
     assert_same(shadows, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("other_dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_add_rounds_once(dtype, other_dtype):
+    into = params_of(dtype)
+    others = [p.detach().to(other_dtype) for p in params_of(seed=1)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = 0.5  # so that the product is exact
+    pairs = zip(into, others, strict=True)
+    expected = [(a.to(wide) + scale * b.to(wide)).to(dtype) for a, b in pairs]
+    versions = [p._version for p in into]
+    assert ft.add_(into, others, scale=scale) is None
+    assert_same(into, expected)
+    assert all(p._version > before for p, before in zip(into, versions, strict=True))
+
+
+def test_add_takes_strides_complex_numbers_and_none():
+    into = [torch.zeros(6, 8)[:, ::2], torch.ones(3, dtype=torch.complex64).conj(), torch.zeros(2)]
+    others = [torch.ones(4, 6).t(), torch.full((3,), 1j), None]
+    ft.add_(into, others, scale=2.0)
+    assert torch.equal(into[0], torch.full((6, 4), 2.0))
+    assert torch.equal(into[1].resolve_conj(), torch.full((3,), 1 + 2j))
+    assert not into[2].any()
+
+
+@pytest.mark.parametrize(("others", "error"), [
+    ([torch.zeros(3)], r"others\[0\] must have shape \(2,\), got \(3,\)"),
+    ([torch.zeros(2, dtype=torch.int32)], r"others\[0\] must be float32"),
+    ([torch.zeros(2, dtype=torch.complex64)], r"others\[0\] must be real"),
+    ([None, None], "others must have 1 tensors, got 2"),
+    ("itself", r"others\[0\] must not share memory with tensors\[0\]"),
+])  # fmt: skip
+def test_what_cannot_be_added_is_refused(others, error):
+    into = [torch.ones(2)]
+    with pytest.raises((TypeError, ValueError), match=error):
+        ft.add_(into, into if others == "itself" else others)
+    assert torch.equal(into[0], torch.ones(2))

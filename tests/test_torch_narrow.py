@@ -195,6 +195,18 @@ def test_resumed_training_is_uninterrupted_training(name, how):
     assert resumed.param_groups[0]["averages"] == 6
 
 
+@pytest.mark.parametrize(("source", "target"), [("split", "kahan"), ("kahan", "split")])
+def test_masters_load_from_one_rounding_into_the_other(source, target):
+    params = params_of(torch.bfloat16)
+    opt = optimizer("AdamW", params, rounding=source)
+    train(params, opt)
+    other = optimizer("AdamW", copied := copy.deepcopy(params), rounding=target)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for found, expected in zip(other.masters().values(), opt.masters().values(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-15, atol=0)
+    train(copied, other, range(4, 5))
+
+
 def test_copies_store_as_their_original():
     params = params_of(torch.bfloat16)
     opt = optimizer("AdamW", params, rounding="split", state_dtype="q8", seed=3)

@@ -1173,7 +1173,8 @@ class Optimizer(torch.optim.Optimizer):
             if name in form.beside and form.beside[name] is form.param:
                 taken[name] = self._taken_like(label, value, param, name)
             elif name in beside:
-                continue
+                if name in _storage.PARAM_BESIDE and form.param.beside and value is not None:
+                    taken[form.param.beside] = self._taken_beside(label, name, value, param)
             elif name not in own and name != EMA:
                 taken[name] = _users_own(label, value, None if param.is_meta else param.device)
             elif value is None:  # torch before the first step with momentum
@@ -1200,6 +1201,20 @@ class Optimizer(torch.optim.Optimizer):
             wanted, found = (str(one).removeprefix("torch.") for one in (dtype, value.dtype))
             raise TypeError(f"{label} must be {wanted}, got {found}")
         return value if param.is_meta else _copied_like(label, self._new(param, name), value)
+
+    def _taken_beside(self, label: str, name: str, value: Any, param: torch.Tensor) -> torch.Tensor:
+        """What lies beside a parameter so that the master is that of another rounding."""
+        _check_like(label, value, param)
+        rounding, dtype = _storage.PARAM_BESIDE[name]
+        if str(value.dtype) != f"torch.{dtype}":
+            raise TypeError(f"{label} must be {dtype}, got {_float_name(value)}")
+        key = self._form(param).param.beside
+        new = self._new(param, key)
+        if not param.is_meta and local(param).numel():
+            here = (local(t).detach().cpu().contiguous() for t in (param, value))
+            there = _storage.beside_param(Stored(next(here), rounding, next(here)), key)
+            local(new).copy_(_arrays.as_tensors({key: there})[key])
+        return new
 
     def _taken_array(
         self, label: str, name: str, entry: Mapping[str, Any], param: torch.Tensor

@@ -129,7 +129,7 @@ def convert(source: Stored, target: Stored, first: int = 0) -> None:
 def swapping(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
     """A function that swaps parameters with their averages in place, and back when called again."""
     with torch.no_grad():
-        runs = [_in_order(local(param), local(average)) for param, average in pairs]
+        runs = [_swapped_runs(local(param), local(average)) for param, average in pairs]
     params = [param for param, _ in pairs]
     if params[0].device.type == "cpu":
         names = list(map(str, range(len(runs))))
@@ -153,23 +153,32 @@ def swapping(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[],
     return run
 
 
-def _in_order(
+def in_order(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two plain tensors of one shape as 1-D ones of one order, where they lie if they are dense."""
+    strides = dense_strides(a)
+    if a.stride() == b.stride() == strides:
+        n = a.numel()
+        return a.as_strided((n,), (1,)), b.as_strided((n,), (1,))
+    return a.contiguous().view(-1), b.contiguous().view(-1)
+
+
+def as_reals(run: torch.Tensor) -> torch.Tensor:
+    """A 1-D tensor of complex numbers as one of reals; any other as it is."""
+    return torch.view_as_real(run).view(-1) if run.is_complex() else run
+
+
+def _swapped_runs(
     param: torch.Tensor, average: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Both as 1-D reals of one order in memory, and what to copy to and from after writing."""
-    given = [tensor.detach().resolve_conj().resolve_neg() for tensor in (param, average)]
-    strides = dense_strides(given[0])
-    if all(tensor.stride() == strides for tensor in given):
-        runs = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in given]
-    else:
-        runs = [tensor.contiguous().view(-1) for tensor in given]
+    plain = [tensor.detach().resolve_conj().resolve_neg() for tensor in (param, average)]
+    runs = in_order(plain[0], plain[1])
     back = [
         (to.detach(), run.view(to.shape))
         for to, run in zip((param, average), runs, strict=True)
-        if to.data_ptr() != run.data_ptr()
+        if to.is_neg() or to.is_conj() or to.data_ptr() != run.data_ptr()
     ]
-    first, second = (torch.view_as_real(r).view(-1) if r.is_complex() else r for r in runs)
-    return first, second, back
+    return as_reals(runs[0]), as_reals(runs[1]), back
 
 
 def _swapping_there(runs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
