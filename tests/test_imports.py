@@ -21,7 +21,13 @@ COMPILED = ("fusedstep._core", "fusedstep._cuda")
 # Imported when they are called for, as each takes longer to import than all that a step needs.
 LAZY = {
     "fusedstep.__main__": {
-        *("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery")
+        *(
+            "fusedstep.bench",
+            "fusedstep.bench_models",
+            "fusedstep.bench_step",
+            "fusedstep.demo",
+            "fusedstep.gallery",
+        )
     },
     "fusedstep.gallery": {"fusedstep.gallery.page"},
 }
@@ -109,4 +115,5 @@ def test_options_are_in_the_order_that_the_core_reads():
     assert Options._fields == (
         *("factor", "max_norm", "skip_nonfinite", "stream", "norms", "live"),
         *("scale", "found_inf", "norm"),
+        *("clip_value", "ema_decay", "average", "zero_grad", "seed"),
     )
