@@ -66,30 +66,29 @@ struct Floats {
   }
 };
 
-// Floats that reach as far as those with two bits of fraction, but have three near the block's
-// largest number, and one far below it: a quarter of the codes is for half of the exponents, a
-// quarter for the next quarter, half for the last. That is the greatest of three lines.
+// Floats with three bits of fraction in the upper half of the codes and two in the lower: the greater
+// of two lines, of which the second is twice as steep. The library's format, but for where a sign is.
 //
 // kLifted: a random rounding goes up a little likelier, so that 1/sqrt(x) keeps its mean, not x.
 template <bool kLifted>
 struct Tapered {
   using Scale = uint32_t;
-  static constexpr int kBlock = 128, kDropped = 22;
+  static constexpr int kBlock = 128, kDropped = 21;
   template <bool positive>
-  static constexpr uint32_t kQuarter = positive ? 64 : 32;
+  static constexpr uint32_t kHalf = positive ? 128 : 64;  // of the codes
 
   template <bool positive>
   static Scale scale(float largest) {
-    constexpr uint32_t reach = kQuarter<positive> - 1;
+    constexpr uint32_t reach = kHalf<positive> / 8 + kHalf<positive> / 4 - 1;
     const uint32_t exponent = (word_of(largest) + ((1u << 20) - 1)) >> 23;
     return exponent > reach ? exponent - reach : 0;
   }
   template <bool positive, bool random>
   static uint8_t code(float x, Scale base, uint32_t bits) {
-    constexpr int quarter = kQuarter<positive> << kDropped;
+    constexpr int bend = kHalf<positive> << kDropped;
     const int word = static_cast<int>(word_of(x) & 0x7fffffffu);
     const int above = larger(word - static_cast<int>(base << 23), 0);
-    const int at = larger(above, larger(2 * above - quarter, 4 * (above - quarter)));
+    const int at = larger(above, 2 * above - bend);
     int up = ((at >> kDropped) & 1) + (1 << (kDropped - 1)) - 1;
     if constexpr (random) {
       up = static_cast<int>(bits >> (32 - kDropped));
@@ -102,11 +101,9 @@ struct Tapered {
   }
   template <bool positive>
   static float value(uint8_t code, Scale base) {
-    constexpr uint32_t quarter = kQuarter<positive>;
     const uint32_t magnitude = positive ? code : code & 0x7f;
-    const uint32_t one = magnitude << 22, two = (magnitude + quarter) << 21,
-                   three = (magnitude + 4 * quarter) << 20;
-    const uint32_t few = one < two ? one : two, above = few < three ? few : three;
+    const uint32_t one = magnitude << 21, two = (magnitude + kHalf<positive>) << 20;
+    const uint32_t above = one < two ? one : two;
     return float_of(magnitude > 0 ? above + (base << 23) : 0, code, positive);
   }
 };
