@@ -58,7 +58,7 @@ def test_steps_match_torch(name, hypers, dtype):
         entry = {key: value for key, value in entry.items() if value is not None}
         assert set(saved.get(i, {})) == set(entry)
         for key, value in entry.items():
-            if key == "exp_avg" and hypers["betas"][0] == 0:
+            if key == "exp_avg" and name in ("Adam", "AdamW") and hypers.get("betas", (1,))[0] == 0:
                 continue  # there is none: torch has the last gradient
             np.testing.assert_allclose(
                 saved[i][key], np.asarray(value), **TOLERANCES[dtype], err_msg=f"{i} {key}"
