@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -236,11 +237,13 @@ def _torch_bytes(state: Any) -> int:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what libraries log as they look for GPUs and compile."""
+    """Without what libraries log and warn of as they look for GPUs and compile."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(before)
 
@@ -365,7 +368,7 @@ def table(rows: Sequence[Row]) -> Any:
             row.mode,
             _bytes(row.bytes_per_param),
             f"{row.state_bytes:.2f}",
-            f"{row.ms:#.3g}",
+            _short(row.ms),
             f"{row.share_of_ceiling:.2f}",
         )
         for name, peer in row.peers.items():
@@ -374,7 +377,7 @@ def table(rows: Sequence[Row]) -> Any:
                 f"  {name}",
                 _bytes(moved),
                 f"{peer.state_bytes:.2f}",
-                f"{peer.ms:#.3g}",
+                _short(peer.ms),
                 "",
                 "" if moved is None else _times(moved / row.bytes_per_param),
                 _times(peer.ratio),
@@ -406,8 +409,14 @@ def _place(row: Row) -> str:
     return f"n = {row.n:,}, {threads}"
 
 
+def _short(number: float) -> str:
+    """In five characters, up to 99999."""
+    places = 3 if number < 9.9995 else 1 if number < 99.95 else 0
+    return f"{number:.{places}f}"
+
+
 def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
+    return f"{ratio:.2f}x" if ratio < 9.995 else f"{ratio:.0f}x"
 
 
 def _bytes(moved: float | None) -> str:
