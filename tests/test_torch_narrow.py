@@ -157,6 +157,22 @@ def test_checkpoints_go_from_form_to_form(source, target):
         assert_same(train(copied, taken, range(4, 7)), train(params, opt, range(4, 7)))
 
 
+def test_checkpoints_go_to_the_neutral_layer_and_back():
+    params = params_of()
+    how = {"state_dtype": "q8", "seed": 2}
+    opt = optimizer("AdamW", params, **how, ema=lambda n: n / (n + 1))
+    train(params, opt)
+    other = fs.AdamW([p.detach().clone() for p in params], **HYPERS, **how)
+    other.load_state_dict(opt.state_dict())
+    back = optimizer("AdamW", params, **how, ema=lambda n: n / (n + 1))
+    back.load_state_dict(other.state_dict())
+    assert back.param_groups[0]["averages"] == 4
+    for i, entry in opt.state_dict()["state"].items():
+        found = back.state_dict()["state"][i]
+        assert found.keys() == entry.keys()
+        assert_same([found[key] for key in entry], entry.values())
+
+
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_the_float32_form_loads_into_torch(state_dtype):
     params = params_of()

@@ -239,7 +239,9 @@ def loaded(own: Holder, state_dict: Any) -> Loaded:
         for one, i in index_of.items()
         if entries.get(one)  # empty: torch's of a parameter that has not begun
     }
-    averages = count("state_dict['averages']", state_dict.get("averages", 0))
+    # In torch's layout, which has no place beside groups, each of these has the number.
+    torch_s = max((group.get("averages", 0) for group in saved), default=0)
+    averages = count("state_dict['averages']", state_dict.get("averages", torch_s))
     return Loaded(steps, hypers, others, uses, schedules, begun, averages)
 
 
