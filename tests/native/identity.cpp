@@ -1,12 +1,15 @@
 // Runs every rule of one instruction set in every mix of formats, on fixed inputs, and prints a hash
 // of what was written, by the sweep and by the same update staged by hand, one line each:
-// `rule variant decay param grad swept staged`. Two sets agree when their texts do. See test_cross.py.
+// `rule variant decay param grad swept staged`. Then, in lines that begin with `+`, steps over shards
+// with narrow parameters and states, clipped, averaged, copied and their gradients zeroed:
+// `+ rule variant param state rounding hash`. Two sets agree when their texts do. See test_cross.py.
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "interface/clock.h"
@@ -182,6 +185,82 @@ void run(const Sweeper& sweep, const Rule& rule, StateMask states, Format param,
   }
 }
 
+// A finite number of magnitude 2^-6 to 2^4.
+float finite(Random& random) {
+  const uint32_t word = random();
+  return bits<float>((word & 0x80000000u) | (121 + (word >> 8) % 10) << 23 | (random() >> 9));
+}
+
+// Memory of a stream in any format, its elements those of numbers, what is beside them arbitrary.
+struct Narrow {
+  std::vector<unsigned char> data, beside;
+  Stream stream;
+
+  Narrow(Format format, Rounding rounding, int64_t n, Sign sign, Random& random) {
+    const FormatInfo& info = kFormatInfo[static_cast<int>(format)];
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = finite(random);
+      const bool bytes = info.bytes == 1;
+      const bool halves = info.block == 1;  // whose elements are bfloat16
+      const uint64_t word = bytes ? random() & (sign == Sign::kPositive ? 255u : 127u)
+                                  : element(halves ? Format::kBf16 : format,
+                                            sign == Sign::kPositive && x < 0 ? -x : x);
+      data.insert(data.end(), info.bytes, 0);
+      std::memcpy(data.data() + data.size() - info.bytes, &word, info.bytes);
+    }
+    if (info.block > 1) {
+      for (int64_t i = 0; i < n / info.block + 2; ++i) beside.push_back(80 + random() % 8);
+    } else if (info.block == 1) {
+      for (int64_t i = 0; i < n; ++i) {  // bfloat16 of 2^-20, or a lower half
+        beside.push_back(random() & 255u);
+        beside.push_back(0x35);
+      }
+    }
+    stream = {data.data(), format, rounding, beside.data()};
+  }
+  void add_to(Hash& hash) const {
+    for (const unsigned char byte : data) hash.add(byte);
+    for (const unsigned char byte : beside) hash.add(byte);
+  }
+};
+
+// What a sweep in two pieces leaves of shards of a parameter.
+uint64_t narrow(const Kernels& kernels, int number, const Rule& rule, const Row& row, Format param,
+                Rounding rounding, Format state, Rounding state_rounding) {
+  Random random;
+  Hash hash;
+  const StateMask states = kernels.rules[number].mask[row.variant];
+  for (const int64_t n : {int64_t{5}, int64_t{67}, int64_t{512}, int64_t{1500}}) {
+    for (const int64_t first : {int64_t{0}, int64_t{77}, (int64_t{1} << 32) - 512}) {
+      std::vector<Narrow> all;
+      all.reserve(kStreams);
+      Segment segment = {};
+      segment.n = n;
+      segment.first = first;
+      const auto add = [&](int k, Format format, Rounding how, Sign sign) {
+        all.emplace_back(format, how, n, sign, random);
+        segment.stream[k] = all.back().stream;
+      };
+      add(kParam, param, rounding, Sign::kAny);
+      add(kGrad, Format::kBf16, Rounding::kNearest, Sign::kAny);
+      for (size_t s = 0; s < rule.signs.size(); ++s) {
+        if (!(states >> s & 1)) continue;
+        const bool positive = state == Format::kQ8 && rule.signs[s] == Sign::kPositive;
+        add(kState + static_cast<int>(s), positive ? Format::kQ8Positive : state, state_rounding,
+            rule.signs[s]);
+      }
+      add(kEma, Format::kBf16, Rounding::kStochastic, Sign::kAny);
+      add(kShadow, Format::kF16, Rounding::kNearest, Sign::kAny);
+      segment.ema_begins = n == 67;
+      const int64_t piece = kBlock - first % kBlock;
+      if (piece < n) kernels.sweep(number, segment, row, 0, piece);
+      kernels.sweep(number, segment, row, piece < n ? piece : 0, n);
+      for (const Narrow& one : all) one.add_to(hash);
+    }
+  }
+  return hash.value;
+}
+
 // Hyperparameters that leave no term of an equation out; an unknown name is some number.
 double hyper(const std::string& name) {
   static const std::map<std::string, double> values = {
@@ -234,6 +313,29 @@ int main() {
           std::printf("%s %d %d %s %s %016" PRIx64 " %016" PRIx64 "\n", rule.name.c_str(), variant,
                       decay, kFormatInfo[static_cast<int>(param)].name,
                       kFormatInfo[static_cast<int>(grad)].name, swept.value, staged.value);
+        }
+      }
+      Clock clock = {1, {0.5, 0.5}};
+      Options options;
+      options.clip_value = 2;
+      options.ema_decay = 0.9;
+      options.zero_grad = true;
+      options.seed = 5;
+      Row row = rule.prepare(group, clock, 1, options);
+      row.variant = variant;
+      const std::pair<Format, Rounding> params[] = {{Format::kF32, Rounding::kNearest},
+                                                    {Format::kF64, Rounding::kNearest},
+                                                    {Format::kBf16, Rounding::kStochastic},
+                                                    {Format::kSplit, Rounding::kNearest},
+                                                    {Format::kKahan, Rounding::kNearest}};
+      for (const auto& [param, rounding] : params) {
+        for (const Format state : {Format::kF32, Format::kBf16, Format::kQ8}) {
+          for (const Rounding how : {Rounding::kNearest, Rounding::kStochastic}) {
+            const uint64_t hash = narrow(kernels, number, rule, row, param, rounding, state, how);
+            std::printf("+ %s %d %s %s %d %016" PRIx64 "\n", rule.name.c_str(), variant,
+                        kFormatInfo[static_cast<int>(param)].name,
+                        kFormatInfo[static_cast<int>(state)].name, static_cast<int>(how), hash);
+          }
         }
       }
     }
