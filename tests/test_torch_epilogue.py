@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedstep.torch as ft
 from cases import CASES
+from fusedstep.torch.tensors import Swap, _SwapThere
 from test_torch_narrow import assert_same, optimizer, params_of, set_grads, train
 
 each_class = pytest.mark.parametrize("name", CASES)
@@ -90,6 +91,24 @@ def test_clip_value_comes_after_the_norm():
     oracle.step()
     assert_same(mine, theirs)
     assert opt.grad_norm == torch.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_swaps_as_the_cpu_does(dtype):
+    special = torch.tensor([0.0, -0.0, torch.inf, torch.nan, 1e-40, 3.0001, -1.998])
+    params = [torch.cat([special, torch.randn(50)]).to(dtype) for _ in range(2)]
+    averages = [torch.cat([torch.randn(50), special]) for _ in range(2)]
+    params[1].copy_(params[0])
+    averages[1].copy_(averages[0])
+    there, here = _SwapThere(params[:1], averages[:1]), Swap([(params[1], averages[1])])
+    before = [tensor.clone() for tensor in (params[0], averages[0])]
+    there.swap()
+    here()
+    assert_same([params[0], averages[0]], [params[1], averages[1]])
+    there.swap()
+    here()
+    assert_same([params[0]], before[:1])
+    torch.testing.assert_close(averages[0], before[1], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("ema_dtype", [None, "float64", "bfloat16", "parameter"])

@@ -35,6 +35,7 @@ from fusedstep._turn import Turn, new_turn
 from fusedstep._types import PLAIN, Options
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
+    Swap,
     any_dtensor,
     as_dense,
     as_plain,
@@ -51,7 +52,6 @@ from fusedstep.torch.tensors import (
     new_state,
     recording,
     stream_of,
-    swapping,
 )
 
 # How torch computes, not what. The first has no effect here, the second is for GradScaler, the next
@@ -966,15 +966,13 @@ class Optimizer(torch.optim.Optimizer):
         ]  # fmt: skip
         if not pairs:
             raise ValueError("ema must follow a step with ema=, got no average so far")
-        swap = swapping(pairs)
-        swapped = False
+        swap = Swap(pairs)
         try:
-            swapped = True
             self._turn.run(swap)
             self._ahead = EMA
             yield
         finally:
-            if swapped:
+            if swap.swapped:
                 self._turn.run(swap)
                 self._ahead = False
 

@@ -126,31 +126,38 @@ def convert(source: Stored, target: Stored, first: int = 0) -> None:
             local(old).copy_(new)
 
 
-def swapping(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    """A function that swaps parameters with their averages in place, and back when called again."""
-    with torch.no_grad():
-        runs = [_swapped_runs(local(param), local(average)) for param, average in pairs]
-    params = [param for param, _ in pairs]
-    if params[0].device.type == "cpu":
-        names = list(map(str, range(len(runs))))
-        dtypes = {dtype_name(p): dtype_name(a) for p, a in pairs}
-        native = {d: [Kept(d), Kept(dtypes.get(d, d))] for d in _arrays.DTYPES}
-        table = _core.ArrayTable(
-            "lookahead", names, [p for p, _, _ in runs], [0] * len(runs), storage=native
-        )
-        table.load({"ema": [a for _, a, _ in runs]}, table.clocks(), 0, [], [])
-        swap = table.swap
-    else:
-        swap = _swapping_there([(p, a) for p, a, _ in runs])
+class Swap:
+    """Swaps parameters with their averages in place when it is called, and back the next time."""
 
-    def run() -> None:
-        swap()
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         with torch.no_grad():
-            for there, here in (pair for *_, back in runs for pair in back):
-                there.copy_(here)
-        announcer()([*params, *(average for _, average in pairs)])
+            runs = [_swapped_runs(local(param), local(average)) for param, average in pairs]
+        params = [param for param, _, _ in runs]
+        averages = [average for _, average, _ in runs]
+        self._back = [pair for *_, back in runs for pair in back]
+        self._written = [tensor for pair in pairs for tensor in pair]
+        self._table: Any
+        if params[0].device.type == "cpu":
+            names = list(map(str, range(len(runs))))
+            dtypes = {dtype_name(param): dtype_name(average) for param, average in pairs}
+            native = {d: [Kept(d), Kept(dtypes.get(d, d))] for d in _arrays.DTYPES}
+            table = _core.ArrayTable("lookahead", names, params, [0] * len(runs), storage=native)
+            table.load({"ema": averages}, table.clocks(), 0, [], [])
+            self._table = table
+        else:
+            self._table = _SwapThere(params, averages)
 
-    return run
+    @property
+    def swapped(self) -> bool:
+        """Whether averages are in the parameters' place."""
+        return bool(self._table.swapped)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self._table.swap()
+        for there, here in self._back:
+            there.copy_(here)
+        announcer()(self._written)
 
 
 def in_order(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,34 +188,32 @@ def _swapped_runs(
     return as_reals(runs[0]), as_reals(runs[1]), back
 
 
-def _swapping_there(runs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    """`swapping` of dense runs on a GPU, as ArrayTable::swap has it here."""
-    kept: dict[int, torch.Tensor] = {}
-    swapped = [False]
+class _SwapThere:
+    """The same of dense runs on a GPU, as ArrayTable::swap has it on the CPU."""
 
-    @torch.no_grad()
-    def swap() -> None:
-        back = swapped[0]
-        for k, (param, average) in enumerate(runs):
-            halves = (param.dtype, average.dtype) == (torch.bfloat16, torch.float32)
-            for begin in range(0, param.numel(), _BLOCK):
-                p, a = (run[begin : begin + _BLOCK] for run in (param, average))
-                if p.dtype == a.dtype:
-                    values = p.clone()
-                    p.copy_(a)
-                    a.copy_(values)
-                elif halves:
-                    _swap_halves(p, a, back)
-            if param.dtype == average.dtype or halves:
-                continue
-            if back:
-                param.copy_(kept.pop(k))
+    def __init__(self, params: Sequence[torch.Tensor], averages: Sequence[torch.Tensor]) -> None:
+        self._runs = list(zip(params, averages, strict=True))
+        self._kept: dict[int, torch.Tensor] = {}
+        self.swapped = False
+
+    def swap(self) -> None:
+        for k, (param, average) in enumerate(self._runs):
+            alike = param.dtype == average.dtype
+            if alike or (param.dtype, average.dtype) == (torch.bfloat16, torch.float32):
+                for begin in range(0, param.numel(), _BLOCK):
+                    p, a = (run[begin : begin + _BLOCK] for run in (param, average))
+                    if alike:
+                        values = p.clone()
+                        p.copy_(a)
+                        a.copy_(values)
+                    else:
+                        _swap_halves(p, a, self.swapped)
+            elif self.swapped:
+                param.copy_(self._kept.pop(k))
             else:
-                kept[k] = param.clone()
+                self._kept[k] = param.clone()
                 param.copy_(average)
-        swapped[0] = not back
-
-    return swap
+        self.swapped = not self.swapped
 
 
 _BLOCK = 1 << 22  # elements that are swapped at a time
