@@ -32,12 +32,18 @@ def constant(path: str, name: str) -> int:
     return int(found[1])
 
 
-# Bytes of an element, by format; elements that a thread has side by side; vectors that the norm has
+# Bytes of an element, by format: of arrays' formats, of those that an optimizer keeps, and of what
+# these have beside each element. Elements that a thread has side by side; vectors that the norm has
 # in flight.
-FORMATS = [
-    int(n)
-    for n in re.findall(r'{"\w+", (\d+), \d+, \d+, \d+}', (CSRC / "interface/format.h").read_text())
+ALL_FORMATS = [
+    tuple(map(int, found))
+    for found in re.findall(
+        r'{"\w+", ([1-9]\d*), (-?\d+), (\d+), (\d+)}', (CSRC / "interface/format.h").read_text()
+    )
 ]
+FORMATS = [size for size, code, _, _ in ALL_FORMATS if code >= 0]
+KEPT = [size for size, code, _, _ in ALL_FORMATS if code < 0]
+HALVES = [beside for _, _, beside, block in ALL_FORMATS if block == 1]
 VECTOR = constant("cuda/table.h", "kVector")
 NORM_AHEAD = constant("cuda/norm.cu", "kAhead")
 
@@ -61,7 +67,7 @@ NEVER = {"mad", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh"}
 
 
 class Kernel(NamedTuple):
-    """A kernel's name without what differs between builds; `rule` is empty for all but sweeps."""
+    """A kernel's name without what differs between builds; `rule` is empty for those of no rule."""
 
     name: str
     rule: str = ""
@@ -88,9 +94,9 @@ class Code(NamedTuple):
 
 
 def kernel_of(symbol: str) -> Kernel:
-    if found := re.search(r"5sweepINS\w*?_(\d+)(\w+?)ELj(\d+)ENS\w_3F(32|64)EEE", symbol):
-        length, rule, states, bits = found.groups()
-        return Kernel("sweep", rule[: int(length)], int(states), bits == "64")
+    if found := re.search(r"\d(sweep|staged)INS\w*?_(\d+)(\w+?)ELj(\d+)ENS\w_3F(32|64)EEE", symbol):
+        name, length, rule, states, bits = found.groups()
+        return Kernel(name, rule[: int(length)], int(states), bits == "64")
     if found := re.search(r"(norm|finish|enter)E\w+$", symbol):
         return Kernel(found[1])
     return Kernel(symbol)
@@ -255,6 +261,24 @@ class Check:
                 why = f"{len(here)} loads of {size} bytes, {due[size]} due"
                 self.refuse(kernel, arch, why, here[-1] if here else "")
 
+    def staged_accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
+        """Whole tiles come to shared memory in copies of vectors, one for each size, and leave as
+        vectors, those of each format; what has no room in a slot comes element by element."""
+        body = code.body()
+        fits = {each for each in FORMATS + KEPT if each < 8 or kernel.wide}
+        for what, opcode, due in (
+            ("copies", "LDGSTS", vectors(fits) + vectors(set(HALVES))),
+            ("vector stores", "STG", vectors(FORMATS + KEPT) + vectors(HALVES)),
+            ("generic accesses", "LD", Counter()),
+            ("generic accesses", "ST", Counter()),
+        ):
+            found = accesses(body, opcode)
+            for size in sorted({16} | (set(found) | set(due) if due else set())):
+                here = found.get(size, [])
+                if len(here) != due[size]:
+                    why = f"{len(here)} {what} of {size} bytes, {due[size]} due"
+                    self.refuse(kernel, arch, why, here[-1] if here else "")
+
     def local_memory(self, kernel: Kernel, arch: str, code: Code, used: dict[str, int]) -> None:
         # What the other kernels call is exempt: count_updates and the powers in it compute the few
         # scalars of a step that only the GPU counts, once a step, in one block.
@@ -365,7 +389,10 @@ def main() -> int:
     print(f"{'':10}{'kernels':>9}{'registers':>11}{'LDG.128':>9}{'STG.128':>9}")
     for arch, kernels in sorted(compiled.items()):
         sweeps = {(kernel.rule, kernel.states) for kernel in kernels if kernel.rule}
-        expected = {Kernel("sweep", *key, wide) for key in sweeps for wide in (False, True)}
+        names = ("sweep", "staged")
+        expected = {
+            Kernel(n, *key, wide) for n in names for key in sweeps for wide in (False, True)
+        }
         expected |= {Kernel("norm"), Kernel("finish"), Kernel("enter")}
         if not sweeps or expected != set(kernels):
             missing = ", ".join(map(str, sorted(expected ^ set(kernels))))
@@ -376,7 +403,10 @@ def main() -> int:
                 check.norm_accesses(kernel, arch, code)
             if not kernel.rule:
                 continue
-            check.sweep_accesses(kernel, arch, code)
+            if kernel.name == "staged":
+                check.staged_accesses(kernel, arch, code)
+            else:
+                check.sweep_accesses(kernel, arch, code)
             # Where an architecture has no PTX of its own, another's: both come from one source.
             text = texts.get((kernel, arch), some_text.get(kernel))
             if text:

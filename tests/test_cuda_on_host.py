@@ -93,11 +93,12 @@ def run_neutral(name, hypers, param, grad, place=lambda a: a, asked=None):
 def test_kernels_are_as_many_as_sets_of_states_in_float_and_in_double(module):
     """Formats are read at run time: a further one would add none. On a GPU there are three more."""
     names = Path(module.__file__).read_bytes()
-    sweeps = set(re.findall(rb"5sweepINS0_\d+(\w+?ELj\d+)ENS0_3F(32|64)E", names))
-    assert len(sweeps) == 46
-    assert len([name for name, width in sweeps if width == b"32"]) == 23
+    for kind in (b"5sweep", b"6staged"):
+        sweeps = set(re.findall(kind + rb"INS0_\d+(\w+?ELj\d+)ENS0_3F(32|64)E", names))
+        assert len(sweeps) == 46
+        assert len([name for name, width in sweeps if width == b"32"]) == 23
     assert sorted(p.name for p in cuda_on_host.CUDA.glob("*.cu")) == [
-        *("backend.cu", "norm.cu", "sweep.cu"),  # an object each
+        *("backend.cu", "norm.cu", "staged.cu", "sweep.cu"),  # an object each
     ]
 
 
@@ -118,6 +119,79 @@ def test_gpu_has_the_cpu_bits_unaligned_clipped_and_scaled(gpu, name, param, gra
     here = run_neutral(name, {}, param, grad, unaligned, asked)
     with gpu():
         assert run_neutral(name, {}, param, grad, unaligned, asked) == here
+
+
+# How parameters and states are stored, each with a gradient's format.
+KEPT = {
+    "bfloat16 states": ("float32", "float32", {"state_dtype": "bfloat16"}),
+    "q8 states": ("float32", "bfloat16", {"state_dtype": "q8", "ema_dtype": "bfloat16"}),
+    "nearest": ("float32", "float16", {"state_dtype": "q8", "state_rounding": "nearest"}),
+    "split": ("bfloat16", "bfloat16", {"rounding": "split", "state_dtype": "q8"}),
+    "kahan": (
+        *("bfloat16", "float64"),
+        {"rounding": "kahan", "state_dtype": "bfloat16", "state_rounding": "nearest"},
+    ),
+    "stochastic": ("bfloat16", "float32", {"rounding": "stochastic", "ema_dtype": "float64"}),
+    "below float64": ("float64", "float64", {"state_dtype": "float32", "ema_dtype": "bfloat16"}),
+    "q8 below float64": ("float64", "float16", {"state_dtype": "q8", "ema_dtype": "float32"}),
+}
+EXACT = {"ASGD", "Rprop"}  # rules that refuse narrow states
+
+
+def run_kept(name, kept, place, asked, skips=()):
+    """Everything that steps write with all that may follow an update, or with none of it.
+
+    The last parameter never has a gradient, the first copy is missing. Gradients of the steps in
+    `skips` have a NaN.
+    """
+    param, grad, how = KEPT[kept]
+    rng = np.random.default_rng(5)
+    params = [place(drawn(rng, n, param)) for n in LENGTHS]
+    opt = make(name, params, {**CASES[name][-2], **how, "seed": 3})
+    copies = [None, *(place(np.zeros(n, np.float16)) for n in LENGTHS[1:])] if asked else []
+    zeros = []
+    for step in range(STEPS + len(skips)):
+        grads = [*(place(drawn(rng, n, grad)) for n in LENGTHS[:-1]), None]
+        if step in skips:
+            grads[4][1] = np.nan
+        zeros += grads[:-1]
+        more = {"ema": 0.9, "shadow": copies, "zero_grad": True, "clip_value": 0.3}
+        opt.step(grads, **({**more, **asked} if asked else {}))
+    states = [np.asarray(a) for entry in opt.state.values() for a in entry.values()]
+    return bits(params), bits(states), bits(copies[1:]), bits(zeros), opt._table.clocks()
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in EXACT])
+def test_streams_of_other_formats_have_the_cpu_bits(gpu, name, kept):
+    place = (np.copy, unaligned)[len(name) % 2]
+    asked = ({}, {"max_norm": 0.5})[len(kept) % 2]
+    here = run_kept(name, kept, place, asked)
+    with gpu():
+        assert run_kept(name, kept, place, asked) == here
+
+
+@pytest.mark.parametrize("kept", ["split", "below float64"])
+def test_average_begins_with_the_first_step_that_is_not_skipped(gpu, kept):
+    """Which only the device knows; a step that it does not count follows."""
+    asked = {"skip_nonfinite": True}
+    here = run_kept("NAdam", kept, np.copy, asked, skips=(0, 1, 3))
+    with gpu():
+        assert run_kept("NAdam", kept, np.copy, asked, skips=(0, 1, 3)) == here
+
+    # The host's next step is the first that averages.
+    def run():
+        w, g = np.ones(2000, np.float32), np.full(2000, 0.5, np.float32)
+        opt = fs.AdamW(w)
+        opt.step(g)
+        opt.step(g * np.nan, ema=0.5, skip_nonfinite=True)
+        opt.step(g, ema=0.5)
+        opt.step(g, ema=0.5, skip_nonfinite=True)
+        return bits([w, opt.state[0]["ema"]])
+
+    here = run()
+    with gpu():
+        assert run() == here
 
 
 @each_pair()
@@ -694,6 +768,32 @@ def test_shards_of_distributed_tensors_are_stepped(gpu, name):
                 assert torch.equal(a, b)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rounding", ["split", "stochastic"])
+@pytest.mark.parametrize("first", [0, 1, 128, 132, 2**32 - 700])
+def test_shards_begin_anywhere_in_a_block(gpu, monkeypatch, first, rounding):
+    """Blocks of 8-bit states are those of the whole parameter. Some steps are skipped, unseen."""
+    monkeypatch.setattr(torch_layer._Helper, "_first_of", lambda self, i: first)
+    how = {"rounding": rounding, "state_dtype": "q8", "seed": 1, "ema": 0.5, "zero_grad": True}
+
+    def run():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n).bfloat16()) for n in (3, 1500, 4096)]
+        shadow = [torch.zeros(n, dtype=torch.float16) for n in (3, 1500, 4096)]
+        opt = ft.AdamW(params, lr=0.1, shadow=shadow, **how)
+        for bad in (True, False, True, False):
+            for p in params[1:]:
+                p.grad = torch.randn(len(p)).bfloat16()
+            params[1].grad[2] = torch.nan if bad else 0.5
+            opt.step(skip_nonfinite=True)
+        states = [s for p in params for s in opt.state[p].values()]
+        found = [*params, *shadow, *states]
+        return bits([t.detach().reshape(-1).view(torch.uint8).numpy() for t in found])
+
+    here = run()
+    with gpu():
+        assert run() == here
 
 
 def on(*devices):

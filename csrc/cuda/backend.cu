@@ -237,11 +237,12 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStre
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
 }
 
-// Pieces whose arrays lie at offsets of `base`, or travel with the launch.
+// The first pieces, as many as have starts, whose arrays lie at offsets of `base`, or travel with the
+// launch.
 Pieces pieces_of(const Table& table, const std::vector<int64_t>& starts, size_t all_at,
                  size_t starts_at, const char* base) {
   Pieces pieces = {};
-  pieces.n = static_cast<int64_t>(table.pieces.size());
+  pieces.n = static_cast<int64_t>(starts.size()) - 1;
   pieces.end = starts.back();
   if (pieces.n == 1) {
     pieces.only = table.pieces[0];
@@ -250,6 +251,10 @@ Pieces pieces_of(const Table& table, const std::vector<int64_t>& starts, size_t 
     pieces.starts = reinterpret_cast<const int64_t*>(base + starts_at);
   }
   return pieces;
+}
+
+int threads_of(const Launch& launch) {
+  return launch.staged ? kStagedThreads[launch.wide] : kThreads;
 }
 
 // What one Stepper has on its device.
@@ -265,7 +270,7 @@ class Memory {
     if (cudaGetDevice(&before) != cudaSuccess) return;
     cudaSetDevice(device_);
     cudaEventDestroy(done_);
-    clocks_.clear();
+    kept_.clear();
     gate_.reset();
     cudaSetDevice(before);
   }
@@ -281,13 +286,13 @@ class Memory {
       throw std::runtime_error(
           "a step can be recorded in a CUDA graph only with capturable=True, of fusedstep.torch");
     }
-    const Table table = build_table(step, [this](int64_t slot) { return clock_at(slot); });
+    const Table table = build_table(step, [this](int64_t slot) { return kept_at(slot); });
     await_other_stream(stream);
     if (options.live) enter(step, stream);
 
     // The tensors, which are mostly the same in the next step, apart from what mostly is not.
     Packed tensors, scalars;
-    const bool one = table.pieces.size() == 1, measures = options.measure && !table.pieces.empty();
+    const bool one = table.pieces.size() == 1, measures = options.measure && table.measured > 0;
     const size_t tallies = tensors.add(table.tallies);
     const size_t pieces = one ? 0 : tensors.add(table.pieces);
     const size_t norm_starts = one ? 0 : tensors.add(table.norm_starts);
@@ -304,8 +309,8 @@ class Memory {
     std::vector<SweepKernel> kernels;
     std::vector<int64_t> resident;
     for (const Launch& l : table.launches) {
-      kernels.push_back(sweep_kernel(step.rule, l.states, l.wide));
-      resident.push_back(resident_blocks(kernels.back(), kThreads, device_));
+      kernels.push_back((l.staged ? staged_kernel : sweep_kernel)(step.rule, l.states, l.wide));
+      resident.push_back(resident_blocks(kernels.back(), threads_of(l), device_));
     }
     const int64_t norm_resident =
         measures ? resident_blocks(norm_kernel, kNormThreads, device_) : 0;
@@ -313,14 +318,17 @@ class Memory {
     const bool gated = options.live || options.measure;
     auto* const gate = reinterpret_cast<Gate*>(gate_.get());
     Row* counted = nullptr;
+    int* begins = nullptr;
     if (gated) {
-      Finish finish = {gate, options, step.rule, 0, nullptr, 0, nullptr, nullptr};
+      Finish finish = {gate, options, step.rule, 0, nullptr, 0, nullptr, nullptr, nullptr};
       if (options.live) {
         counted = reinterpret_cast<Row*>(rows_.get(step.n_tensors * sizeof(Row)));
         finish.tallies = reinterpret_cast<const Tally*>(tensors_at + tallies);
         finish.n = static_cast<int64_t>(table.tallies.size());
         finish.groups = reinterpret_cast<const Group*>(scalars_at + groups);
+        begins = reinterpret_cast<int*>(begins_.get(step.n_tensors * sizeof(int)));
         finish.rows = counted;
+        finish.begins = begins;
       }
       if (measures) {
         NormArguments norm = {};
@@ -342,31 +350,35 @@ class Memory {
       sweep.gate = gated ? gate : nullptr;
       if (options.live) {
         sweep.rows = counted;
+        sweep.begins = begins;
       } else if (step.n_rows > kRowsHere) {
         sweep.rows = reinterpret_cast<const Row*>(scalars_at + rows);
       } else {
         std::copy(step.rows, step.rows + step.n_rows, sweep.here);
       }
-      launch(kernels[i], std::min(sweep.pieces.end, resident[i]), kThreads, stream, sweep);
+      launch(kernels[i], std::min(sweep.pieces.end, resident[i]), threads_of(table.launches[i]),
+             stream, sweep);
     }
     if (capturing(stream)) return;
     check(cudaEventRecord(done_, stream), "record an event");
     last_ = stream;
   }
 
-  void read_clocks(const int64_t* slots, size_t n, Clock* clocks) {
+  void read_clocks(const int64_t* slots, size_t n, Clock* clocks, int* begins) {
     const OnDevice on(device_);
     check(cudaDeviceSynchronize(), "finish the steps under way");
-    std::map<int64_t, std::vector<Clock>> chunks;
+    std::map<int64_t, std::vector<Kept>> chunks;
     for (size_t i = 0; i < n; ++i) {
-      std::vector<Clock>& chunk = chunks[slots[i] / kChunk];
+      std::vector<Kept>& chunk = chunks[slots[i] / kChunk];
       if (chunk.empty()) {
         chunk.resize(kChunk);
-        check(cudaMemcpy(chunk.data(), clock_at(slots[i] / kChunk * kChunk), kChunk * sizeof(Clock),
+        check(cudaMemcpy(chunk.data(), kept_at(slots[i] / kChunk * kChunk), kChunk * sizeof(Kept),
                          cudaMemcpyDeviceToHost),
               "read the steps' counts");
       }
-      clocks[i] = chunk[slots[i] % kChunk];
+      const Kept& kept = chunk[slots[i] % kChunk];
+      clocks[i] = kept.clock;
+      if (begins) begins[i] = kept.begins != 0;
     }
   }
 
@@ -395,13 +407,13 @@ class Memory {
     return gate;
   }
 
-  static constexpr int64_t kChunk = 1024;  // clocks that lie together
+  static constexpr int64_t kChunk = 1024;  // tensors of which what is kept lies together
 
-  Clock* clock_at(int64_t slot) {
-    while (static_cast<int64_t>(clocks_.size()) <= slot / kChunk) {
-      clocks_.push_back(device_memory(kChunk * sizeof(Clock)));
+  Kept* kept_at(int64_t slot) {
+    while (static_cast<int64_t>(kept_.size()) <= slot / kChunk) {
+      kept_.push_back(device_memory(kChunk * sizeof(Kept)));
     }
-    return reinterpret_cast<Clock*>(clocks_[slot / kChunk].get()) + slot % kChunk;
+    return reinterpret_cast<Kept*>(kept_[slot / kChunk].get()) + slot % kChunk;
   }
 
   // Two streams that step different tensors must not write one table at once.
@@ -416,7 +428,7 @@ class Memory {
     std::vector<Enter> entries;
     for (size_t i = 0; i < step.n_tensors; ++i) {
       const DeviceTensor& t = step.tensors[i];
-      if (t.enters) entries.push_back({clock_at(t.slot), t.clock});
+      if (t.enters) entries.push_back({kept_at(t.slot), t.clock});
     }
     if (entries.empty()) return;
     Packed packed;
@@ -438,9 +450,9 @@ class Memory {
   cudaEvent_t done_ = nullptr;  // the last step
   cudaStream_t last_ = nullptr;
   DeviceMemory gate_;
-  std::deque<DeviceMemory> clocks_;  // their places stay
+  std::deque<DeviceMemory> kept_;  // its places stay
   Mirror tensors_, scalars_, entering_;
-  Growing sums_, arrived_, rows_;  // which only the device writes
+  Growing sums_, arrived_, rows_, begins_;  // which only the device writes
 };
 
 template <class Body>
@@ -485,8 +497,8 @@ const char* order(int index, void* first, void* then) {
     cudaEventDestroy(event);
   });
 }
-const char* read_clocks(void* memory, const int64_t* slots, size_t n, Clock* clocks) {
-  return guarded([&] { static_cast<Memory*>(memory)->read_clocks(slots, n, clocks); });
+const char* read_clocks(void* memory, const int64_t* slots, size_t n, Clock* clocks, int* begins) {
+  return guarded([&] { static_cast<Memory*>(memory)->read_clocks(slots, n, clocks, begins); });
 }
 const char* read_norm(void* memory, double* norm) {
   return guarded([&] { *norm = static_cast<Memory*>(memory)->read_norm(); });

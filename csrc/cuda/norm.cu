@@ -145,7 +145,7 @@ FN bool differs(const Stream& number, double known, double& shown) {
 
 // The clock as kept, unless the numbers that show it say another.
 FN Clock clock_of(const Tally& tally) {
-  Clock clock = *tally.clock;
+  Clock clock = tally.kept->clock;
   double shown;
   if (differs(tally.shown[0], static_cast<double>(clock.t), shown)) {
     clock.t = shown >= 0 && shown < 9e18 ? static_cast<int64_t>(shown) : 0;
@@ -185,13 +185,15 @@ struct Prepared {
   int64_t at;
 };
 
-// Counts an update of every tensor and writes its row. Each thread remembers its last two rows, in
+// Counts an update of every tensor that has a gradient, and writes all rows. Each thread remembers its last two rows, in
 // registers: most tensors are where another one was, but groups or counts may alternate.
 __device__ __noinline__ void count_updates(const Finish& finish) {
   Prepared last = {-1, {}, {}, 0}, other = last;
   for (int64_t i = threadIdx.x; i < finish.n; i += blockDim.x) {
     const Tally& tally = finish.tallies[i];
-    const Clock clock = clock_of(tally);
+    Clock clock = clock_of(tally);
+    // As on the host: other random bits for each average of what sits the update out.
+    if (!tally.counts) clock.t = finish.options.average - finish.gate->missed;
     if (last.group != tally.group || !same(last.before, clock)) {
       const Prepared before = last;
       last = other;
@@ -206,8 +208,22 @@ __device__ __noinline__ void count_updates(const Finish& finish) {
       finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after, finish.options);
       last = {tally.group, clock, after, i};
     }
-    *tally.clock = last.after;
+    if (tally.averages) {
+      finish.begins[i] = tally.begins || tally.kept->begins;
+      tally.kept->begins = 0;
+    }
+    if (!tally.counts) continue;
+    tally.kept->clock = last.after;
     show(tally, last.after);
+  }
+}
+
+// Of a step that is skipped: there is no average, and what was to begin is still to.
+FN void defer(const Finish& finish) {
+  if (threadIdx.x == 0 && finish.options.average) ++finish.gate->missed;
+  for (int64_t i = threadIdx.x; i < finish.n; i += blockDim.x) {
+    const Tally& tally = finish.tallies[i];
+    if (tally.averages && tally.begins) tally.kept->begins = 1;
   }
 }
 
@@ -230,7 +246,12 @@ FN void decide(const Finish& finish, double sum, bool bad) {
     if (options.norm.data) write(options.norm, verdict.norm);
   }
   __syncthreads();
-  if (finish.tallies && !skip) count_updates(finish);
+  if (!finish.tallies) return;
+  if (skip) {
+    defer(finish);
+  } else {
+    count_updates(finish);
+  }
 }
 
 // From a node that has all of its children upwards, for as long as this block is the last to arrive.
@@ -320,7 +341,7 @@ __global__ void __launch_bounds__(kNormThreads) finish(const __grid_constant__ F
 
 __global__ void enter(const Enter* entries, int64_t n) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i < n) *entries[i].to = entries[i].clock;
+  if (i < n) *entries[i].to = {entries[i].clock, 0};
 }
 
 }  // namespace

@@ -33,7 +33,15 @@ FN void in_format(Format format, const Body& body) {
   body(In<static_cast<Format>(kNumber)>());
 }
 
-// Accesses of 16 bytes, or the 8 that four elements of 16 bits are. In PTX: from C++ the compiler
+template <int kBytes>
+FN void copy_words(void* to, const void* from) {  // at once, a part would lie in the stack
+  UNROLL
+  for (int i = 0; i < kBytes; i += 4) {
+    __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 4);
+  }
+}
+
+// Accesses of 16 bytes, or the 8 or 4 that four elements of 16 or 8 bits are. In PTX: from C++ the compiler
 // splits some stores again, and does not know of a pointer in a table whose memory it points to.
 #ifdef __CUDACC__
 
@@ -47,6 +55,9 @@ FN void load_words(const uint2* from, uint2& x) {
                : "=r"(x.x), "=r"(x.y)
                : "l"(__cvta_generic_to_global(from)));
 }
+FN void load_words(const uint32_t* from, uint32_t& x) {
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(__cvta_generic_to_global(from)));
+}
 FN void store_words(uint4* to, uint4 x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
@@ -56,6 +67,9 @@ FN void store_words(uint2* to, uint2 x) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(x.x),
                "r"(x.y)
                : "memory");
+}
+FN void store_words(uint32_t* to, uint32_t x) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x) : "memory");
 }
 
 #else  // on a host, where tests run the kernels
@@ -72,7 +86,9 @@ FN void store_words(Words* to, Words x) {
 #endif
 
 template <class T>
-using Words = std::conditional_t<kVector * sizeof(T) == sizeof(uint2), uint2, uint4>;
+using Words = std::conditional_t<
+    kVector * sizeof(T) == sizeof(uint2), uint2,
+    std::conditional_t<kVector * sizeof(T) == sizeof(uint32_t), uint32_t, uint4>>;
 
 template <class T>
 FN void load_vector(const T* from, T* to) {

@@ -1,4 +1,4 @@
-// The one kernel that every rule shares, for each set of states, in float and in double. Formats are
+// The kernel that every rule shares, for each set of states, in float and in double. Formats are
 // read at run time, all threads of a block the same, so that no branch on them divides a warp.
 #include <cuda_runtime.h>
 
@@ -7,6 +7,7 @@
 #include "launch.h"
 #include "pieces.h"
 #include "stream.h"
+#include "variants.h"
 
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
@@ -46,14 +47,6 @@ constexpr bool kFits = sizeof(typename F::Element) <= sizeof(V);
 template <class F, class V>
 using Kept = std::conditional_t<kFits<F, V>, F, In<Format::kF32>>;
 
-template <int kBytes>
-FN void copy_words(void* to, const void* from) {  // at once, a part would lie in the stack
-  UNROLL
-  for (int i = 0; i < kBytes; i += 4) {
-    __builtin_memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, 4);
-  }
-}
-
 template <bool kWhole, bool kAny, class V>
 FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched) {
   in_format<V, kAny>(stream.format, [&](auto format) {
@@ -70,10 +63,6 @@ FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched
     }
   });
 }
-
-// A thread's elements, each of all streams.
-template <class V, int kAll>
-using Elements = V[kVector][kAll];
 
 template <bool kAny, class V, int kAll>
 FN void decode(const Stream& stream, const Fetched<V>& fetched, Elements<V, kAll>& to, int k) {
@@ -95,44 +84,6 @@ FN void put(const Stream& stream, int64_t begin, int rest, const Elements<V, kAl
     for (int i = 0; i < kVector; ++i) F::store(own + i, from[i][k]);
     store_tile<kWhole>(static_cast<typename F::Element*>(stream.data), begin, rest, own);
   });
-}
-
-// A row as the kernel computes with it.
-template <class Rule, class V>
-struct Scalars {
-  typename Rule::template Step<V, 0> step;
-  V factor, decay;
-  int variant;
-  bool coupled;
-
-  FN void read(const Row& row, double multiplier) {
-    using T = typename V::Scalar;
-    step = broadcast<typename Rule::template Step<V, 0>, V>(row.scalars + 2);
-    factor = V(static_cast<T>(row.scalars[0] * multiplier));
-    decay = V(static_cast<T>(row.scalars[1]));
-    variant = row.variant;
-    coupled = row.decay == kCoupled;
-  }
-};
-
-// The variant that the row names, of those with these states.
-template <class Rule, StateMask kStates, class V, int kAll, int kVariant = 0>
-FN void advance_all(const Scalars<Rule, V>& scalars, Elements<V, kAll>& e) {
-  using Step = typename Rule::template Step<V, kVariant>;
-  if constexpr (mask_of<Rule, Step>(0) == kStates) {
-    if (scalars.variant == kVariant) {
-      Step step;
-      __builtin_memcpy(reinterpret_cast<char*>(&step), &scalars.step, sizeof(step));
-      UNROLL
-      for (int i = 0; i < kVector; ++i) {
-        advance<Rule>(step, scalars.factor, scalars.decay, scalars.coupled, e[i][kParam],
-                      e[i][kGrad], e[i] + kState);
-      }
-    }
-  }
-  if constexpr (kVariant + 1 < Rule::kVariants) {
-    advance_all<Rule, kStates, V, kAll, kVariant + 1>(scalars, e);
-  }
 }
 
 // A tile of every stream through the rule.
@@ -189,36 +140,18 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
   }
 }
 
-// By the rule's number and the states that a step has; null where there is no such variant.
-struct SweepKernels {
-  SweepKernel kernel[Registry::kSize][1 << kMaxStates];
+struct Plain {
+  template <class Rule, StateMask kStates, class V>
+  static constexpr SweepKernel kernel = sweep<Rule, kStates, V>;
 };
-
-// Outside of functions, as what has it is the host's, and mask_of the device's.
-template <class Rule, class Step>
-constexpr StateMask kMaskOf = mask_of<Rule, Step>(0);
-
-template <class Rule, class V, int kVariant = 0>
-constexpr void add(SweepKernel (&kernels)[1 << kMaxStates]) {
-  constexpr StateMask kStates = kMaskOf<Rule, typename Rule::template Step<V, kVariant>>;
-  kernels[kStates] = sweep<Rule, kStates, V>;
-  if constexpr (kVariant + 1 < Rule::kVariants) add<Rule, V, kVariant + 1>(kernels);
-}
-
-template <class V, class... Rule>
-constexpr SweepKernels make(List<Rule...>) {
-  SweepKernels all = {};
-  int rule = 0;
-  (add<Rule, V>(all.kernel[rule++]), ...);
-  return all;
-}
 
 }  // namespace
 }  // namespace FUSEDSTEP_TARGET
 
 SweepKernel sweep_kernel(int rule, StateMask states, bool wide) {
   using namespace FUSEDSTEP_TARGET;
-  static constexpr SweepKernels all[] = {make<F32>(Registry{}), make<F64>(Registry{})};
+  static constexpr SweepKernels all[] = {make<Plain, F32>(Registry{}),
+                                         make<Plain, F64>(Registry{})};
   return all[wide].kernel[rule][states];
 }
 

@@ -14,6 +14,20 @@ namespace fusedstep {
 // elements for each thread, side by side where they can be moved together.
 constexpr int kThreads = 256, kVector = 4, kTile = kThreads * kVector;
 
+// Where streams are staged in shared memory, of which float64 takes twice as much.
+constexpr int kStagedThreads[] = {kThreads, kThreads / 2};  // of float, of double
+
+// Elements that share what lies beside them, by place in the parameter: those of one warp, as staged
+// tiles begin at multiples of so many places.
+constexpr int kTogether = 32 * kVector;
+constexpr bool blocks_fit() {
+  for (const FormatInfo& info : kFormatInfo) {
+    if (info.block > 1 && info.block != kTogether) return false;
+  }
+  return true;
+}
+static_assert(blocks_fit(), "a warp has the largest of a block");
+
 // The norm's tree. A node has kFan sums; a tile is a node of rows, each of which is a block of
 // kNormBlock elements, read by four threads that have kVector of its sixteen sums each.
 constexpr int kFan = 32, kNormShare = kNormLanes / kVector, kNormThreads = kFan * kNormShare;
@@ -35,15 +49,23 @@ struct Gate {
   double norm, factor;  // of the last step that measured, and what its gradients were multiplied by
   double multiplier;    // of the gradients in the sweep
   int skip;
-  int padding;
+  int missed;  // averages, of those that the host has counted, in steps that were skipped
+};
+
+// What a device keeps of a tensor that it counts alone.
+struct Kept {
+  Clock clock;
+  int64_t begins;  // steps that were to begin its average were skipped, all of them
 };
 
 // A tensor's place among those whose rows a GPU prepares.
 struct Tally {
-  Clock* clock;
+  Kept* kept;
   Stream shown[kCounts];
   int group;
-  int padding;
+  int counts;    // whether the step is an update of it
+  int averages;  // and whether it has an average,
+  int begins;    // which begins
 };
 static_assert(std::has_unique_object_representations_v<Tally>, "no padding");
 
@@ -58,13 +80,14 @@ struct Pieces {
 
 struct SweepArguments {
   Pieces pieces;
-  const Gate* gate;  // null: no skip, no multiplier
-  const Row* rows;   // null: the rows here
+  const Gate* gate;   // null: no skip, no multiplier
+  const Row* rows;    // null: the rows here
+  const int* begins;  // by row, whether the average begins; null: the segments say
   Row here[kRowsHere];
 };
 
 struct Enter {
-  Clock* to;
+  Kept* to;
   Clock clock;
 };
 
@@ -78,6 +101,7 @@ struct Finish {
   int64_t n;
   const Group* groups;
   Row* rows;
+  int* begins;  // by row
 };
 
 // A sum of squares, and whether an element of it is not finite.
@@ -98,20 +122,22 @@ struct NormArguments {
 struct Launch {
   StateMask states;
   bool wide;                    // float64 parameters
+  bool staged;                  // through shared memory
   std::vector<int64_t> starts;  // of all pieces, in tiles
 };
 
 // Everything in a step that a GPU keeps from one step to the next while it is the same.
 struct Table {
-  std::vector<Piece> pieces;
+  std::vector<Piece> pieces;  // first those with a gradient
+  int64_t measured = 0;       // how many those are
   std::vector<Launch> launches;
   std::vector<int64_t> norm_starts;  // in rows
   int norm_nodes = 0;
   std::vector<Tally> tallies;
 };
 
-// `clock_at(slot)` is where the device keeps a tensor's clock; called with live counts only.
-Table build_table(const DeviceStep& step, const std::function<Clock*(int64_t slot)>& clock_at);
+// `kept_at(slot)` is what the device keeps of a tensor; called with live counts only.
+Table build_table(const DeviceStep& step, const std::function<Kept*(int64_t slot)>& kept_at);
 
 // A table's sections, each at a multiple of 16 bytes, as one run of memory.
 class Packed {

@@ -24,11 +24,13 @@ constexpr int kCounts = 1 + sizeof(Clock::carry) / sizeof(double);
 
 // One tensor of a step on a device.
 struct DeviceTensor {
-  Segment segment;  // its row with live counts: its group
+  Segment segment;   // its row with live counts: its group
+  StateMask states;  // that it has under its group's hyperparameters
+  int padding = 0;
   // With live counts:
   int64_t slot;  // where the device keeps the tensor's clock, one for each tensor
   int enters;    // whether `clock` is to be put there first
-  int padding = 0;
+  int counts;    // whether this is an update of it
   Clock clock;
   Stream shown[kCounts];  // numbers that show the clock, and that the user may set
 };
@@ -59,7 +61,10 @@ struct Device {
   // What is queued on `then` from now on runs after what is queued on `first` so far.
   const char* (*order)(int index, void* first, void* then);
   // Wait for the device.
-  const char* (*read_clocks)(void* memory, const int64_t* slots, size_t n, Clock* clocks);
+  // `begins` where it is not null: whether a tensor's average is still to begin, as all steps that
+  // were to begin it were skipped.
+  const char* (*read_clocks)(void* memory, const int64_t* slots, size_t n, Clock* clocks,
+                             int* begins);
   const char* (*read_norm)(void* memory, double* norm);
   // Of the tensors that have elements, in the order of the last step that measured n such.
   const char* (*read_norms)(void* memory, size_t n, double* norms, int* finite);

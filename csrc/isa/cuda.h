@@ -76,8 +76,20 @@ FN uint32_t load_bytes(const uint8_t* from) {
   return *from;
 }
 template <int N>
-FN void store_bytes(uint8_t* to, uint32_t x) {
-  *to = static_cast<uint8_t>(x);
+FN uint32_t load_signed_bytes(const uint8_t* from) {
+  return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(*from)));
+}
+template <int N>
+FN uint32_t abs_word(uint32_t a) {
+  return static_cast<int32_t>(a) < 0 ? 0u - a : a;
+}
+template <int N>
+FN uint32_t with_sign(uint32_t a, uint32_t sign) {
+  return static_cast<int32_t>(sign) < 0 ? 0u - a : a;
+}
+template <int N>
+FN uint32_t zero_where_zero(uint32_t a, uint32_t b) {
+  return static_cast<int32_t>(b) > 0 ? a : b;
 }
 template <int N>
 FN uint32_t select_word_gt(uint32_t a, uint32_t b, uint32_t x, uint32_t y) {
@@ -90,6 +102,14 @@ FN uint32_t max_word(uint32_t a, uint32_t b) {
 template <int N>
 FN uint32_t min_word(uint32_t a, uint32_t b) {
   return select_word_gt<N>(a, b, b, a);
+}
+template <int N>
+FN void store_bytes(uint8_t* to, uint32_t x) {
+  *to = static_cast<uint8_t>(min_word<N>(x, 255));
+}
+template <int N>
+FN void store_signed_bytes(uint8_t* to, uint32_t x) {
+  *to = static_cast<uint8_t>(max_word<N>(min_word<N>(x, 127), 0u - 127u));
 }
 template <int N>
 FN uint32_t count_from(uint32_t begin) {

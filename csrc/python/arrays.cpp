@@ -507,13 +507,14 @@ View view_of(py::handle object, const Label& label, const Place& place) {
 View memory_of(py::handle object, const Label& label, const Place& place, int64_t n, int bytes) {
   View view = {nullptr, Format::kNone, 1, nullptr, n, nullptr, {}};
   int64_t found = 0, item = 0;
-  if (place.device && place.device->kind != kCpu) {  // of the optimizer's own
+  if (place.device && attribute(object, "__cuda_array_interface__")) {  // of the optimizer's own
     const py::object shown = object.attr("__cuda_array_interface__");
     view.data = reinterpret_cast<void*>(shown["data"].cast<std::pair<uintptr_t, bool>>().first);
     item = std::stoi(shown["typestr"].cast<std::string>().substr(2));
     found = object.attr("size").cast<int64_t>();
     view.owner = py::reinterpret_borrow<py::object>(object);
   } else {
+    if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a NumPy array");
     py::array array = array_of(object, label.text()).first;
     if (!(array.flags() & py::array::c_style)) not_contiguous(label);
     if (!array.writeable()) view.fixed = kReadOnly;

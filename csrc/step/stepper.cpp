@@ -119,10 +119,15 @@ void Stepper::fetch_clocks() {
     slots.push_back(tensors_[i].slot);
   }
   if (slots.empty()) return;
-  const std::vector<Clock> clocks = device_clocks(slots);
+  std::vector<Clock> clocks(slots.size());
+  std::vector<int> begins(slots.size());
+  check_device(
+      device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data(), begins.data()));
   for (size_t k = 0; k < entered.size(); ++k) {
-    tensors_[entered[k]].counted.clock = clocks[k];
-    tensors_[entered[k]].entered = false;
+    Tensor& tensor = tensors_[entered[k]];
+    tensor.counted.clock = clocks[k];
+    tensor.segment.ema_begins |= begins[k];
+    tensor.entered = false;
   }
 }
 
@@ -135,7 +140,7 @@ std::vector<Clock> Stepper::clocks() {
 
 std::vector<Clock> Stepper::device_clocks(const std::vector<int64_t>& slots) const {
   std::vector<Clock> clocks(slots.size());
-  check_device(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data()));
+  check_device(device_->read_clocks(memory_, slots.data(), slots.size(), clocks.data(), nullptr));
   return clocks;
 }
 
@@ -262,10 +267,13 @@ void Stepper::prepare(const std::vector<Group>& groups, double factor, const Opt
 void Stepper::sweep_there(const std::vector<Group>& groups, const Options& options) {
   there_.clear();
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    if (!takes_part(segments_[i])) continue;
+    if (!is_written(segments_[i])) continue;
     const Tensor& t = tensors_[i];
     DeviceTensor& there = there_.emplace_back();
     there.segment = segments_[i];
+    there.segment.ema_begins = t.segment.ema_begins;  // as fetch_clocks() may have found
+    there.states = rules()[rule_].mask_of(groups[t.counted.group].hypers);
+    there.counts = takes_part(segments_[i]);
     if (options.live) there.segment.row = t.counted.group;
     there.slot = t.slot;
     there.enters = !t.entered;
@@ -293,9 +301,9 @@ void Stepper::sweep_there(const std::vector<Group>& groups, const Options& optio
 void Stepper::commit(const Options& options, Outcome& outcome) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (options.average) tensors_[i].segment.ema_begins = 0;
+    if (is_written(segments_[i])) tensors_[i].entered = options.live;
     if (!takes_part(segments_[i])) continue;
     if (!options.live) tensors_[i].counted.clock = plan_.after(segments_[i]);
-    tensors_[i].entered = options.live;
     outcome.elements += tensors_[i].segment.n;
   }
 }

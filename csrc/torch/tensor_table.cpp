@@ -462,10 +462,10 @@ void TensorTable::read(size_t place, bool begins) {
     segment.ema_begins |= average && begins && of(a).fresh && lookup(of(a).fresh, slots_[s].name);
   }
   tensor.counted = {a.group, clock_of(a, begins)};
-  if (live_ && a.updates) {
+  if (live_) {  // one that is only averaged counts no update, but may begin its average
     tensor.slot = static_cast<int64_t>(a.i);
-    tensor.entered = counted_[a.i].entered && !begins;
-    for (size_t s = 0; s < scalars_.size(); ++s) {
+    tensor.entered = counted_[a.i].entered && !(begins && a.updates);
+    for (size_t s = 0; a.updates && s < scalars_.size(); ++s) {
       tensor.shown[s] = a.numbers[s];
     }
   }
@@ -583,7 +583,7 @@ std::optional<std::vector<std::tuple<size_t, double, bool>>> TensorTable::norms(
 
 void TensorTable::write_clocks() {
   for (const Active& a : active_) {
-    if (a.updates) counted_[a.i].entered = live_;
+    if (live_ || a.updates) counted_[a.i].entered = live_;
   }
   if (scalars_.empty() || live_) return;
   for (size_t place = 0; place < active_.size(); ++place) {

@@ -259,6 +259,11 @@ def to_host(value: Any) -> Any:
     )
 
 
+def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A contiguous array's memory: buffers have no word for bfloat16."""
+    return array.reshape(-1).view(np.uint8)
+
+
 class Array:
     """An array in a GPU's memory, which fusedstep allocated: an optimizer's state.
 
@@ -313,7 +318,7 @@ class Array:
         if copy is False:
             raise ValueError("copy must not be False: the array is in a GPU's memory")
         result = np.empty(self.shape, self.dtype)
-        self._memory.read(self._offset, result)
+        self._memory.read(self._offset, _bytes(result))
         return result if dtype is None else result.astype(dtype)
 
     def astype(self, dtype: Any) -> np.ndarray[Any, Any]:
@@ -329,7 +334,7 @@ class Array:
             raise TypeError(f"key must be ..., got {key!r}: the array is in a GPU's memory")
         values = np.empty(self.shape, self.dtype)
         np.copyto(values, to_host(value), casting="same_kind")
-        self._memory.write(self._offset, values)
+        self._memory.write(self._offset, _bytes(values))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Array:
         result = Array(self.shape, self.dtype, self.index)

@@ -274,6 +274,20 @@ To bits(From from) {
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cuda_on_host::the_grid().wait({file, line}, false);
 }
+// All threads of the block must come to it, not only those of a warp.
+inline unsigned __reduce_max_sync(unsigned /*lanes*/, unsigned value,
+                                  const char* file = __builtin_FILE(),
+                                  int line = __builtin_LINE()) {
+  static unsigned values[1024];
+  const unsigned thread = threadIdx.x;
+  values[thread] = value;
+  cuda_on_host::the_grid().wait({file, line}, false);
+  for (unsigned i = thread / 32 * 32; i < thread / 32 * 32 + 32 && i < blockDim.x; ++i) {
+    if (values[i] > value) value = values[i];
+  }
+  cuda_on_host::the_grid().wait({file, line}, true);
+  return value;
+}
 inline int __syncthreads_or(int predicate, const char* file = __builtin_FILE(),
                             int line = __builtin_LINE()) {
   return cuda_on_host::the_grid().wait({file, line}, predicate != 0) ? 1 : 0;
