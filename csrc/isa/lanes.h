@@ -196,12 +196,12 @@ FN void store_signed_bytes(uint8_t* to, vector<uint32_t, N> x) {
 template <int N>
 FN void store_bytes(uint8_t* to, const vector<uint32_t, N> (&x)[4]) {
   UNROLL
-  for (int r = 0; r < 4; ++r) store_bytes<N>(to + r * N, x[r]);
+  for (int64_t r = 0; r < 4; ++r) store_bytes<N>(to + r * N, x[r]);
 }
 template <int N>
 FN void store_signed_bytes(uint8_t* to, const vector<uint32_t, N> (&x)[4]) {
   UNROLL
-  for (int r = 0; r < 4; ++r) store_signed_bytes<N>(to + r * N, x[r]);
+  for (int64_t r = 0; r < 4; ++r) store_signed_bytes<N>(to + r * N, x[r]);
 }
 
 // The numbers begin, begin + 1, ... in the lanes.

@@ -200,7 +200,7 @@ FN void copy_few(char* to, const char* from, int64_t bytes) {
 
 // The bytes between two staged streams: an odd number of cache lines, so that rows and arrays do not
 // meet in the same sets, and room for the register that a shard's first block may end in.
-constexpr int64_t kStride = kBlock * sizeof(double) + 3 * 64;
+constexpr int64_t kStride = kBlock * sizeof(double) + 192;
 
 // Whether a step with these states updates stream k.
 FN bool has_stream(StateMask mask, int k) {

@@ -277,7 +277,7 @@ ArrayTable::Taken ArrayTable::step(const py::sequence& grads,
     if (own.zero_grad) note(fixed[i]);
   }
   for (const py::handle array : shadows) note(array);
-  return run(converted, given.shadows, groups, own, states, announce, std::move(written));
+  return run(converted, given.shadows, groups, own, states, announce, written);
 }
 
 ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int64_t>& offsets,
@@ -311,7 +311,7 @@ ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int6
   for (const py::handle array : shadows) {
     if (!announce.is_none() && is_torch_tensor(array)) written.append(array);
   }
-  return run(converted, given.shadows, groups, own, states, announce, std::move(written));
+  return run(converted, given.shadows, groups, own, states, announce, written);
 }
 
 // With the stream of this call, which a device's exporters are asked to let wait for theirs.
@@ -325,7 +325,7 @@ ArrayTable::Taken ArrayTable::run(const std::vector<Stream>& grads,
                                   const std::vector<View>& shadows,
                                   const std::vector<std::vector<double>>& groups,
                                   const Options& options, const py::object& states,
-                                  const py::object& announce, py::list written) {
+                                  const py::object& announce, const py::list& written) {
   std::vector<Group> converted;
   const int needed = groups_.empty() ? 0 : *std::max_element(groups_.begin(), groups_.end()) + 1;
   if (groups.size() < static_cast<size_t>(needed)) {

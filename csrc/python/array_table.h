@@ -106,7 +106,7 @@ class ArrayTable {
   Taken run(const std::vector<Stream>& grads, const std::vector<View>& shadows,
             const std::vector<std::vector<double>>& groups, const Options& options,
             const pybind11::object& states, const pybind11::object& announce,
-            pybind11::list written);
+            const pybind11::list& written);
   Place place_for(const Options& options) const;
 
   int rule_;
