@@ -989,3 +989,36 @@ def test_step_indexes_beyond_32_bits(how):
         assert float(opt.grad_norm) == pytest.approx(math.sqrt(4 * len(places)), rel=1e-6)
     del opt, param, memory
     torch.cuda.empty_cache()  # other tests, and other processes, need some too
+
+
+# -- what a step does beside the update ------------------------------------------------------------
+
+KEPT = [
+    ("float32", {"state_dtype": "bfloat16"}),
+    ("float32", {"state_dtype": "q8", "ema_dtype": "bfloat16"}),
+    ("float32", {"state_dtype": "q8", "state_rounding": "nearest"}),
+    ("float64", {"state_dtype": "float32"}),
+    ("bfloat16", {"rounding": "split", "state_dtype": "q8"}),
+    ("bfloat16", {"rounding": "kahan", "state_dtype": "bfloat16"}),
+    ("bfloat16", {"rounding": "stochastic", "seed": 3}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "how"), KEPT, ids=lambda value: "-".join(map(str, value)))
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "Lion"])
+@pytest.mark.parametrize("asked", [{}, {"ema": 0.9, "zero_grad": True, "clip_value": 0.3}])
+def test_streams_of_other_formats_have_the_cpu_bits(name, dtype, how, asked):
+    values, grads = streams(dtype, dtype)
+
+    def run(device):
+        params = [torch.nn.Parameter(p.clone().to(device)) for p in split(values)]
+        copies = [torch.zeros_like(p, dtype=torch.float16) for p in params]
+        shadow = {"shadow": copies} if asked else {}
+        opt = getattr(ft, name)(params, lr=0.1, **how)
+        train(opt, params, [[g.clone() for g in split(step)] for step in grads], **asked, **shadow)
+        found = [*params, *copies, *(p.grad for p in params)]
+        found += [s for p in params for s in opt.state[p].values() if s.dim()]
+        return [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in found]
+
+    for got, want in zip(run(DEVICE), run("cpu"), strict=True):
+        assert torch.equal(got, want)
