@@ -188,6 +188,42 @@ def test_empty_parameters_and_strided_checkpoints():
     assert opt.masters()["none"].shape == (0, 3)
 
 
+RANDOM = [{"state_dtype": "q8"}, {"ema_dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize("how", RANDOM)
+def test_a_momentum_that_was_loaded_is_saved_again(how):
+    peer = torch.nn.Parameter(torch.ones(3))
+    peer.grad = torch.ones(3)
+    theirs = torch.optim.SGD([peer], momentum=0.5)
+    theirs.step()
+    first = fs.SGD(np.ones(3, np.float32), **how)
+    first.load_state_dict(theirs.state_dict())
+    second = fs.SGD(np.ones(3, np.float32), **how)
+    second.load_state_dict(first.state_dict())
+    found = second.state_dict(state_dtype="float32")["state"][0]["momentum_buffer"]
+    np.testing.assert_array_equal(found, np.ones(3))
+    for opt in (first, second):
+        opt.step(np.ones(3, np.float32))
+    assert everything(first) == everything(second)
+
+
+@pytest.mark.parametrize("how", RANDOM)
+@pytest.mark.parametrize("before", [0.0, 0.5])
+def test_a_momentum_that_begins_late_begins_as_the_gradient_in_a_resumed_run_too(before, how):
+    params = [np.ones(3, np.float32) for _ in range(2)]
+    opt, twin = (fs.SGD(w, lr=0.1, momentum=before, dampening=0.5, **how) for w in params)
+    opt.param_groups[0]["momentum"] = 0.0
+    opt.step(np.ones(3, np.float32))
+    opt.param_groups[0]["momentum"] = 0.5
+    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+    np.copyto(params[1], params[0])
+    for one in (opt, twin):
+        one.step(np.ones(3, np.float32))
+    assert everything(opt) == everything(twin)
+    np.testing.assert_allclose(params[1], 0.8, rtol=1e-6)
+
+
 def test_states_of_torch_s_parameters_are_tensors():
     tensor = torch.ones(200, dtype=torch.bfloat16)
     opt = fs.AdamW(

@@ -636,7 +636,8 @@ class Optimizer:
             if not self._started(i, clock):
                 continue
             used = uses[self._group_of[i]]
-            names = [n for n in self._spec.states if n in used or self._states[n][i] is not None]
+            known = self._spec.states if self._has_begun(clock) else ()
+            names = [n for n in known if n in used or self._states[n][i] is not None]
             if late and clock[2]:
                 names = [n for n in self._spec.states if n in names and n != late]
                 if late in used:
@@ -751,7 +752,12 @@ class Optimizer:
         return self._spec.counts_steps or self._form(i).random
 
     def _started(self, i: int, clock: Clock) -> bool:
-        return clock[0] > 0 if self._counts(i) else clock[1] != 0
+        """Whether a parameter has a state to save, or a count of updates."""
+        return (self._counts(i) and clock[0] > 0) or self._has_begun(clock)
+
+    def _has_begun(self, clock: Clock) -> bool:
+        """Whether the states of a parameter have begun, also in a checkpoint without counts."""
+        return clock[0] > 0 if self._spec.counts_steps else clock[1] != 0
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over the state and hyperparameters of `state_dict`, copying the values.
