@@ -85,6 +85,24 @@ def test_look_ahead_has_the_same_bits_in_both_layers(dtype, layout, isa):
     assert bits(param) == bits(array) == before
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "q8"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_look_ahead_follows_the_numbers_of_a_narrow_buffer(dtype, state_dtype):
+    array, grad = drawn(0, REAL[dtype]), drawn(1, np.float32)
+    param = torch.nn.Parameter(as_tensor(array).permute(2, 0, 1).contiguous().permute(1, 2, 0))
+    how = {"lr": LR, "momentum": MOMENTUM, "state_dtype": state_dtype}
+    neutral, torch_s = fs.SGD(array, **how), ft.SGD([param], **how)
+    param.grad = as_tensor(grad).to(param.dtype)
+    neutral.step(grad)
+    torch_s.step()
+    before, narrow = array.copy(), bits(neutral.state[0]["momentum_buffer"])
+    buffer = neutral.state_dict(state_dtype="float32")["state"][0]["momentum_buffer"]
+    with neutral.lookahead(), torch_s.lookahead():
+        assert bits(array) == bits(ahead_of(before, buffer)) == bits(param)
+    assert bits(array) == bits(before) == bits(param)
+    assert bits(neutral.state[0]["momentum_buffer"]) == narrow
+
+
 @pytest.mark.parametrize("lazy", ["plain", "conj", "neg"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])

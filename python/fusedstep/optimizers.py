@@ -17,6 +17,7 @@ from fusedstep._groups import Group, ParamGroup
 from fusedstep._hypers import FINITE
 from fusedstep._optimizer import Optimizer, StepReport, given
 from fusedstep._spec import Spec
+from fusedstep._storage import decoded
 from fusedstep._types import Betas, How, Pair, Params, Rate
 
 if TYPE_CHECKING:
@@ -110,7 +111,11 @@ class SGD(Optimizer):
         numbers = list(map(self._spec.numbers, natives))
         _lookahead.check(numbers)
         arrays = [as_array(p, f"params[{key}]") for key, p in self._params.items()]
-        moving = [(i, b) for i, b in enumerate(self._states["momentum_buffer"]) if b is not None]
+        moving = []
+        for i, buffer in enumerate(self._states["momentum_buffer"]):
+            if buffer is not None:
+                stored = self._stored(self._states, "momentum_buffer", i)
+                moving.append((i, decoded(stored) if stored.beside is not None else buffer))
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
         announced = [i for i, _ in moving if i in self._tensors]
         try:

@@ -1302,9 +1302,13 @@ class LookAhead(Optimizer):
         moving = {}
         for (params, *_), group in zip(rows, numbers, strict=True):
             for param, name in zip(params, names, strict=False):
-                buffer = self.state.get(param, {}).get("momentum_buffer")
-                if buffer is not None:
-                    moving[name] = param, buffer, group
+                entry = self.state.get(param, {})
+                buffer = entry.get("momentum_buffer")
+                if buffer is None:
+                    continue
+                if self._form(param).states["momentum_buffer"].beside:
+                    buffer = self._wide(param, "momentum_buffer", entry)
+                moving[name] = param, buffer, group
         saved = [param.detach().clone() for param, *_ in moving.values()]
         try:
             stream = 0 if self._gpu is None else stream_of(self._device)
