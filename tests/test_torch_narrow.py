@@ -285,3 +285,63 @@ def test_a_state_of_another_form_is_refused_and_nothing_changes():
     del saved["state"][0]["exp_avg_exponents"]
     with pytest.raises(ValueError, match=r"exponents'\] must be uint8 of shape \(4,\), got None"):
         opt.load_state_dict(saved)
+
+
+def test_codes_without_their_exponents_are_refused_and_nothing_changes():
+    params = params_of()
+    opt = optimizer("AdamW", params, state_dtype="q8")
+    train(params, opt)
+    before = copy.deepcopy(params)
+    for lost in ({"exp_avg_sq_exponents": None}, {}):
+        del opt.state[params[1]]["exp_avg_sq_exponents"]
+        opt.state[params[1]].update(lost)
+        for run in (lambda: train(params, opt), opt.state_dict, lambda: opt.state_dict("float32")):
+            with pytest.raises(ValueError, match=r"state\[1\]\['exp_avg_sq_exponents'\] must be "
+                               "with the codes in 'exp_avg_sq', got none"):  # fmt: skip
+                run()
+    assert_same(params, before)
+    assert opt.state[params[0]]["step"] == 4
+
+
+def test_codes_load_bit_by_bit():
+    params, other = params_of(), params_of()
+    opt, resumed = (optimizer("AdamW", ps, state_dtype="q8") for ps in (params, other))
+    train(params, opt)
+    saved = copy.deepcopy(opt.state_dict())
+    entry = saved["state"][0]  # the same number as that of exponent 84 and code 225
+    entry["exp_avg_sq_exponents"].fill_(84)
+    entry["exp_avg_sq"].fill_(225)
+    resumed.load_state_dict(saved)
+    again = resumed.state_dict()["state"]
+    for i, entry in saved["state"].items():
+        assert_same([again[i][name] for name in entry], entry.values())
+
+
+@pytest.mark.parametrize("averages", [-1, 1.5, "x"])
+def test_a_wrong_number_of_averages_is_refused_before_anything_changes(averages):
+    params = params_of()
+    opt = optimizer("AdamW", params, ema=0.5)
+    train(params, opt)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["param_groups"][0]["averages"] = averages
+    saved["param_groups"][0]["lr"] = 7.0
+    with pytest.raises((TypeError, ValueError), match=r"param_groups'\]\[0\]\['averages'\] must "):
+        opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] == 0.01
+    assert opt.param_groups[0]["averages"] == 4
+
+
+def test_a_checkpoint_says_which_first_moment_comes_later():
+    params, other = params_of(), params_of()
+    opt, resumed = (ft.AdamW(ps, **HYPERS, betas=(0.0, 0.99)) for ps in (params, other))
+    train(params, opt, range(2))
+    opt.param_groups[0]["betas"] = (0.9, 0.99)
+    saved = copy.deepcopy(opt.state_dict())
+    resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for param, value in zip(other, params, strict=True):
+            param.copy_(value)
+    assert_same(train(other, resumed, range(2, 4)), train(params, opt, range(2, 4)))
+    assert saved.pop("pending") == [0, 1, 2]
+    with pytest.raises(ValueError, match="must have the key 'exp_avg'"):
+        resumed.load_state_dict(saved)

@@ -279,7 +279,14 @@ class Optimizer(torch.optim.Optimizer):
     def _stored(self, param: torch.Tensor, name: str, entry: Mapping[str, Any]) -> Stored:
         """A state or an average in `entry`, with its format and what lies beside it."""
         kept = self._form(param).streams[name]
-        return Stored(entry[name], kept.format, entry[kept.beside] if kept.beside else None)
+        beside = entry.get(kept.beside) if kept.beside else None
+        if kept.beside and beside is None:
+            k, j, i = self._places()[id(param)]
+            (which,) = _names_in(self.param_groups[k], i, 1, j)
+            raise ValueError(
+                f"state[{which}]['{kept.beside}'] must be with the codes in '{name}', got none"
+            )
+        return Stored(entry[name], kept.format, beside)
 
     def _check_stored(self, label: str, param: torch.Tensor) -> None:
         """Raises ValueError for a parameter that cannot be stored as this optimizer stores."""
@@ -496,6 +503,9 @@ class Optimizer(torch.optim.Optimizer):
             group = self.param_groups[-1]
             real = (p for one in self.param_groups for p in one["params"] if not p.is_meta)
             home = next((param.device for param in real), self._device)
+            known = self._found  # as many as there are, without a look at all groups
+            n = len(self._params()) if known is None else len(known)
+            first = n - len(group["params"])
             for j, param in enumerate(group["params"]):
                 device = param.device
                 if device.type not in ("cpu", "cuda", "meta"):
@@ -504,10 +514,8 @@ class Optimizer(torch.optim.Optimizer):
                     rule = f"on {home} as the others"
                 else:
                     continue
-                first = sum(len(one["params"]) for one in self.param_groups[:-1])
                 (name,) = _names_in(group, first + j, 1, j)
                 raise ValueError(f"params[{name}] must be {rule}, got {device}")
-            first = sum(len(one["params"]) for one in self.param_groups[:-1])
             for j, param in enumerate(group["params"]):
                 self._check_stored(f"params[{_names_in(group, first + j, 1, j)[0]}]", param)
             native = self._spec.native(self._checked({**group, "lr": 0.0}))
@@ -875,6 +883,14 @@ class Optimizer(torch.optim.Optimizer):
                 result["state"][i] = self._saved_entry(param, result["state"][i], wide)
         for group in result["param_groups"]:  # which may have been edited since they were made
             self._to_python(group)
+        if self._spec.counts_steps:  # elsewhere torch has None for these itself
+            entries, missing = result["state"], self._spec.late
+            n = len(self._params())
+            pending = [i for i in range(n) if entries.get(i, {}).get(missing, 0) is None]
+            if pending:
+                result["pending"] = pending
+            for i in pending:
+                del entries[i][missing]
         return result
 
     def _saved_entry(
@@ -885,6 +901,8 @@ class Optimizer(torch.optim.Optimizer):
         for name, kept in self._form(param).streams.items():
             if kept.format in ("float32", "float64") or entry.get(name) is None:
                 continue
+            if name == EMA and not self._averages():
+                continue  # the user's own
             coded = bool(kept.beside)
             if wide or (coded and is_dtensor(param)):
                 values = self._wide(param, name, entry)
@@ -964,7 +982,7 @@ class Optimizer(torch.optim.Optimizer):
             (param, entry[EMA]) for param in self._params()
             if isinstance((entry := self.state.get(param, {})).get(EMA), torch.Tensor)
         ]  # fmt: skip
-        if not pairs:
+        if not pairs or not self._averages():
             raise ValueError("ema must follow a step with ema=, got no average so far")
         swap = Swap(pairs)
         try:
@@ -1085,6 +1103,9 @@ class Optimizer(torch.optim.Optimizer):
                 group[_BEYOND] = beyond
             if averages is not None:
                 group[_AVERAGES] = _checkpoint.count("state_dict['averages']", averages)
+            elif _AVERAGES in group:
+                label = f"{where}['{_AVERAGES}']"
+                group[_AVERAGES] = _checkpoint.count(label, group[_AVERAGES])
             groups.append(group)
             try:
                 completed = self._completed(dict(group), self.param_groups[k], True)
@@ -1097,15 +1118,18 @@ class Optimizer(torch.optim.Optimizer):
             required.update({id(param): needed for param in params})
             if self._spec.late and self._spec.late not in used:
                 unused.update(params)
+        # Without averages so far, that key is the user's own.
+        taken_over = [*own_names, *([EMA] if any(g.get(_AVERAGES) for g in groups) else [])]
         recordable = self._recordable()
+        pending = state_dict.get("pending", ())
         state: dict[Any, Any] = {}
         for key, entry in entries.items():
             where = f"state_dict['state'][{key!r}]"
             if key in param_of:
                 param = param_of[key]
                 counts = param.device if param in recordable else _CPU
-                taken = self._taken(where, entry, param, counts, own_names)
-                self._check_complete(where, taken, own_names, required[id(param)])
+                taken = self._taken(where, entry, param, counts, taken_over)
+                self._check_complete(where, taken, own_names, required[id(param)], key in pending)
                 if param in unused:
                     taken.pop(self._spec.late, None)
                 state[number[id(param)]] = _Hidden(taken)
@@ -1173,7 +1197,7 @@ class Optimizer(torch.optim.Optimizer):
             elif name in beside:
                 if name in _storage.PARAM_BESIDE and form.param.beside and value is not None:
                     taken[form.param.beside] = self._taken_beside(label, name, value, param)
-            elif name not in own and name != EMA:
+            elif name not in own:
                 taken[name] = _users_own(label, value, None if param.is_meta else param.device)
             elif value is None:  # torch before the first step with momentum
                 taken[name] = None
@@ -1250,18 +1274,29 @@ class Optimizer(torch.optim.Optimizer):
             source = Stored(
                 value, "q8_positive" if name in self._spec.positive else "q8", exponents
             )
-        convert(source, target, first)
+        if source.format == target.format:  # bit by bit: a number has several codes
+            local(new[name]).copy_(local(value))
+            new[kept.beside].copy_(source.beside)
+        else:
+            convert(source, target, first)
         return new
 
     def _check_complete(
-        self, where: str, entry: Mapping[str, Any], own: list[str], required: list[str]
+        self,
+        where: str,
+        entry: Mapping[str, Any],
+        own: list[str],
+        required: list[str],
+        pending: bool,
     ) -> None:
-        """Raises ValueError for a state that has begun, by this rule or another, and lacks some."""
+        """Raises ValueError for a state that has begun, by this rule or another, and lacks some.
+
+        `pending`: its late state begins with the next step, as None says where torch has that.
+        """
         late = self._spec.late
+        pending = pending or (not self._spec.counts_steps and late in entry)
         lacking = [
-            name
-            for name in required
-            if entry.get(name) is None and not (name == late and name in entry)
+            name for name in required if entry.get(name) is None and not (name == late and pending)
         ]
         if required and not lacking:
             return
@@ -1482,6 +1517,9 @@ class _Helper:
             fresh: dict[str, torch.Tensor] = {}
             made.append(fresh)
             hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
+            for name, kept in opt._form(param).states.items():
+                if kept.beside in names and entry.get(name) is not None:
+                    opt._stored(param, name, entry)  # refuses codes that lost their exponents
             for name in names:
                 given = entry.get(name)
                 initial = opt._spec.first(name, hypers)
