@@ -495,12 +495,6 @@ std::vector<py::tuple> ArrayTable::shapes() const {
   return all;
 }
 
-std::vector<std::string> ArrayTable::state_dtypes() const {
-  std::vector<std::string> all;
-  for (const Param& param : params_) all.emplace_back(format_name(state_format(param.view.format)));
-  return all;
-}
-
 std::vector<std::string> ArrayTable::dtypes() const {
   std::vector<std::string> all;
   for (const Param& param : params_) all.emplace_back(format_name(param.view.format));

@@ -72,10 +72,9 @@ class ArrayTable {
   // Of each tensor's, with whether it is finite; None for one that had none.
   std::optional<std::vector<std::optional<std::pair<double, bool>>>> norms() const;
 
-  // Shapes and dtype names of the parameters, and of the states under each.
+  // Shapes and dtype names of the parameters.
   std::vector<pybind11::tuple> shapes() const;
   std::vector<std::string> dtypes() const;
-  std::vector<std::string> state_dtypes() const;
 
  private:
   struct Param {

@@ -291,8 +291,7 @@ PYBIND11_MODULE(_core, m) {
       .def("norm", &ArrayTable::norm)
       .def("norms", &ArrayTable::norms)
       .def("shapes", &ArrayTable::shapes)
-      .def("dtypes", &ArrayTable::dtypes)
-      .def("state_dtypes", &ArrayTable::state_dtypes);
+      .def("dtypes", &ArrayTable::dtypes);
 
   py::class_<TensorTable>(m, "TensorTable", py::custom_type_setup(collected<TensorTable>))
       .def(py::init<const std::string&, const std::vector<std::string>&, const py::object&, bool,
