@@ -299,7 +299,11 @@ def test_states_take_the_bytes_that_they_say():
     assert opt.state[0]["exp_avg_exponents"].shape == (101,)
     mixed = fs.AdamW(w, state_dtype={"exp_avg": "bfloat16"})
     assert [a.dtype.name for a in mixed.state[0].values()] == ["bfloat16", "float32"]
-    assert fs.AdamW(np.ones(3), state_dtype="float32").state[0]["exp_avg"].dtype == np.float32
+    for asked, saved in [("float32", np.float32), ("bfloat16", np.float64), (None, np.float64)]:
+        opt = fs.AdamW(np.ones(3), state_dtype=asked)
+        assert opt.state[0]["exp_avg"].dtype.name == (asked or "float64")
+        opt.step(np.ones(3))
+        assert opt.state_dict(state_dtype="float32")["state"][0]["exp_avg"].dtype == saved
 
 
 def test_states_that_must_be_exact_say_why():
@@ -351,6 +355,13 @@ def test_torch_s_checkpoint_loads_and_ours_loads_there(into):
         ({"exp_avg_exponents": None}, TypeError, r"'exp_avg'\] must be float32.*, got uint8"),
         ({"low_bits": np.zeros(3, "f4")}, TypeError, r"'low_bits'\] must be int16, got float32"),
         ({"ema": np.zeros(2, "f4")}, ValueError, r"'ema'\] must have shape \(3,\), got \(2,\)"),
+        (
+            {"m": np.zeros(3, "f4")},
+            ValueError,
+            r"must have the keys \['step', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq',"
+            r" 'exp_avg_exponents', 'exp_avg_sq_exponents', 'ema', 'compensation',"
+            r" 'low_bits'\], got 'm'",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_changes_nothing(change, error, message):

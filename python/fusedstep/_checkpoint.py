@@ -341,7 +341,8 @@ def _loaded_state(
     """
     spec = own.spec
     where = f"state_dict['state'][{own.names[i]}]"
-    known = [*spec.scalars, *spec.states]
+    beside = [_exponents(state) for state in spec.states if state in entry]
+    known = ["step", *spec.carried, *spec.states, *beside, EMA, *PARAM_BESIDE]
     arrays: dict[str, Stored] = {}
     scalars: dict[str, float] = {}
     for name, value in entry.items():
@@ -353,7 +354,7 @@ def _loaded_state(
             scalars[name] = count(label, value)
         elif name in spec.carried:
             scalars[name] = carried(label, name, value)
-        elif name not in {_exponents(state) for state in spec.states if state in entry}:
+        elif name not in beside:
             raise ValueError(f"{where} must have the keys {known}, got {name!r}")
     # What belongs to the parameter says nothing of updates.
     if entry.keys() <= {EMA, *PARAM_BESIDE}:

@@ -601,8 +601,9 @@ class Optimizer:
 
         Args:
             state_dtype: "float32" gives states and averages in bfloat16 or q8 as torch has them,
-                float32, or float64 under float64 parameters, in copies; exactly. None gives all as
-                it is (default None). `masters` has what belongs to the parameters.
+                float32, or float64 under float64 parameters, in copies; exactly; those in float32
+                and float64 stay so. None gives all as it is (default None). `masters` has what
+                belongs to the parameters.
 
         Raises:
             ValueError: another state_dtype.

@@ -860,8 +860,9 @@ class Optimizer(torch.optim.Optimizer):
         """The state and the groups, as torch's; on a GPU, waits for steps that may be skipped.
 
         Args:
-            state_dtype: "float32" gives states and averages that are narrower as torch has them, in
-                float32, exactly. None gives them as they are, but for those of a DTensor in q8,
+            state_dtype: "float32" gives states and averages in bfloat16 or q8 as torch has them,
+                float32, or float64 under float64 parameters, exactly; those in float32 and float64
+                stay so. None gives them as they are, but for those of a DTensor in q8,
                 which are bfloat16, exactly: what lies beside them has no placement (default None).
         """
         if state_dtype not in (None, "float32"):
