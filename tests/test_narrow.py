@@ -172,6 +172,26 @@ def test_masters_go_from_one_rounding_to_the_other(one, other):
         )
 
 
+def test_a_master_halfway_to_the_next_bfloat16_ends_one_short_of_it_under_split():
+    params = np.array([0.25, -0.25], BF16)
+    twin = fs.SGD(params, rounding="split")
+    saved = fs.SGD(params, rounding="kahan").state_dict()
+    twin.load_state_dict({**saved, "state": {0: {"compensation": params * BF16(2.0**-8)}}})
+    halfway = np.array([0.25, -0.25], np.float32) * np.float32(1 + 2**-8)
+    np.testing.assert_array_equal(twin.masters()[0], np.nextafter(halfway, np.float32(0)))
+
+
+def test_an_average_halfway_between_two_bfloat16_is_shown_away_from_zero():
+    for sign in (1, -1):
+        w = np.array([sign], BF16)
+        opt = fs.SGD(w, lr=1.0)
+        opt.step(np.zeros(1, np.float32), ema=0.5)
+        opt.step(np.array([-sign * 2.0**-7], np.float32), ema=0.5)
+        assert opt.state[0]["ema"] == sign * (1 + 2**-8)
+        with opt.ema():
+            assert w == sign * (1 + 2**-7)
+
+
 def test_empty_parameters_and_strided_checkpoints():
     params = {"none": np.ones((0, 3), BF16), "w": np.ones((2, 3), BF16)}
     opt = fs.AdamW(params, rounding="split", state_dtype="q8")
@@ -304,6 +324,20 @@ def test_states_take_the_bytes_that_they_say():
         assert opt.state[0]["exp_avg"].dtype.name == (asked or "float64")
         opt.step(np.ones(3))
         assert opt.state_dict(state_dtype="float32")["state"][0]["exp_avg"].dtype == saved
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_gradient_that_is_not_finite_spoils_its_block_of_q8_and_no_other(bad, skip):
+    w, grad = np.zeros(3 * 128, np.float32), np.ones(3 * 128, np.float32)
+    opt = fs.AdamW(w, weight_decay=0, state_dtype="q8")
+    opt.step(grad)
+    opt.step(np.where(np.arange(w.size) == 130, np.float32(bad), grad), skip_nonfinite=skip)
+    before = w.copy()
+    opt.step(grad)
+    moved = (w != before).reshape(3, 128)
+    assert moved[[0, 2]].all()
+    assert (np.delete(moved[1], 2) == skip).all()
 
 
 def test_states_that_must_be_exact_say_why():

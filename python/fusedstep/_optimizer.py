@@ -494,9 +494,9 @@ class Optimizer:
 
         Parameters and averages change places in the memory that they have, and back afterwards,
         also after an exception: they are then what they were, to the bit. Inside, parameters are
-        for reading, and in 16 bits they are the average rounded to nearest. A copy of the
-        parameters is kept meanwhile only where the average has another dtype, but for float32 under
-        bfloat16 parameters, which share bits.
+        for reading, and in 16 bits they are the average rounded to nearest, bfloat16 of a float32
+        average with ties away from zero. A copy of the parameters is kept meanwhile only where the
+        average has another dtype, but for float32 under bfloat16 parameters, which share bits.
 
         Raises:
             ValueError: no step had `ema=` so far; or the parameters are on a GPU.

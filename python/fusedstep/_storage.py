@@ -349,7 +349,8 @@ def decoded(source: Stored, dtype: str = "float32", first: int = 0) -> Array:
 def beside_param(stored: Stored, key: str) -> Array:
     """What lies beside a bfloat16 parameter, by `key`, from what lies there under another rounding.
 
-    The parameter stays; the number that the two make is kept as far as the other key can hold it.
+    The parameter stays; the number that the two make is kept as far as the other key can hold it:
+    halfway to the next larger bfloat16, `low_bits` ends one short of it.
     """
     master, param = decoded(stored), decoded(Stored(stored.array, "bfloat16"))
     if key == "compensation":

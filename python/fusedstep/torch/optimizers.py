@@ -956,9 +956,10 @@ class Optimizer(torch.optim.Optimizer):
 
         Parameters and averages change places in the memory that they have, and back afterwards,
         also after an exception: the parameters are then what they were, to the bit. Inside they are
-        for reading, and in 16 bits they are the average rounded to nearest. A copy of the
-        parameters is kept meanwhile only where they and their average are in formats of which
-        neither holds the other. Of a model in shards each rank swaps its own.
+        for reading, and in 16 bits they are the average rounded to nearest, bfloat16 of a float32
+        average with ties away from zero. A copy of the parameters is kept meanwhile only where they
+        and their average are in formats of which neither holds the other. Of a model in shards each
+        rank swaps its own.
 
         Raises:
             ValueError: no step had `ema=` so far.
