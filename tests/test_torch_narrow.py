@@ -345,3 +345,17 @@ def test_a_checkpoint_says_which_first_moment_comes_later():
     assert saved.pop("pending") == [0, 1, 2]
     with pytest.raises(ValueError, match="must have the key 'exp_avg'"):
         resumed.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("how", [{"state_dtype": "q8"}, {"ema_dtype": "bfloat16"}])
+def test_a_momentum_that_is_switched_on_later_resumes_as_it_goes_on(how):
+    params, other = params_of(), params_of()
+    opt, resumed = (ft.SGD(ps, **HYPERS, dampening=0.5, **how) for ps in (params, other))
+    train(params, opt, range(1))
+    opt.param_groups[0]["momentum"] = 0.9
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(params, opt, range(1, 2))
+    train(other, resumed, range(1, 2))
+    mine, theirs = (one.state_dict("float32")["state"] for one in (opt, resumed))
+    for i, entry in mine.items():
+        assert_same([theirs[i][name] for name in entry], entry.values())

@@ -884,14 +884,12 @@ class Optimizer(torch.optim.Optimizer):
                 result["state"][i] = self._saved_entry(param, result["state"][i], wide)
         for group in result["param_groups"]:  # which may have been edited since they were made
             self._to_python(group)
-        if self._spec.counts_steps:  # elsewhere torch has None for these itself
-            entries, missing = result["state"], self._spec.late
-            n = len(self._params())
-            pending = [i for i in range(n) if entries.get(i, {}).get(missing, 0) is None]
-            if pending:
-                result["pending"] = pending
-            for i in pending:
-                del entries[i][missing]
+        entries, missing, n = result["state"], self._spec.late, len(self._params())
+        pending = [i for i in range(n) if entries.get(i, {}).get(missing, 0) is None]
+        if pending:  # as in a neutral optimizer's
+            result["pending"] = pending
+        for i in pending:
+            del entries[i][missing]
         return result
 
     def _saved_entry(
@@ -1003,7 +1001,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         numbers: list[int] = []
         wanted = []
-        own, first = self._own_names(), 0
+        own, first = (*self._spec.scalars, *self._spec.states), 0
         for group in self.param_groups:
             with contextlib.suppress(TypeError, ValueError):  # the next step will say it
                 uses = self._uses(group)
@@ -1293,10 +1291,9 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         """Raises ValueError for a state that has begun, by this rule or another, and lacks some.
 
-        `pending`: its late state begins with the next step, as None says where torch has that.
+        `pending`: its late state begins with the next step.
         """
         late = self._spec.late
-        pending = pending or (not self._spec.counts_steps and late in entry)
         lacking = [
             name for name in required if entry.get(name) is None and not (name == late and pending)
         ]
@@ -1304,6 +1301,7 @@ class Optimizer(torch.optim.Optimizer):
             return
         begun = {name for name, value in entry.items() if value is not None}
         begun &= STATES.union(own)
+        begun -= {*self._scalars()} - {*self._spec.scalars}  # a count for random bits alone
         if begun and lacking:
             found = _checkpoint.given(entry)
             raise ValueError(f"{where} must have the key {lacking[0]!r}, got {found}")
