@@ -5,6 +5,7 @@ From simple to complex. What they share is `Optimizer`; what a step does is in c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,12 @@ from fusedstep._spec import Spec
 from fusedstep._storage import decoded
 from fusedstep._types import Betas, How, Pair, Params, Rate
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing's from Python 3.11 on
+if sys.version_info >= (3, 11):
+    from typing import Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack
+else:  # for those who ask for hints: what can be subscripted
+    Unpack = type
 
 for _public in (Group, Optimizer, ParamGroup, StepReport):  # where pickles look for them
     _public.__module__ = __name__
