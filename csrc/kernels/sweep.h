@@ -25,16 +25,10 @@ FN void each(const Body& body) {
   }
 }
 
-// Asks memory for n elements that are to be read soon, and maybe written.
-template <int n, class T>
-FN void fetch(const T* at, bool written) {
-  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    const char* line = reinterpret_cast<const char*>(at) + byte;
-    if (written) {
-      __builtin_prefetch(line, 1);
-    } else {
-      __builtin_prefetch(line, 0);
-    }
+// Asks memory for what is to be read soon, and mostly written.
+FN void fetch(const void* at, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(at) + byte, 1);
   }
 }
 
@@ -139,10 +133,10 @@ void update(const Row& row, const Run& run, int64_t n) {
         int64_t i = 0;
         for (; i + kFour <= size; i += kFour) {
           // Memory would be idle meanwhile: it fetches what the next block begins with.
-          fetch<kFour>(param + first + kBlock + i, true);
-          fetch<kFour>(grad + first + kBlock + i, false);
+          fetch(param + first + kBlock + i, kFour * sizeof(*param));
+          fetch(grad + first + kBlock + i, kFour * sizeof(*grad));
           each_state(first + kBlock + i,
-                     [&](auto, auto, auto* at) FN_LAMBDA { fetch<kFour>(at, true); });
+                     [&](auto, auto, auto* at) FN_LAMBDA { fetch(at, kFour * sizeof(*at)); });
           each_state(first + i, [&](auto s, auto format, auto* to) FN_LAMBDA {
             const uint32_t own = base[s.value][i / kTogether];
             decltype(words_of(V())) codes[4];
@@ -388,6 +382,8 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
         run.exponents[k - kState] = static_cast<uint8_t*>(stream.beside) + entry;
         continue;
       } else {
+        // The update that follows asks memory for nothing of this stream: its next block comes now.
+        fetch(address(stream, begin + n), n * kFormatInfo[static_cast<int>(stream.format)].bytes);
         kernels.codec[static_cast<int>(stream.format)][wide].decode(stream, begin, place, n,
                                                                     staged[k]);
         run.at[k] = staged[k];
