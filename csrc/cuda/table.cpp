@@ -55,7 +55,8 @@ int launch_for(std::vector<Launch>& launches, StateMask states, bool wide, bool 
 // The tiles of a segment in a launch; staged ones begin at the place of a multiple of kTogether.
 int64_t tiles(const Segment& segment, const Launch& launch) {
   if (!launch.staged) return parts(segment.n, kTile);
-  return parts(segment.first % kTogether + segment.n, kStagedThreads[launch.wide] * kVector);
+  return parts(segment.first % kTogether + segment.n,
+               int64_t{kStagedThreads[launch.wide]} * kVector);
 }
 
 }  // namespace
