@@ -67,6 +67,7 @@ CLASS = '''class Toy(Optimizer):
         *,
         maximize: bool = False,
         groups: Iterable[Group] = (),
+        **how: Unpack[How],
     ) -> None:
         super().__init__(**given(locals()))
 

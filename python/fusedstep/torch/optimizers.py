@@ -1726,7 +1726,7 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
     for beside in ("groups", *HOW):
-        del own[beside]
+        own.pop(beside, None)  # a class that names none of HOW offers none
     peer = getattr(torch.optim, name, None)
     theirs = {} if peer is None else dict(inspect.signature(peer, eval_str=True).parameters)
     parameters = dict(theirs or own)
