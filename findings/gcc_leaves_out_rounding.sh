@@ -19,8 +19,8 @@ cd "$folder"
 version=12.2.0-14+deb12u1
 apt-get download --quiet --quiet "gcc-12=$version" "cpp-12=$version" "libgcc-12-dev=$version" \
   2> /dev/null
-for package in *.deb; do dpkg -x "$package" "$folder/root"; done
-compiler="$folder/root/usr/bin/x86_64-linux-gnu-gcc-12"
+for package in *.deb; do dpkg -x "$package" "$folder/unpacked"; done
+compiler="$folder/unpacked/usr/bin/x86_64-linux-gnu-gcc-12"
 cat > rounding.c <<'C'
 int printf(const char*, ...);
 

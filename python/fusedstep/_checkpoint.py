@@ -16,7 +16,7 @@ import numpy as np
 from fusedstep._arrays import as_array, as_dtype, to_host
 from fusedstep._hypers import FINITE, LAST, SHARE, Hyper, as_number, kept_schedules
 from fusedstep._spec import Spec
-from fusedstep._storage import EMA, PARAM_BESIDE, Form, Kept, Stored
+from fusedstep._storage import EMA, PARAM_BESIDE, Form, Stored, in_q8
 from fusedstep._types import Clock
 from fusedstep.schedules import Resumed, resumed
 
@@ -341,7 +341,7 @@ def _loaded_state(
     """
     spec = own.spec
     where = f"state_dict['state'][{own.names[i]}]"
-    beside = [_exponents(state) for state in spec.states if state in entry]
+    beside = [in_q8(spec, state).beside for state in spec.states if state in entry]
     known = ["step", *spec.carried, *spec.states, *beside, EMA, *PARAM_BESIDE]
     arrays: dict[str, Stored] = {}
     scalars: dict[str, float] = {}
@@ -375,10 +375,6 @@ def _loaded_state(
     return (t, first, second), arrays
 
 
-def _exponents(state: str) -> str:
-    return f"{state}_exponents"
-
-
 def _loaded_array(own: Holder, i: int, name: str, entry: Mapping[str, Any], label: str) -> Stored:
     """A state, an average or what lies beside the parameter, in whatever format it is, checked."""
     shape, wide = own.shapes[i], np.dtype(own.wide[i])
@@ -390,10 +386,9 @@ def _loaded_array(own: Holder, i: int, name: str, entry: Mapping[str, Any], labe
         if array.dtype.name != dtype:
             raise TypeError(f"{label} must be {dtype}, got {array.dtype}")
         return Stored(array, rounding)
-    beside = _exponents(name)
-    if array.dtype == np.uint8 and entry.get(beside) is not None:
-        kept = Kept("q8_positive" if name in own.spec.positive else "q8", beside=beside)
-        exponents = as_array(to_host(entry[beside]), f"{label[:-2]}_exponents']")
+    kept = in_q8(own.spec, name)
+    if array.dtype == np.uint8 and entry.get(kept.beside) is not None:
+        exponents = as_array(to_host(entry[kept.beside]), f"{label[:-2]}_exponents']")
         expected = kept.beside_shape(shape)
         if exponents.shape != expected or exponents.dtype != np.uint8:
             raise ValueError(

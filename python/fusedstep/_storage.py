@@ -90,10 +90,23 @@ class Kept(NamedTuple):
         """The dtype of the array beside it."""
         return _ARRAYS[self.format][1]
 
-    def beside_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the array beside one of this shape."""
-        block = _BLOCKS[self.format]
-        return tuple(shape) if block == 1 else (-(-math.prod(shape) // block),)
+    @property
+    def by_block(self) -> bool:
+        """Whether elements of a block share an entry beside them."""
+        return _BLOCKS.get(self.format, 0) > 1
+
+    def beside_shape(self, shape: Sequence[int], first: int = 0) -> tuple[int, ...]:
+        """The shape of the array beside one of this shape, whose first element has this place."""
+        if not self.by_block:
+            return tuple(shape)
+        n, block = math.prod(shape), _BLOCKS[self.format]
+        return (-(-(first % block + n) // block) if n else 0,)
+
+
+def in_q8(spec: Spec, state: str, random: bool = False) -> Kept:
+    """A state in 8 bits: one that is never negative has a format of its own."""
+    positive = "_positive" if state in spec.positive else ""
+    return Kept("q8" + positive, random, f"{state}_exponents")
 
 
 class Form(NamedTuple):
@@ -182,8 +195,7 @@ class Storage:
         states = {}
         for name, asked in self._state_dtypes.items():
             if asked == "q8":
-                positive = "_positive" if name in self._spec.positive else ""
-                states[name] = Kept(asked + positive, random, f"{name}_exponents")
+                states[name] = in_q8(self._spec, name, random)
             else:
                 states[name] = Kept(asked or wide, random and asked == "bfloat16")
         average = self.how["ema_dtype"] or wide

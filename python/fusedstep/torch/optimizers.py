@@ -251,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
     def _ordered(self, param: torch.Tensor) -> bool:
         """Whether what is stored of a parameter depends on places in it."""
         form = self._form(param)
-        return form.random or any("q8" in kept.format for kept in form.states.values())
+        return form.random or any(kept.by_block for kept in form.states.values())
 
     def _array_dtype(self, param: torch.Tensor, name: str) -> torch.dtype:
         """The dtype of an array in a parameter's state."""
@@ -264,10 +264,10 @@ class Optimizer(torch.optim.Optimizer):
         """A new array, zeros, of a parameter's state."""
         beside = self._form(param).beside.get(name)
         dtype = self._array_dtype(param, name)
-        if beside is not None and len(beside.beside_shape((2,))) and beside.format.startswith("q8"):
+        if beside is not None and beside.by_block:
             here = local(param)
-            shape = beside.beside_shape((self._first(param) % 128 + here.numel(),))
-            return torch.zeros(shape if here.numel() else 0, dtype=dtype, device=here.device)
+            shape = beside.beside_shape(here.shape, self._first(param))
+            return torch.zeros(shape, dtype=dtype, device=here.device)
         return new_state(param, dtype, self._ordered(param))
 
     def _first(self, param: torch.Tensor) -> int:
@@ -1187,7 +1187,10 @@ class Optimizer(torch.optim.Optimizer):
         taken: dict[str, Any] = {}
         form = self._form(param)
         # What lies beside something is taken with it, or is of another form.
-        beside = {*_storage.PARAM_BESIDE, *(f"{name}_exponents" for name in form.states)}
+        beside = {
+            *_storage.PARAM_BESIDE,
+            *(_storage.in_q8(self._spec, name).beside for name in form.states),
+        }
         for name, value in entry.items():
             label = f"{where}[{name!r}]"
             if isinstance(value, torch.Tensor):
@@ -1259,10 +1262,9 @@ class Optimizer(torch.optim.Optimizer):
             return new
         source = Stored(value, _float_name(value))
         if coded:
-            beside = f"{name}_exponents"
-            exponents = entry.get(beside)
-            n = local(param).numel()
-            shape = (-(-(first % 128 + n) // 128) if n else 0,)
+            q8 = _storage.in_q8(self._spec, name)
+            exponents = entry.get(q8.beside)
+            shape = q8.beside_shape(local(param).shape, first)
             known = isinstance(exponents, torch.Tensor) and exponents.dtype == torch.uint8
             if exponents is None or not known or exponents.shape != shape:
                 found = type(exponents).__name__
@@ -1271,9 +1273,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{label[:-2]}_exponents'] must be uint8 of shape {shape}, got {found}"
                 )
-            source = Stored(
-                value, "q8_positive" if name in self._spec.positive else "q8", exponents
-            )
+            source = Stored(value, q8.format, exponents)
         if source.format == target.format:  # bit by bit: a number has several codes
             local(new[name]).copy_(local(value))
             new[kept.beside].copy_(source.beside)
@@ -1546,8 +1546,7 @@ class _Helper:
         if not opt._is_array(name) or (opt._ordered(param) and not param.is_contiguous()):
             return None
         beside = opt._form(param).beside.get(name)
-        coded = beside is not None and beside.format.startswith("q8")
-        return None if coded else opt._array_dtype(param, name)
+        return None if beside is not None and beside.by_block else opt._array_dtype(param, name)
 
 
 def _names_in(group: Mapping[str, Any], first: int, n: int, at: int = 0) -> list[str]:
