@@ -450,3 +450,13 @@ def test_a_first_moment_that_begins_late_begins_as_the_gradient(resumed, state_d
         }
     )
     assert bits({0: opt.state[0]["exp_avg"]}) == bits({0: expected.state[0]["exp_avg"]})
+
+
+@pytest.mark.parametrize(
+    ("n", "first", "entries"),
+    [(0, 0, 0), (0, 5, 0), (1, 0, 1), (128, 0, 1), (129, 0, 2), (100, 100, 2), (28, 100, 1)],
+)
+def test_a_shard_has_an_entry_for_each_block_that_it_touches(n, first, entries):
+    for name in ("exp_avg", "exp_avg_sq"):
+        kept = _storage.in_q8(fs.Adam._spec, name)
+        assert kept.beside_shape((n,), first) == (entries,)
