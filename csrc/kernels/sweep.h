@@ -59,12 +59,15 @@ void update(const Row& row, const Run& run, int64_t n) {
   const auto* grad = static_cast<const typename G::Element*>(run.at[kGrad]);
   // Local, as bytes that are stored could be anything else in memory.
   void* state[kCount + 1];
-  uint8_t* exponents[kCount + 1];
-  Random bits[kCount + 1];
+  [[maybe_unused]] uint8_t* exponents[kCount + 1];
+  [[maybe_unused]] Random bits[kCount + 1];
   for (int s = 0; s < kCount; ++s) {
+    if (!has(kMask, s)) continue;
     state[s] = run.at[kState + s];
-    exponents[s] = run.exponents[s];
-    bits[s] = Random(row.key, kState + s, run.place);
+    if constexpr (kTogether > 1) exponents[s] = run.exponents[s];
+    if constexpr (kCanDither<kShapeList[kShape].state>) {
+      bits[s] = Random(row.key, kState + s, run.place);
+    }
   }
   // Calls body with the number of each state, its format, and where element i of it is.
   const auto each_state = [&](int64_t i, const auto& body) FN_LAMBDA {
@@ -223,7 +226,8 @@ FN void* address(const Stream& stream, int64_t at) {
 FN void sweep_tail(Update update, const Segment& segment, StateMask mask, const Row& row,
                    int64_t width, int64_t begin, int64_t end) {
   alignas(64) char copies[kStreams][sizeof(F32)];
-  Run run = {};
+  Run run;  // of which no more is set than is read: small tensors are many
+  run.place = run.stochastic = 0;
   const auto each_stream = [&](const auto& body) {
     for (int k = 0; k < kStreams; ++k) {
       if (!has_stream(mask, k)) continue;
@@ -262,7 +266,7 @@ FN Choice shape_for(const Segment& segment, StateMask mask, Format computing, bo
     const Shape& formats = kShapeList[shape];
     if ((formats.param == Format::kF64) != (computing == Format::kF64)) continue;
     int staged = 0;
-    for (int k = 0; k < kStreams; ++k) {
+    for (int k = 0; k < kEma && staged < best.staged; ++k) {
       if (!has_stream(mask, k)) continue;
       const bool clipped = clips && k == kGrad;  // on the way
       if (fits(segment.stream[k], k, format_in(formats, k)) && !clipped) continue;
@@ -271,6 +275,7 @@ FN Choice shape_for(const Segment& segment, StateMask mask, Format computing, bo
     }
     if (staged < best.staged && (mask || shape < 2 || formats.state == computing)) {
       best = {shape, staged};
+      if (staged == 0) break;  // small tensors are many, and mostly in the first shape
     }
   }
   return best;
@@ -336,11 +341,12 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
   const Choice choice = shape_for(segment, mask, computing, clips);
   const bool shared = kFormatInfo[static_cast<int>(kShapeList[choice.shape].state)].block > 0;
 
-  Run run = {};
+  Run run;  // of which no more is set than is read: small tensors are many
   bool random = false;
   for (int k = kState; k < kEma; ++k) {
     random = random || (has_stream(mask, k) && segment.stream[k].rounding == Rounding::kStochastic);
   }
+  run.place = segment.first + begin;
   run.stochastic = random;
   // Whether nothing is done block by block.
   const bool flows = updates && choice.staged == 0 && !clips && !finishes;
