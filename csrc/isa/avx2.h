@@ -77,7 +77,8 @@ FN void store_bytes<8>(uint8_t* to, const vector<uint32_t, 8> (&x)[4]) {
 template <>
 FN void store_signed_bytes<8>(uint8_t* to, const vector<uint32_t, 8> (&x)[4]) {
   const __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
-  const __m256i bytes = _mm256_packs_epi16(low, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+  const __m256i packed = _mm256_packs_epi16(low, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+  const __m256i bytes = _mm256_max_epi8(packed, _mm256_set1_epi8(-127));  // as the general form
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, order));
 }

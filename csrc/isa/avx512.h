@@ -59,7 +59,9 @@ FN void store_bytes<16>(uint8_t* to, vector<uint32_t, 16> x) {
 }
 template <>
 FN void store_signed_bytes<16>(uint8_t* to, vector<uint32_t, 16> x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8((__m512i)x));
+  const __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)x);
+  const __m128i least = _mm_set1_epi8(-127);  // as the general form
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_max_epi8(bytes, least));
 }
 
 }  // namespace FUSEDSTEP_TARGET
