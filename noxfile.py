@@ -6,6 +6,9 @@ environment that has all they need (`nox --no-venv --no-install`).
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import nox
 
 nox.options.default_venv_backend = "venv"
@@ -67,8 +70,34 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Arbitrary input to every instruction set at once: the same bits, and no byte outside."""
-    session.skip("not filled yet")
+    """Arbitrary input to every instruction set at once: the same bits, and no byte outside.
+
+    A minute, the same in each run. `-- --long`: other input, until 10^9 elements have been stepped.
+    `-- --libfuzzer -max_total_time=600`: what reaches new code is kept in build/corpus (Clang).
+    """
+    if "--libfuzzer" in session.posargs:
+        session.install("cmake", "pybind11")
+        pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True).strip()
+        session.run(
+            *("cmake", "-S", ".", "-B", "build/libfuzzer", "-DCMAKE_CXX_COMPILER=clang++"),
+            *("-DFUSEDSTEP_FUZZ=ON", "-DSKBUILD_PROJECT_VERSION=0", f"-Dpybind11_DIR={pybind11}"),
+        )
+        session.run("cmake", "--build", "build/libfuzzer", "--target", "fuzz", "--parallel", "2")
+        Path("build/corpus").mkdir(exist_ok=True)
+        options = [word for word in session.posargs if word != "--libfuzzer"]
+        places = ("build/corpus", "tests/native/corpus")
+        session.run("build/libfuzzer/fuzz", "-max_len=512", *options, *places, external=True)
+        return
+    # The module and the fuzzer, of the same objects.
+    session.install(".[test]", env={"CMAKE_ARGS": "-DFUSEDSTEP_FUZZ=ON"})
+    program = max(Path("build").glob("cp*/fuzz"), key=lambda path: path.stat().st_mtime)
+    found = sorted(str(path) for path in Path("tests/native").glob("corpus/*"))
+    seed = str(time.time_ns() % 2**32)
+    long = "--long" in session.posargs
+    limits = ("--elements", "1e9", "--seed", seed) if long else ("--seconds", "30")
+    session.run(str(program), *limits, *found, external=True)
+    examples = {"FUSEDSTEP_FUZZ_EXAMPLES": "3000" if long else "120"}
+    session.run("pytest", "-q", "-s", "tests/test_fuzz.py", env=examples)
 
 
 @nox.session
