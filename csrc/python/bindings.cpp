@@ -10,6 +10,7 @@
 
 #include "array_table.h"
 #include "arrays.h"
+#include "files/digest.h"
 #include "machine/dispatch.h"
 #include "machine/float_mode.h"
 #include "machine/pages.h"
@@ -33,6 +34,25 @@ py::array allocate(size_t bytes, bool huge) {
   const py::capsule owner(pages.get(), [](void* p) { delete static_cast<Pages*>(p); });
   auto* data = static_cast<uint8_t*>(pages.release()->data());
   return py::array_t<uint8_t>({bytes}, {1}, data, owner);
+}
+
+// The digests of a contiguous buffer's pieces of `size` bytes, of which the last may be shorter.
+std::vector<uint64_t> digests(const py::buffer& buffer, int64_t size) {
+  const py::buffer_info info = buffer.request();
+  const int64_t n = info.size * info.itemsize;
+  const auto* bytes = static_cast<const uint8_t*>(info.ptr);
+  if (info.ndim != 1 || info.strides[0] != info.itemsize) {
+    throw py::value_error("buffer must be contiguous and of one dimension");
+  }
+  if (size < 1) throw py::value_error("size must be >= 1, got " + std::to_string(size));
+  std::vector<uint64_t> result((n + size - 1) / size);
+  const Unlocked unlocked;
+  parallel_for(static_cast<int64_t>(result.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      result[i] = digest(bytes + i * size, std::min(size, n - i * size));
+    }
+  });
+  return result;
 }
 
 using Doubles = py::array_t<double, py::array::c_style>;
@@ -264,6 +284,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("array_of", array_of, py::arg("array"), py::arg("name"));
   m.def("address_of", address_of, py::arg("array"));
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
+
+  m.def("digests", digests, py::arg("buffer"), py::arg("size"));
 
   m.def("turn", turn);
 

@@ -23,6 +23,7 @@ from fusedstep.buffers import FlatBuffer
 
 if _TYPE_CHECKING:
     import fusedstep.convergence as convergence
+    from fusedstep.files import Saved, load, save
     from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
 
 globals().update({name: getattr(_optimizers, name) for name in _optimizers.NAMES})
@@ -33,13 +34,16 @@ __all__ = [
     "Group",
     "Optimizer",
     "ParamGroup",
+    "Saved",
     "StepReport",
     "__version__",
     "convergence",
     "huge_pages",
     "info",
     "isa",
+    "load",
     "num_threads",
+    "save",
     "schedules",
     "set_huge_pages",
     "set_isa",
@@ -49,6 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "convergence":  # which takes as long to import as all that a step needs
+    # What takes as long to import as all that a step needs.
+    if name == "convergence":
         return _importlib.import_module("fusedstep.convergence")
+    if name in ("Saved", "load", "save"):
+        return getattr(_importlib.import_module("fusedstep.files"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -259,6 +259,108 @@ def to_host(value: Any) -> Any:
     )
 
 
+def is_module(thing: Any) -> bool:
+    """Whether it is a torch module."""
+    torch = loaded_torch()
+    return torch is not None and isinstance(thing, torch.nn.Module)
+
+
+def is_torch_generator(thing: Any) -> bool:
+    """Whether it is a torch random generator."""
+    torch = loaded_torch()
+    return torch is not None and isinstance(thing, torch.Generator)
+
+
+def is_torch_s(thing: Any) -> bool:
+    """Whether it is of a class of torch's, or of one derived from it: its state is in tensors."""
+    return any(cls.__module__.partition(".")[0] == "torch" for cls in type(thing).__mro__)
+
+
+def is_size(thing: Any) -> bool:
+    """Whether it is a shape of torch's."""
+    torch = loaded_torch()
+    return torch is not None and type(thing) is torch.Size
+
+
+def dtype_and_shape(array: Any) -> tuple[str, tuple[int, ...]]:
+    """The name of an array's dtype, and its shape."""
+    dtype = array.dtype
+    name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+    return name, tuple(array.shape)
+
+
+def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
+    """An array of any library: its dtype's name, and its values in a dtype as wide."""
+    dtype, _ = dtype_and_shape(value)
+    if is_tensor(value):
+        torch = loaded_torch()
+        if value.layout is not torch.strided or hasattr(value, "device_mesh") or value.is_meta:
+            kind = (
+                "a DTensor"
+                if hasattr(value, "device_mesh")
+                else f"{value.layout} on {value.device}"
+            )
+            raise TypeError(
+                f"{label} must be a dense tensor, got {kind}; torch.distributed.checkpoint saves"
+                " what is sharded"
+            )
+        tensor = value.detach().cpu().resolve_conj().resolve_neg()
+        if dtype.startswith(("bfloat", "float8")):
+            tensor = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
+        return dtype, tensor.numpy()
+    array = np.asarray(to_host(value))
+    if not array.dtype.isnative:
+        raise TypeError(f"{label} must be in native byte order, got {array.dtype!r}")
+    return dtype, array
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name, or ml_dtypes', or ModuleNotFoundError."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        pass
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{name} arrays need ml_dtypes: pip install 'fusedstep[bfloat16]'", name="ml_dtypes"
+        ) from error
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
+
+
+def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Any:
+    """A torch tensor over an array's bytes."""
+    torch = loaded_torch()
+    return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(shape)
+
+
+def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
+    """A function that writes an array's bytes, in C order, into an array of any library.
+
+    Raises:
+        TypeError, ValueError: it cannot be written.
+    """
+    dtype, shape = dtype_and_shape(target)
+    if is_tensor(target):
+        torch = loaded_torch()
+
+        def put(values: np.ndarray[Any, Any]) -> None:
+            with torch.no_grad():
+                target.copy_(tensor_over(values, dtype, shape))
+
+        return put
+    if hasattr(target, "set") and index_of(target) is not None:  # CuPy's
+        return lambda values: target.set(values.view(dtype).reshape(shape))
+    if isinstance(target, Array):
+        return lambda values: target.__setitem__(..., values.view(target.dtype).reshape(shape))
+    array = target if isinstance(target, np.ndarray) else as_array(target, label)
+    if not isinstance(array, np.ndarray) or not array.flags.writeable:
+        raise ValueError(f"{label} must be writable, got a read-only array")
+    return lambda values: np.copyto(array, values.view(array.dtype).reshape(shape))
+
+
 def _bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A contiguous array's memory: buffers have no word for bfloat16."""
     return array.reshape(-1).view(np.uint8)

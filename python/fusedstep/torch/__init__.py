@@ -19,6 +19,7 @@ except ModuleNotFoundError as _error:
 from fusedstep import optimizers as _neutral
 from fusedstep.torch.add import add_
 from fusedstep.torch.backward import step_in_backward
+from fusedstep.torch.files import load, save
 from fusedstep.torch.flat import Flat, flatten_
 from fusedstep.torch.lr_scheduler import LRScheduler
 from fusedstep.torch.optimizers import Optimizer
@@ -27,7 +28,17 @@ from fusedstep.torch.optimizers import drop_in as _drop_in
 _classes = {name: _drop_in(getattr(_neutral, name)) for name in _neutral.NAMES}
 globals().update(_classes)
 
-__all__ = ["Flat", "LRScheduler", "Optimizer", "add_", "flatten_", "step_in_backward", *_classes]
+__all__ = [
+    "Flat",
+    "LRScheduler",
+    "Optimizer",
+    "add_",
+    "flatten_",
+    "load",
+    "save",
+    "step_in_backward",
+    *_classes,
+]
 
 
 def __getattr__(name: str) -> _Any:  # for type checkers, which cannot see the classes above

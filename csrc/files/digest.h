@@ -1,0 +1,14 @@
+// A digest of bytes, by which a file that changed on its way is told: XXH64.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fusedstep {
+
+// XXH64 with seed 0: 64 bits that any change of the bytes changes, but for one in 2^64. It is no
+// signature: whoever wants another file with the same digest can make one.
+// https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+uint64_t digest(const uint8_t* bytes, size_t n);
+
+}  // namespace fusedstep
