@@ -2,10 +2,11 @@
 
     python bench/files.py [--mib 1024] [--rounds 5] [--folder FOLDER]
 
-Parameters and two states of AdamW in float32, a third of the bytes each. In each round all are timed
-one after the other; ratios are medians over the rounds of one time by the other in the same round.
-A save is compared with `os.write` of the same bytes in pieces of 16 MiB and `fsync`, a load with
-mapping the file and reading a byte of each page, or all bytes (on one core). Peak memory is that of a process that saves once.
+Parameters and two states of AdamW in float32, a third of the bytes each. In each round all are
+timed one after the other; ratios are medians over the rounds of one time by the other in the same
+round. A save is compared with `os.write` of the same bytes in pieces of 16 MiB and `fsync`, a load
+with mapping the file and reading a byte of each page, or all bytes (on one core). Peak memory is
+that of a process that saves once.
 """
 
 from __future__ import annotations
