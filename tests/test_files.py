@@ -269,6 +269,7 @@ WHOLE = r"path must be of a whole file of fusedstep\.save"
         (np.array([None]), "x must be of bool, .*, got object"),
         (np.zeros(2, ">f4"), "x must be in native byte order"),
         ([np.zeros(2, np.longdouble)], r"x\[0\] must be of bool"),
+        (np.ma.array([1.0], mask=[True]), "x must be an array without a mask"),
         ({"a": {1}}, r"x\['a'\] must be an array, .*, got set"),
     ],
 )
@@ -298,6 +299,8 @@ def test_save_refuses_other_arguments(tmp_path):
         fs.save(tmp_path / "a", w=1, metadata=[])
     with pytest.raises(ValueError, match="path must be a file's"):
         fs.save(tmp_path, w=1)
+    with pytest.raises(ValueError, match="named must have text that UTF-8 has"):
+        fs.save(tmp_path / "a", w="\ud800")
     deep = value = []
     for _ in range(70):
         value.append([])

@@ -308,6 +308,8 @@ def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
         if dtype.startswith(("bfloat", "float8")):
             tensor = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
         return dtype, tensor.numpy()
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{label} must be an array without a mask, got MaskedArray")
     array = np.asarray(to_host(value))
     if not array.dtype.isnative:
         raise TypeError(f"{label} must be in native byte order, got {array.dtype!r}")

@@ -145,7 +145,11 @@ def _header(
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"named must have text that UTF-8 has: {error}") from None
 
 
 def _pieces(tensors: Any) -> Iterator[Any]:

@@ -52,7 +52,8 @@ def save(
     The file is written beside its place, flushed to the disk, and renamed into it: whenever the
     process dies, or the disk is full, the old file or the new one is there, whole. A digest of
     each 4 MiB, and of the header, tells when one byte has changed since. Arrays are written from
-    where they lie: a save takes 5 MiB of memory.
+    where they lie: a save takes 5 MiB of memory. (On Windows a file cannot be replaced while arrays
+    of it that were loaded are in use.)
 
     Any program that reads safetensors reads the arrays: `params.w`, `optimizer.state.0.exp_avg`,
     and so on, in the dtypes that they have.
