@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import instructions
 from fusedstep import _core
+from instructions import innermost_loops
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CMAKE = CSRC.parent / "CMakeLists.txt"
@@ -161,20 +163,7 @@ def test_registers_are_the_set_s_own(isa, compiled):
         assert not re.search(FOREIGN[isa], code)
 
 
-def innermost_loops(code):
-    """The bodies of loops (a jump back, and what lies before it) that hold no other loop."""
-    lines = [m.groups() for m in re.finditer(r"^ *([0-9a-f]+):\t(.*)$", code, re.MULTILINE)]
-    place = {address: i for i, (address, _) in enumerate(lines)}
-    spans = []
-    for i, (_, text) in enumerate(lines):
-        jump = re.match(r"j\w+ +([0-9a-f]+) ", text)
-        if jump and place.get(jump[1], i) < i:
-            spans.append((place[jump[1]], i))
-    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [[text for _, text in lines[first : last + 1]] for first, last in inner]
-
-
-def updates(isa, obj):
+def kernels(isa, obj):
     """What is in angle brackets, and the whole name, of each kernel: rule, variant, shape."""
     found = [(re.match(rf"void fusedstep::{isa}::update<(.*)>\(", n), n) for _, n in symbols(obj)]
     return {match[1]: name for match, name in found if match and "::{lambda" not in name}
@@ -184,7 +173,7 @@ def updates(isa, obj):
 def test_kernels_of_a_set_are_few(isa, compiled):
     # A variant of a rule in a shape each. All else, as mixes of formats, is the driver's work.
     need("nm")
-    found = [text.split(", ") for text in updates(isa, compiled(isa, "-O0"))]
+    found = [text.split(", ") for text in kernels(isa, compiled(isa, "-O0"))]
     variants, shapes = {(rule, v) for rule, v, _ in found}, {shape for *_, shape in found}
     assert (len(variants), len(shapes), len(found)) == (27, 8, 210)
 
@@ -206,7 +195,7 @@ def test_adam_loop_has_full_registers_and_no_spills(isa, compiled):
     register = OWN[isa].strip("%")
     obj = compiled(isa, "-O3")
     code = output("objdump", "-dC", "--no-show-raw-insn", obj)
-    names = updates(isa, obj)
+    names = kernels(isa, obj)
     for variant, states in enumerate((2, 3)):  # amsgrad or not
         name = names[f"fusedstep::{isa}::Adam, {variant}, 0"]
         (body,) = re.findall(rf"<{re.escape(name)}>:\n(.*?)(?:\n\n|\Z)", code, re.DOTALL)
@@ -221,3 +210,33 @@ def test_adam_loop_has_full_registers_and_no_spills(isa, compiled):
             assert len(stores) % (1 + states) == 0
             assert all(register in x for x in roots + divisions)
             assert not [x for x in loop if x.startswith("call")]
+
+
+def compiler():
+    """What it is and which version, as "GCC 12.2.0"."""
+    command = COMPILER.split()
+    if "clang" in output(*command, "--version").lower():
+        return f"Clang {output(*command, '-dumpversion').strip()}"
+    return f"GCC {output(*command, '-dumpfullversion').strip()}"
+
+
+@pytest.mark.parametrize("isa", [isa for isa in SETS if isa in instructions.WIDTHS])
+def test_kernels_need_no_more_instructions_than_recorded(isa, compiled):
+    need("objdump")
+    found = instructions.count(isa, compiled(isa, "-O3"))
+    assert sum(map(len, found.values())) == 210
+    assert all(loops for kernel in found.values() for loops in kernel)
+    if os.environ.get("FUSEDSTEP_RECORD"):
+        instructions.record(compiler(), isa, found)
+    known = instructions.recorded(compiler())
+    if isa not in known:
+        pytest.skip(
+            f"not compared: recorded of another compiler than {compiler()}. To record:"
+            " FUSEDSTEP_RECORD=1 pytest tests/test_symbols.py -k instructions"
+        )
+    # Rounding to bfloat16, states in fewer bits: their constants and a rule's scalars are more than
+    # AVX2's 16 registers, so that some are read from the stack. No other loop goes there.
+    for name, kernel in found.items():
+        plain = [loops for shape, loops in enumerate(kernel) if shape not in (2, 6, 7)]
+        assert not any(spills for loops in plain for _, spills in loops), name
+    assert list(instructions.worse(known[isa], found)) == []
