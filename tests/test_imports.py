@@ -30,6 +30,9 @@ LAZY = {
         )
     },
     "fusedstep.gallery": {"fusedstep.gallery.page"},
+    "fusedstep._checkpoint": {"fusedstep.schedules"},
+    "fusedstep._groups": {"fusedstep.schedules"},
+    "fusedstep._optimizer": {"fusedstep.schedules"},
 }
 
 # Where torch itself is what is measured, drawn or trained.

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from fusedstep import optimizers as _optimizers
-from fusedstep import schedules
 from fusedstep._groups import Group, ParamGroup
 from fusedstep._optimizer import Optimizer, StepReport
 from fusedstep._runtime import (
@@ -23,6 +22,7 @@ from fusedstep.buffers import FlatBuffer
 
 if _TYPE_CHECKING:
     import fusedstep.convergence as convergence
+    import fusedstep.schedules as schedules
     from fusedstep.files import Saved, load, save
     from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
 
@@ -54,8 +54,12 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     # What takes as long to import as all that a step needs.
-    if name == "convergence":
-        return _importlib.import_module("fusedstep.convergence")
+    if name in ("convergence", "schedules"):
+        return _importlib.import_module(f"fusedstep.{name}")
     if name in ("Saved", "load", "save"):
         return getattr(_importlib.import_module("fusedstep.files"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from fusedstep._hypers import FINITE, LAST, SHARE, Hyper, as_number, kept_schedu
 from fusedstep._spec import Spec
 from fusedstep._storage import EMA, PARAM_BESIDE, Form, Stored, in_q8
 from fusedstep._types import Clock
-from fusedstep.schedules import Resumed, resumed
+
+if TYPE_CHECKING:
+    from fusedstep.schedules import Resumed
 
 GROUPS = "state_dict['param_groups']"
 
@@ -304,6 +306,8 @@ def _loaded_schedules(
     order: Sequence[int],
 ) -> Resumed:
     """The schedules in `own`, each group's, as those of the dict, if any, resume them."""
+    from fusedstep.schedules import resumed
+
     saved = state_dict.get("schedules", [{}] * len(own))
     if not isinstance(saved, list | tuple) or len(saved) != len(own):
         raise ValueError(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from fusedstep.schedules import Schedule, stored
+from fusedstep._hypers import is_scheduled
 
 
 class Group:
@@ -150,6 +150,10 @@ class ParamGroup(MutableMapping[str, Any]):
 
     def _stored(self) -> dict[str, Any]:
         """The schedules among the hyperparameters, as a checkpoint has them."""
+        if not any(map(is_scheduled, self._hypers.values())):
+            return {}
+        from fusedstep.schedules import Schedule, stored
+
         return {
             name: stored(value)
             for name, value in self._hypers.items()

@@ -43,7 +43,6 @@ from fusedstep._types import (
     States,
 )
 from fusedstep.buffers import FlatBuffer
-from fusedstep.schedules import plateaus
 
 
 class _Report(NamedTuple):
@@ -731,6 +730,8 @@ class Optimizer:
 
     def _kept(self) -> Callable[[], None]:
         """`_keep`, while nobody else has a turn."""
+        from fusedstep.schedules import plateaus
+
         clocks = self._table.clocks()
         states = {name: list(arrays) for name, arrays in self._states.items()}
         arrays = [a for found in states.values() for a in found if a is not None]

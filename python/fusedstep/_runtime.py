@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -97,6 +96,8 @@ def _system_huge_pages() -> str:
 
 
 def _version_of(distribution: str) -> str | None:
+    import importlib.metadata  # which takes longer to import than all of this package
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

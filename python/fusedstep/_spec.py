@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from fusedstep import _core
 from fusedstep._hypers import HYPERS, TUPLES, Hyper, at_step, check, is_scheduled
@@ -25,8 +25,20 @@ def _anything(group: Mapping[str, Any]) -> None:
     """Raises ValueError for values that are fine alone but not together: here none are."""
 
 
-@dataclass(frozen=True)
-class Spec:
+class _Declared(NamedTuple):
+    rule: str
+    fixed: Mapping[str, Any] = MappingProxyType({})
+    hypers: Mapping[str, Hyper] = MappingProxyType({})
+    beyond_torch: Sequence[str] = ()
+    carried: Sequence[str] = ()
+    counts_steps: bool = True
+    late: str = ""
+    begins_at_once: bool = False
+    initial: Mapping[str, float | str] = MappingProxyType({})
+    check_together: Callable[[Mapping[str, Any]], None] = _anything
+
+
+class Spec(_Declared):
     """An optimizer, as its class declares it.
 
     `native` is a group of hyperparameters as the rule reads it: numbers in the order of `order`.
@@ -48,18 +60,6 @@ class Spec:
             cannot load a checkpoint.
         check_together: raises ValueError for values that are fine alone but not together.
     """
-
-    rule: str
-    _: KW_ONLY
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    hypers: Mapping[str, Hyper] = field(default_factory=dict)
-    beyond_torch: Sequence[str] = ()
-    carried: Sequence[str] = ()
-    counts_steps: bool = True
-    late: str = ""
-    begins_at_once: bool = False
-    initial: Mapping[str, float | str] = field(default_factory=dict)
-    check_together: Callable[[Mapping[str, Any]], None] = _anything
 
     @cached_property
     def states(self) -> Sequence[str]:

@@ -10,6 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -285,13 +286,14 @@ def listed(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def how_docs() -> list[str]:
+@cache  # every class of optimizers asks
+def how_docs() -> tuple[str, ...]:
     """The lines of docstrings for the keywords of `How`."""
     lines = []
     for name, (default, doc) in HOW.items():
         text = f"{name}: {doc} (default {default!r})."
         lines += textwrap.wrap(text, 92, subsequent_indent="    ")
-    return lines
+    return tuple(lines)
 
 
 # -- whole arrays from one format to another -------------------------------------------------------
