@@ -1,8 +1,25 @@
-"""Fixtures that every test file shares: each instruction set, and the controls put back."""
+"""What every test file shares: each instruction set, the controls put back, all cores."""
+
+import os
 
 import pytest
 
 import fusedstep as fs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """All tests run on all cores, a file on one; some of them, or a debugger, in this process.
+
+    `pytest -n 0` runs all tests in this process too.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which come here as well, and must start no others
+        return
+    option = config.option
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword
+    if everything and getattr(option, "numprocesses", 0) is None and not option.usepdb:
+        option.numprocesses, option.dist = "auto", "loadfile"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's, which wait for each other busily
 
 
 @pytest.fixture(autouse=True)

@@ -585,7 +585,7 @@ def test_hyper_message_has_argument_rule_and_value(cls, keywords, message):
 @pytest.mark.parametrize(("cls", "name"), RANGES)
 @pytest.mark.parametrize(
     "value",
-    ["0.1", b"1", True, False, np.True_, None, [0.1], 1j, np.ones(1), [[1], [1, 2]], {}, object()],
+    ["0.1", b"1", True, False, np.True_, None, [0.1], 1j, np.ones(1), [[1], [1, 2]], {}, ...],
     ids=str,
 )
 def test_hyper_number_of_a_wrong_type_is_refused(cls, name, value):
