@@ -6,6 +6,7 @@ environment that has all they need (`nox --no-venv --no-install`).
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def files(session: nox.Session, *patterns: str) -> list[str]:
     return session.run("git", "ls-files", *patterns, external=True, silent=True).split()
 
 
+def configured(session: nox.Session, *settings: str) -> str:
+    """A folder in which CMake has the project, warnings being errors."""
+    build = session.create_tmp()
+    pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True).strip()
+    session.run(
+        *("cmake", "-S", ".", "-B", build, "--log-level=WARNING", "-DFUSEDSTEP_WERROR=ON"),
+        *("-DSKBUILD_PROJECT_VERSION=0", f"-Dpybind11_DIR={pybind11}", *settings),
+    )
+    return build
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, types, formatting, clang-tidy."""
@@ -28,20 +40,37 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("clang-format", "--dry-run", "--Werror", *files(session, "*.h", "*.cpp", "*.cu"))
-    build = session.create_tmp()
-    pybind11 = session.run("python", "-m", "pybind11", "--cmakedir", silent=True).strip()
-    session.run(
-        *("cmake", "-S", ".", "-B", build, "--log-level=WARNING"),
-        *("-DSKBUILD_PROJECT_VERSION=0", f"-Dpybind11_DIR={pybind11}"),
-        *("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DFUSEDSTEP_WERROR=ON"),
-        silent=True,
-    )
+    build = configured(session, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
     # Those in csrc/cuda include no header of CUDA, and CMake has not defined theirs.
     session.run(
         *("clang-tidy", "-p", build, "--quiet", "--extra-arg=-Wno-unknown-warning-option"),
         *("--extra-arg=-DFUSEDSTEP_MODULE=_cuda", '--extra-arg=-DFUSEDSTEP_ARCHITECTURES=""'),
         *files(session, "csrc/*.cpp"),
     )
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """The kernels for GPUs, compiled where there is nvcc, and their machine code, read."""
+    if shutil.which("nvcc") is None:
+        session.skip("nvcc is not on PATH: the kernels were not compiled for a GPU")
+    session.install(".[lint]")
+    # Whose forms the script knows.
+    tools = [f"nvidia-cuda-{name}==13.*" for name in ("cuobjdump", "nvdisasm")]
+    session.run("python", "-m", "pip", "install", "--quiet", *tools)
+    build = configured(session, "-DFUSEDSTEP_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90")
+    session.run("cmake", "--build", build, "--target", "_cuda", "--parallel", "2")
+    module = next(Path(build).glob("_cuda*.so"))
+    session.run("python", ".ci/machine_code.py", str(module))
+    # A machine without a GPU, or even a driver, imports it all the same.
+    where = "import fusedstep; print(fusedstep.__path__[0])"
+    installed = session.run("python", "-c", where, silent=True).strip()
+    copy = Path(build, "with_cuda", "fusedstep")
+    shutil.copytree(installed, copy, dirs_exist_ok=True)
+    shutil.copy(module, copy)
+    told = session.run("fusedstep", "info", env={"PYTHONPATH": str(copy.parent)}, silent=True)
+    if "sm_90, compute_90" not in told:
+        session.error(f"fusedstep info must name the architectures, got {told}")
 
 
 @nox.session
