@@ -129,6 +129,18 @@ def fuzz(session: nox.Session) -> None:
     session.run("pytest", "-q", "-s", "tests/test_fuzz.py", env=examples)
 
 
+@nox.session(venv_backend="none")
+def pythons(session: nox.Session) -> None:
+    """The tests that need no torch under each Python found, or given; a table."""
+    session.run("python", ".ci/matrix.py", "pythons", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def torches(session: nox.Session) -> None:
+    """The tests of the torch layer under torch 2.4.0, the pinned and the newest, or those given."""
+    session.run("python", ".ci/matrix.py", "torches", *session.posargs, external=True)
+
+
 @nox.session
 def emulate(session: nox.Session) -> None:
     """The wheels on emulated processors."""

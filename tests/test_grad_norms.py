@@ -5,12 +5,14 @@ import threading
 
 import numpy as np
 import pytest
-import torch
 
 import fusedstep as fs
-import fusedstep.torch as ft
 from cases import FORMATS
 from fusedstep.buffers import as_dtype
+from optional import optional
+
+torch = optional("torch")
+ft = optional("fusedstep.torch")
 
 SHAPES = {"w": (70, 13), "b": (7,), "none": (0,), "out": (513,)}
 

@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import fusedstep as fs
-import fusedstep.torch as ft
 from fusedstep._groups import Patterns
+from optional import optional
+
+torch = optional("torch")
+ft = optional("fusedstep.torch")
 
 
 def calls(run):

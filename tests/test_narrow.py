@@ -7,13 +7,15 @@ import copy
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import fusedstep as fs
 from cases import CASES
 from fusedstep import _storage
 from fusedstep._storage import Stored
 from fusedstep.optimizers import AdamW
+from optional import optional
+
+torch = optional("torch")
 
 RNG = np.random.default_rng(6)
 REACH = 2.0**-22  # of a block's largest: a signed number below it may become zero

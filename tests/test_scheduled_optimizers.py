@@ -6,12 +6,14 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 import fusedstep as fs
 from cases import CASES
 from fusedstep import _core
 from fusedstep import schedules as S
+from optional import optional
+
+torch = optional("torch")
 
 each_class = pytest.mark.parametrize("cls", [getattr(fs, name) for name in CASES])
 SHAPES = {"w": (3, 7), "b": (33,), "s": ()}

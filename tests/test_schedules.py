@@ -12,12 +12,14 @@ from fractions import Fraction
 import mpmath
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fusedstep as fs
 from fusedstep import _core, schedules
+from optional import optional
+
+torch = optional("torch")
 
 S = schedules
 LAST = 2**53
@@ -61,7 +63,7 @@ def test_every_schedule_has_an_example():
 
 # -- torch's ---------------------------------------------------------------------------------------
 
-T = torch.optim.lr_scheduler
+T = optional("torch.optim.lr_scheduler")
 
 
 def torch_rates(make, lr, steps, momentum=0.9):
@@ -515,7 +517,12 @@ def test_half_waves_and_powers_are_exact_where_they_can_be():
 
 # -- whole floats ----------------------------------------------------------------------------------
 
-FLOATS = [float, np.float32, np.float64, np.array, np.float16, torch.tensor, Fraction]
+
+def tensor(value):
+    return torch.tensor(value)
+
+
+FLOATS = [float, np.float32, np.float64, np.array, np.float16, tensor, Fraction]
 
 
 def counts(schedule):

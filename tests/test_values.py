@@ -8,7 +8,6 @@ from decimal import Decimal, localcontext
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,10 @@ import fusedstep as fs
 from cases import CASES, PAIRS, each_case, load, make
 from fusedstep import _core
 from fusedstep._arrays import as_dtype
+from optional import optional
 from reference import step
+
+torch = optional("torch")
 
 N = 19  # a register of every set and a tail
 STREAMS = 2 + max(len(getattr(fs, name)._spec.states) for name in CASES)  # parameter, gradient

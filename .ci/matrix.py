@@ -1,0 +1,164 @@
+"""Runs the tests under each of several Pythons, or versions of torch, and prints a table.
+
+    python .ci/matrix.py pythons [INTERPRETER ...] [-- arguments of pytest]
+    python .ci/matrix.py torches [VERSION ...] [-- arguments of pytest]
+
+Without arguments: the Pythons from 3.10 on that PATH and pyenv have, free-threaded ones too; and
+torch's oldest supported release, the one that the test extra pins, and the newest. Each gets a
+fresh environment in build/matrix, with the package built for it. What is given as a path to the
+Python of a virtual environment is used with the libraries that it has.
+
+Under other Pythons run the tests that need no torch: every file that imports nothing but NumPy and
+the test tools; what needs torch in those is skipped. Under other torches run the files about torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "build" / "matrix"
+TOOLS = ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3"]
+# What the head of a file that runs without torch may import, beside Python's own.
+PLAIN = {"cases", "fusedstep", "hypothesis", "ml_dtypes", "mpmath", "numpy", "optional", "pytest"}
+PLAIN |= {"reference"}
+# Of the sources, the machine code and the wheel, whatever Python runs them.
+ELSEWHERE = {"adding", "docs", "folders", "fuzz", "imports", "readme", "symbols", "examples"}
+
+
+@dataclass
+class Environment:
+    name: str
+    interpreter: str
+    requirements: list[str]
+    files: list[Path]
+
+    def prepare(self) -> str:
+        """The Python to run, with the package and what its tests need."""
+        python = Path(self.interpreter)
+        if not (python.parent.parent / "pyvenv.cfg").exists():
+            place = PLACE / self.name
+            shutil.rmtree(place, ignore_errors=True)
+            run(self.interpreter, "-m", "venv", str(place))
+            python = place / "bin" / "python"
+            run(str(python), *PIP, "install", "-q", *TOOLS, *self.requirements)
+        wheels = PLACE / "wheels" / self.name
+        shutil.rmtree(wheels, ignore_errors=True)
+        run(str(python), *PIP, "wheel", "-q", "--no-deps", "-w", str(wheels), str(ROOT))
+        (wheel,) = wheels.glob("*.whl")
+        run(str(python), *PIP, "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
+        return str(python)
+
+    def test(self, arguments: list[str]) -> list[str]:
+        """A line of the table."""
+        begin = time.monotonic()
+        python = self.prepare()
+        report = PLACE / f"{self.name}.xml"
+        report.unlink(missing_ok=True)
+        files = [str(f.relative_to(ROOT)) for f in self.files]
+        how = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        done = subprocess.run([python, "-m", "pytest", *how, *files, *arguments], cwd=ROOT)
+        counts = {"tests": 0, "failures": 0, "errors": 1, "skipped": 0}
+        if report.exists():
+            suite = ElementTree.parse(report).getroot()[0]
+            counts = {key: int(suite.get(key, 0)) for key in counts}
+        failed = counts["failures"] + counts["errors"]
+        if done.returncode and not failed:  # a crash writes no report, or half of one
+            failed = 1
+        passed = counts["tests"] - failed - counts["skipped"]
+        found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, cwd=PLACE)
+        minutes = f"{(time.monotonic() - begin) / 60:.1f}"
+        return [*found.stdout.split(), str(passed), str(failed), str(counts["skipped"]), minutes]
+
+
+PIP = ("-m", "pip", "--disable-pip-version-check")
+VERSIONS = """
+import importlib.metadata as m, platform, sys
+import fusedstep  # a module that does not declare itself fit for it turns the lock on
+free = not getattr(sys, "_is_gil_enabled", lambda: True)()
+print(platform.python_version() + ("t" if free else ""), end=" ")
+for name in ("numpy", "torch"):
+    try:
+        print(m.version(name), end=" ")
+    except m.PackageNotFoundError:
+        print("-", end=" ")
+"""
+HEAD = ["Python", "NumPy", "torch", "passed", "failed", "skipped", "minutes"]
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def imports(file: Path) -> set[str]:
+    """What the file's head imports."""
+    return set(re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE))
+
+
+def pythons(given: list[str]) -> list[Environment]:
+    files = []
+    for file in sorted((ROOT / "tests").glob("test_*.py")):
+        foreign = imports(file) - PLAIN - set(sys.stdlib_module_names)
+        if not foreign and file.stem.removeprefix("test_") not in ELSEWHERE:
+            files.append(file)
+    if not given:
+        pyenv = (Path.home() / ".pyenv" / "versions").glob("3.*/bin/python3")
+        names = [f"python3.{minor}{free}" for minor in range(10, 15) for free in ("", "t")]
+        given = [p for p in map(shutil.which, names) if p] + [str(p) for p in pyenv]
+    found = {}
+    for interpreter in given:
+        asked = "import platform, sysconfig; print(platform.python_version() + 't' *"
+        asked += " bool(sysconfig.get_config_var('Py_GIL_DISABLED')))"
+        done = subprocess.run([interpreter, "-c", asked], capture_output=True, text=True)
+        version = done.stdout.strip()
+        numbers = [int(n) for n in re.findall(r"\d+", version)]
+        if done.returncode == 0 and numbers >= [3, 10]:
+            found.setdefault(
+                version, Environment(version, interpreter, ["numpy", "ml_dtypes"], files)
+            )
+    return [found[v] for v in sorted(found, key=lambda v: [int(n) for n in re.findall(r"\d+", v)])]
+
+
+def torches(given: list[str]) -> list[Environment]:
+    pinned = re.search(r"torch==([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+    files = sorted((ROOT / "tests").glob("test_torch_*.py"))
+    files += [ROOT / "tests" / f"test_{name}.py" for name in ("against_torch", "checkpoints")]
+    found = []
+    for one in given or ["2.4.0", pinned, "newest"]:
+        wanted = "torch" if one == "newest" else f"torch=={one}"
+        path = "/" in one
+        found.append(
+            Environment(
+                Path(one).resolve().parent.parent.name if path else f"torch-{one}",
+                one if path else sys.executable,
+                [wanted, "numpy", "ml_dtypes", "safetensors", "accelerate>=1"],
+                files,
+            )
+        )
+    return found
+
+
+def main() -> int:
+    kind, *rest = sys.argv[1:]
+    at = rest.index("--") if "--" in rest else len(rest)
+    environments = {"pythons": pythons, "torches": torches}[kind](rest[:at])
+    PLACE.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for environment in environments:
+        print(f"== {environment.name}: {environment.interpreter}", flush=True)
+        rows.append(environment.test(rest[at + 1 :]))
+    widths = [max(len(row[i]) for row in [HEAD, *rows]) for i in range(len(HEAD))]
+    for row in [HEAD, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    return any(row[4] != "0" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
