@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from fusedstep import _main_interpreter as _main_interpreter  # the first: the core hangs elsewhere
 from fusedstep import optimizers as _optimizers
 from fusedstep._groups import Group, ParamGroup
 from fusedstep._optimizer import Optimizer, StepReport
