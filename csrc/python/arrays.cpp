@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -83,10 +84,12 @@ class Imported {
  public:
   Imported(const char* module, const char* name) : module_(module), name_(name) {}
 
-  bool has(py::handle object) { return known() && py::isinstance(object, type_); }
+  bool has(py::handle object) { return known() && py::isinstance(object, py::handle(type_)); }
 
   // Not of a subclass.
-  bool is_class_of(py::handle object) { return known() && py::type::handle_of(object).is(type_); }
+  bool is_class_of(py::handle object) {
+    return known() && py::type::handle_of(object).ptr() == type_;
+  }
 
  private:
   bool known() {
@@ -94,12 +97,12 @@ class Imported {
     const py::object modules = py::module_::import("sys").attr("modules");
     const py::object module = modules.attr("get")(module_);
     if (module.is_none()) return false;
-    type_ = attribute(module, name_).release();
-    return static_cast<bool>(type_);  // not in the middle of its own import
+    type_ = attribute(module, name_).release().ptr();
+    return type_;  // not in the middle of its own import
   }
 
   const char *module_, *name_;
-  py::handle type_;
+  std::atomic<PyObject*> type_{nullptr};  // several threads may find it at once
 };
 
 void check_unmasked(py::handle array, const Label& label) {
@@ -122,10 +125,10 @@ bool c_contiguous(const DLTensor& t) {
 // NumPy's dtypes are mostly singletons, so a pointer comparison settles the common case; the rest
 // (copies, foreign byte order, what is seen first) is looked at by name.
 Format numpy_format(const py::array& array, const Label& label) {
-  static py::handle seen[kArrayFormats];
+  static std::atomic<PyObject*> seen[kArrayFormats];
   const py::handle descr = py::detail::array_proxy(array.ptr())->descr;
   for (int i = 1; i < kArrayFormats; ++i) {
-    if (descr.is(seen[i])) return static_cast<Format>(i);
+    if (descr.ptr() == seen[i]) return static_cast<Format>(i);
   }
   const auto text = py::str(py::getattr(descr, "name")).cast<std::string>();
   if (!py::getattr(descr, "isnative").cast<bool>()) {
@@ -134,7 +137,8 @@ Format numpy_format(const py::array& array, const Label& label) {
   }
   for (int i = 1; i < kArrayFormats; ++i) {
     if (text != kFormatInfo[i].name) continue;
-    if (!seen[i]) seen[i] = py::reinterpret_borrow<py::object>(descr).release();
+    PyObject* nothing = nullptr;
+    if (seen[i].compare_exchange_strong(nothing, descr.ptr())) descr.inc_ref();
     return static_cast<Format>(i);
   }
   wrong_dtype(label, text);
@@ -466,6 +470,11 @@ const Device* device_of(const py::object& capsule) {
 
 void check_device(const char* error) {
   if (error) throw std::runtime_error(error);
+}
+
+void look_up_once() {
+  view_of(py::array_t<float>(0), Label{"array"});
+  is_number(py::float_(0.0));
 }
 
 std::string place_text(const Place& place) {

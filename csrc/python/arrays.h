@@ -79,6 +79,10 @@ class AtPlace {
   int before_ = 0;
 };
 
+// Asks Python for what the functions above ask once. When a module is loaded: later another thread
+// might wait for the first one's answer, and that one for Python, which waits for both.
+void look_up_once();
+
 // "CPU memory" or "cuda:0".
 std::string place_text(const Place& place);
 

@@ -11,6 +11,7 @@
 #include "array_table.h"
 #include "arrays.h"
 #include "files/digest.h"
+#include "locked.h"
 #include "machine/dispatch.h"
 #include "machine/float_mode.h"
 #include "machine/pages.h"
@@ -281,6 +282,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("exact_of", exact_of, py::arg("rule"), py::arg("hypers"));
 
+  look_up_once();
   m.def("array_of", array_of, py::arg("array"), py::arg("name"));
   m.def("address_of", address_of, py::arg("array"));
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
@@ -294,39 +296,39 @@ PYBIND11_MODULE(_core, m) {
                     const py::object&, int, const py::object&>(),
            py::arg("rule"), py::arg("names"), py::arg("params"), py::arg("groups"),
            py::arg("device") = py::none(), py::arg("index") = 0, py::arg("storage") = py::none())
-      .def_property_readonly("states", &ArrayTable::states)
-      .def_property_readonly("steps", &ArrayTable::steps)
-      .def_property_readonly("used", &ArrayTable::used)
-      .def("clocks", &ArrayTable::clocks)
-      .def("load", &ArrayTable::load, py::arg("states"), py::arg("clocks"), py::arg("steps"),
-           py::arg("used"), py::arg("changes"), py::arg("averages") = 0)
-      .def("step", &ArrayTable::step, py::arg("grads"), py::arg("groups"),
+      .def_property_readonly("states", locked(&ArrayTable::states))
+      .def_property_readonly("steps", locked(&ArrayTable::steps))
+      .def_property_readonly("used", locked(&ArrayTable::used))
+      .def("clocks", locked(&ArrayTable::clocks))
+      .def("load", locked(&ArrayTable::load), py::arg("states"), py::arg("clocks"),
+           py::arg("steps"), py::arg("used"), py::arg("changes"), py::arg("averages") = 0)
+      .def("step", locked(&ArrayTable::step), py::arg("grads"), py::arg("groups"),
            py::arg("options") = py::none(), py::arg("states") = py::none(),
            py::arg("announce") = py::none(), py::arg("shadow") = py::none())
-      .def("step_flat", &ArrayTable::step_flat, py::arg("grads"), py::arg("offsets"),
+      .def("step_flat", locked(&ArrayTable::step_flat), py::arg("grads"), py::arg("offsets"),
            py::arg("groups"), py::arg("options") = py::none(), py::arg("states") = py::none(),
            py::arg("announce") = py::none(), py::arg("shadow") = py::none())
-      .def("swap", &ArrayTable::swap)
-      .def_property_readonly("swapped", &ArrayTable::swapped)
-      .def_property_readonly("averages", &ArrayTable::averages)
-      .def_property_readonly("averaged", &ArrayTable::averaged)
-      .def("norm", &ArrayTable::norm)
-      .def("norms", &ArrayTable::norms)
-      .def("shapes", &ArrayTable::shapes)
-      .def("dtypes", &ArrayTable::dtypes);
+      .def("swap", locked(&ArrayTable::swap))
+      .def_property_readonly("swapped", locked(&ArrayTable::swapped))
+      .def_property_readonly("averages", locked(&ArrayTable::averages))
+      .def_property_readonly("averaged", locked(&ArrayTable::averaged))
+      .def("norm", locked(&ArrayTable::norm))
+      .def("norms", locked(&ArrayTable::norms))
+      .def("shapes", locked(&ArrayTable::shapes))
+      .def("dtypes", locked(&ArrayTable::dtypes));
 
   py::class_<TensorTable>(m, "TensorTable", py::custom_type_setup(collected<TensorTable>))
       .def(py::init<const std::string&, const std::vector<std::string>&, const py::object&, bool,
                     const py::object&, int, py::object>(),
            py::arg("rule"), py::arg("scalars"), py::arg("storage"), py::arg("exchange"),
            py::arg("device"), py::arg("index"), py::arg("state"))
-      .def_property("state", &TensorTable::state, &TensorTable::set_state)
-      .def("step", &TensorTable::step, py::arg("groups"), py::arg("options"), py::arg("first"),
-           py::arg("free"), py::arg("owner"), py::arg("shadows") = py::none(),
+      .def_property("state", locked(&TensorTable::state), locked(&TensorTable::set_state))
+      .def("step", locked(&TensorTable::step), py::arg("groups"), py::arg("options"),
+           py::arg("first"), py::arg("free"), py::arg("owner"), py::arg("shadows") = py::none(),
            py::arg("changes") = py::list())
-      .def("norms", &TensorTable::norms)
-      .def("not_begun", &TensorTable::not_begun, py::arg("params"))
-      .def_property_readonly("norm", &TensorTable::norm)
-      .def_property_readonly("recalled", &TensorTable::recalled)
-      .def_property("live", &TensorTable::live, &TensorTable::set_live);
+      .def("norms", locked(&TensorTable::norms))
+      .def("not_begun", locked(&TensorTable::not_begun), py::arg("params"))
+      .def_property_readonly("norm", locked(&TensorTable::norm))
+      .def_property_readonly("recalled", locked(&TensorTable::recalled))
+      .def_property("live", locked(&TensorTable::live), locked(&TensorTable::set_live));
 }

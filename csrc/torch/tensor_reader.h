@@ -92,7 +92,13 @@ class TensorReader {
   // Whether nobody has an ordinary tensor, or a storage under it, but the one reference to it that
   // there is. Only where `knows_alone`.
   bool alone(pybind11::handle tensor) const;
-  bool knows_alone() const { return alone_ != Owners{}; }
+  bool knows_alone() const {
+#ifdef Py_GIL_DISABLED
+    return false;  // a count is another one as soon as it was read
+#else
+    return alone_ != Owners{};
+#endif
+  }
 
   // Adds what torch will look at for a tensor, as far as it can be guessed.
   void add_lines(pybind11::handle tensor, Lines& lines) const;

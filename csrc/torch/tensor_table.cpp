@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "python/arrays.h"
+#include "python/locked.h"
 #include "python/unlocked.h"
 #include "step/rules.h"
 
@@ -16,11 +17,17 @@ namespace py = pybind11;
 namespace fusedstep {
 namespace {
 
-// A dict's value, or a null handle. No __missing__ is called: a defaultdict stays as it is.
-py::handle lookup(py::handle dict, py::handle key) {
+// A dict's value, or null. No __missing__ is called: a defaultdict stays as it is.
+py::object lookup(py::handle dict, py::handle key) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* found;
+  if (PyDict_GetItemRef(dict.ptr(), key.ptr(), &found) < 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+#else
   PyObject* found = PyDict_GetItemWithError(dict.ptr(), key.ptr());
   if (!found && PyErr_Occurred()) throw py::error_already_set();
-  return found;
+  return py::reinterpret_borrow<py::object>(found);
+#endif
 }
 
 // A dict's values for keys that mostly come in the dict's own order, some left out: no hash is
@@ -28,12 +35,15 @@ py::handle lookup(py::handle dict, py::handle key) {
 class Ordered {
  public:
   explicit Ordered(py::handle dict) : dict_(dict) {}
-  py::handle at(py::handle key) {
-    PyObject *found, *value;
-    for (Py_ssize_t next = at_; !hashed && PyDict_Next(dict_.ptr(), &next, &found, &value);) {
-      if (found != key.ptr()) continue;
-      at_ = next;
-      return value;
+  py::object at(py::handle key) {
+    if (!hashed) {
+      const Locked locked(dict_);
+      PyObject *found, *value;
+      for (Py_ssize_t next = at_; PyDict_Next(dict_.ptr(), &next, &found, &value);) {
+        if (found != key.ptr()) continue;
+        at_ = next;
+        return py::reinterpret_borrow<py::object>(value);
+      }
     }
     hashed = true;
     return lookup(dict_, key);
@@ -310,10 +320,10 @@ TensorTable::Entry TensorTable::find(const Active& a) const {
   }
   Ordered values(of(a).entry);
   const auto take = [&](const py::str& name, py::object& tensor) {
-    py::handle value = of(a).fresh ? lookup(of(a).fresh, name) : py::handle();
+    py::object value = of(a).fresh ? lookup(of(a).fresh, name) : py::object();
     if (!value && of(a).entry) value = values.at(name);
     if (value && reader_.is_tensor(value)) {
-      tensor = py::reinterpret_borrow<py::object>(value);
+      tensor = std::move(value);
     } else {
       found.complete = false;
     }
@@ -688,7 +698,7 @@ void TensorTable::collect(const py::list& groups, size_t first, const Options& o
       if (held_[here].shown == seen()) give_up(here);  // the step may replace what it reads
       a.reading = readings_.size();
       readings_.emplace_back();
-      if (takes_state(a)) of(a).entry = py::reinterpret_borrow<py::object>(entries.at(param));
+      if (takes_state(a)) of(a).entry = entries.at(param);
       if (of(a).entry) trail_.pass(of(a).entry.ptr());
       read(place, false);
       if (of(a).found.complete) continue;
@@ -768,7 +778,7 @@ bool TensorTable::alone(size_t place, const TensorView& p, py::handle entry) con
   }
   TensorView view;
   const auto is = [&](const py::str& name, const Place& where, const void* data) {
-    const py::handle tensor = lookup(entry, name);
+    const py::handle tensor = lookup(entry, name);  // not another reference to it
     return tensor && reader_.alone(tensor) && reader_.read(tensor, view, where) &&
            view.data == data;
   };
@@ -817,8 +827,9 @@ void TensorTable::keep() {
     } else {
       of(a) = {};  // none of its references are somebody's
       TensorView p;
-      if (!reader_.read(a.param, p, place_) || p.ndim > Held::kDims ||
-          !alone(place, p, takes_state(a) ? entries.at(a.param) : py::handle())) {
+      py::handle entry;  // not another reference to it
+      if (takes_state(a)) entry = entries.at(a.param);
+      if (!reader_.read(a.param, p, place_) || p.ndim > Held::kDims || !alone(place, p, entry)) {
         give_up(a.i);
         continue;
       }
