@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import StepLR
 
 import fusedstep.torch as ft
+from fusedstep import schedules
 
 with warnings.catch_warnings():  # its module uses what torch deprecates
     warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
@@ -98,6 +100,8 @@ def full(model):
 
 
 def whole(tensor):
+    if tensor.dtype == torch.int16:  # which gloo cannot gather
+        tensor = tensor.to(torch.int32)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -359,17 +363,21 @@ NARROW = {
 class Held(nn.Module):
     """Parameters alone, each as `place` has it."""
 
-    def __init__(self, dtype, place=lambda value: value, seed=0):
+    def __init__(self, dtype, place=lambda value: value, seed=0, shapes=NARROW_SHAPES):
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
-        values = [torch.randn(shape, generator=rng).to(dtype) for shape in NARROW_SHAPES]
+        values = [torch.randn(shape, generator=rng).to(dtype) for shape in shapes]
         self.held = nn.ParameterList([nn.Parameter(place(value)) for value in values])
 
     def train_on(self, opt, steps, place=lambda value: value):
         for step in steps:
             rng = torch.Generator().manual_seed(100 + step)
             for param in self.held:
-                param.grad = place(torch.randn(param.shape, generator=rng).to(param.dtype))
+                grad = place(torch.randn(param.shape, generator=rng).to(param.dtype))
+                if param.grad is None:
+                    param.grad = grad
+                else:  # a view, which stays
+                    param.grad.copy_(grad)
             opt.step()
 
 
@@ -410,6 +418,113 @@ def narrow(key, rank, folder):
     set_state_dict(resumed, again, model_state_dict=weights, optim_state_dict=states)
     resumed.train_on(again, range(STEPS, 2 * STEPS), place)
     return SimpleNamespace(params=full(resumed), averages=averages(resumed, again), placed=placed)
+
+
+# A checkpoint of one world and what loads it in another: how it is stored, how parameters are held.
+# Three ranks cut 4 and 1 rows unevenly, and blocks of 8-bit states in the rows of 3.
+RESHARDED_SHAPES = ((4, 128), (5, 3), (1, 128))
+RESHARDED = {
+    "momentum": ("SGD", torch.float32, {"momentum": 0.9, "dampening": 0.5}),
+    "float32": ("AdamW", torch.float32, {"amsgrad": True}),
+    "kahan": ("AdamW", torch.bfloat16, {"rounding": "kahan", "state_dtype": "bfloat16"}),
+    **{key: ("AdamW", *NARROW[key]) for key in ("q8", "split")},
+}
+SAVED = [(key, "sharded") for key in RESHARDED]
+SAVED += [("float32", "flat, sharded"), ("float32", "flat"), ("q8", "flat")]
+
+
+class Run:
+    """A model, its optimizer and its schedules, on all ranks."""
+
+    def __init__(self, key, holder, seed=0):
+        name, dtype, how = RESHARDED[key]
+        self.model = Held(dtype, seed=seed, shapes=RESHARDED_SHAPES)
+        self.place = lambda value: value
+        if holder.startswith("flat"):
+            ft.flatten_(self.model)
+        if holder.endswith("sharded"):
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            fully_shard(self.model, mesh=mesh)
+            self.place = lambda value: distribute_tensor(value, mesh, [Shard(0)])
+        seeded = {"seed": 9} if name == "AdamW" else {}
+        lr = 0.05 + 0.5 * seed
+        self.opt = getattr(ft, name)(self.model.parameters(), lr=lr, **seeded, **how)
+        self.ours = ft.LRScheduler(self.opt, schedules.Cosine(0.05, total=20), weight_decay=DECAY)
+        self.other = ft.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        self.theirs = StepLR(self.other, 3)
+
+    def train(self, steps):
+        for step in steps:
+            self.model.train_on(self.opt, [step], self.place)
+            self.other.step()
+            self.ours.step()
+            self.theirs.step()
+
+    def state_dict(self, **options):
+        options = StateDictOptions(**options)
+        weights, states = get_state_dict(self.model, self.opt, options=options)
+        kept = {"ours": self.ours.state_dict(), "theirs": self.theirs.state_dict()}
+        kept["other"] = self.other.state_dict()
+        return {"model": weights, "optim": states, **kept}
+
+    def load_state_dict(self, saved, **options):
+        states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optim"]}
+        set_state_dict(self.model, self.opt, **states, options=StateDictOptions(**options))
+        self.other.load_state_dict(saved["other"])
+        self.ours.load_state_dict(saved["ours"])
+        self.theirs.load_state_dict(saved["theirs"])
+
+    def seen(self):
+        """All that there is, whole: what a checkpoint has of it, and the parameters."""
+        entries = self.state_dict()["optim"]["state"].values()
+        states = [{name: whole(value).clone() for name, value in e.items()} for e in entries]
+        return {"params": full(self.model), "states": states, "schedules": self.schedules()}
+
+    def schedules(self):
+        rates = [(group["lr"], group["weight_decay"]) for group in self.opt.param_groups]
+        return rates, self.ours.last_epoch, self.theirs.last_epoch, self.theirs.get_last_lr()
+
+
+def DECAY(t):
+    return 0.1 / (t + 1)
+
+
+def saved_run(key, holder, folder):
+    run = Run(key, holder)
+    run.train(range(STEPS))
+    path = f"{folder}/{dist.get_world_size() if dist.is_initialized() else 1} {holder} {key}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save({"run": run}, checkpoint_id=path)
+    return path
+
+
+def resumed_run(key, holder, path):
+    """As it was loaded, and after some more steps."""
+    run = Run(key, holder, seed=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load({"run": run}, checkpoint_id=path)
+    loaded = run.seen()
+    run.train(range(STEPS, 2 * STEPS))
+    return SimpleNamespace(loaded=loaded, later=run.seen())
+
+
+@scenario(*SAVED)
+def saves_for_others(key, holder, rank, folder):
+    saved_run(key, holder, folder)
+
+
+@scenario(*SAVED)
+def resumes_what_one_saved(key, holder, rank, folder):
+    return resumed_run(key, holder, f"{folder}/1 flat {key}")
+
+
+def resumes_what_two_saved(key, saved, rank, folder):
+    return resumed_run(key, "sharded", f"{folder}/2 {saved} {key}")
+
+
+THREE = {("three", *case): functools.partial(resumes_what_two_saved, *case) for case in SAVED}
 
 
 @scenario()
@@ -472,25 +587,25 @@ def refusals(rank, folder):
 SENT = []  # the model that the processes got from the one that started them
 
 
-def work(rank, folder, sent):
+def work(rank, folder, sent, ranks=RANKS):
     SENT.append(sent)
-    torch.set_num_threads(1)  # two processes share few cores
+    torch.set_num_threads(1)  # the processes share few cores
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{folder}/store",
+        init_method=f"file://{folder}/store{ranks}",
         rank=rank,
-        world_size=RANKS,
+        world_size=ranks,
         timeout=timedelta(seconds=60),
     )
     results = {}
-    for key, function in SCENARIOS.items():
+    for key, function in (SCENARIOS if ranks == RANKS else THREE).items():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             try:
                 results[key] = function(rank, folder)
             except Exception:
                 results[key] = traceback.format_exc()
-    torch.save(results, f"{folder}/rank{rank}")
+    torch.save(results, f"{folder}/rank{rank} of {ranks}")
     dist.destroy_process_group()
 
 
@@ -500,16 +615,21 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
     sent = net()
     ft.flatten_(sent)
-    torch.multiprocessing.spawn(work, (str(folder), sent), nprocs=RANKS)
-    ranks = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(RANKS)]
+    for key in RESHARDED:
+        saved_run(key, "flat", folder)
+    ranks = {}
+    for n in (RANKS, 3):
+        torch.multiprocessing.spawn(work, (str(folder), sent, n), nprocs=n)
+        files = [folder / f"rank{rank} of {n}" for rank in range(n)]
+        ranks[n] = [torch.load(file, weights_only=False) for file in files]
 
     def of(*key):
-        found = [rank[key] for rank in ranks]
+        found = [rank[key] for rank in ranks[3 if key[0] == "three" else RANKS]]
         for result in found:
             assert not isinstance(result, str), result
         return found
 
-    of.sent = sent
+    of.sent, of.folder = sent, folder
     return of
 
 
@@ -660,6 +780,51 @@ def test_narrow_shards_equal_one_process(results, key):
         assert_equal(result.params, full(model))
         assert_equal(result.averages, averages(model, opt))
         assert result.placed
+
+
+@functools.cache
+def never_interrupted(key):
+    run = Run(key, "plain")
+    run.train(range(STEPS))
+    saved = run.seen()
+    run.train(range(STEPS, 2 * STEPS))
+    return saved, run.seen()
+
+
+def assert_resumed(found, key):
+    """Bit by bit, but for 8-bit states from the first step on that has other blocks."""
+    saved, later = never_interrupted(key)
+    assert_equal(found.loaded, saved)
+    if RESHARDED[key][2].get("state_dtype") != "q8":
+        assert_equal(found.later, later)
+
+
+@pytest.mark.parametrize(("key", "saved"), SAVED)
+def test_a_checkpoint_of_two_processes_is_resumed_in_three_and_in_one(results, key, saved):
+    for found in results("three", key, saved):
+        assert_resumed(found, key)
+    for holder in ("flat", "plain"):
+        assert_resumed(resumed_run(key, holder, f"{results.folder}/2 {saved} {key}"), key)
+
+
+@pytest.mark.parametrize(("key", "holder"), SAVED)
+def test_a_checkpoint_of_one_process_is_resumed_in_two(results, key, holder):
+    for found in results("resumes_what_one_saved", key, holder):
+        assert_resumed(found, key)
+
+
+def test_a_checkpoint_has_the_names_of_the_model(results, tmp_path):
+    for saved in ("sharded", "flat"):
+        folder = f"{results.folder}/2 {saved} q8"
+        names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        assert {f"run.model.held.{i}" for i in range(3)} <= set(names)
+        states = {f"run.optim.state.held.2.{s}" for s in ("exp_avg", "exp_avg_sq", "ema", "step")}
+        assert states == {name for name in names if name.startswith("run.optim.state.held.2.")}
+    dcp_to_torch_save(folder, tmp_path / "one.pt")
+    one = torch.load(tmp_path / "one.pt", weights_only=False)["run"]
+    run = Run("q8", "flat", seed=1)
+    run.load_state_dict({**one, "other": run.other.state_dict()})  # whose empty dict is left out
+    assert_equal(run.seen(), never_interrupted("q8")[0])
 
 
 def test_narrow_zero_equals_one_process(results):

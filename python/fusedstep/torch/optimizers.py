@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import operator
+import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -862,14 +863,38 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             state_dtype: "float32" gives states and averages in bfloat16 or q8 as torch has them,
                 float32, or float64 under float64 parameters, exactly; those in float32 and float64
-                stay so. None gives them as they are, but for those of a DTensor in q8,
-                which are bfloat16, exactly: what lies beside them has no placement (default None).
+                stay so. None gives them as they are, but for those in q8 of a DTensor, or for
+                `torch.distributed.checkpoint`'s `get_state_dict`, which are bfloat16, exactly:
+                what lies beside them has no placement (default None).
         """
         if state_dtype not in (None, "float32"):
             raise ValueError(f"state_dtype must be None or 'float32', got {state_dtype!r}")
-        return self._turn.read(self._saved, state_dtype is not None)
+        caller = sys._getframe(1).f_globals.get("__name__")
+        to_reshard = caller == "torch.distributed.checkpoint.state_dict"
+        if to_reshard:
+            self._begin_flat()
+        return self._turn.read(self._saved, state_dtype is not None, to_reshard)
 
-    def _saved(self, wide: bool) -> dict[str, Any]:
+    def _begin_flat(self) -> None:
+        """Makes states for the checkpoint that is about to be read into them.
+
+        By a step with lr 0 and zero gradients, as `get_state_dict` does itself, but not for
+        parameters that have gradients, which those of `flatten_` always have.
+        """
+        params = self._params()
+        fresh = not self.state and all(map(flat.is_flat, params))
+        if not fresh or any(param.grad is None or param.grad.any() for param in params):
+            return
+        rates = [group["lr"] for group in self.param_groups]
+        try:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = torch.zeros_like(lr) if isinstance(lr, torch.Tensor) else 0.0
+            self.step()
+        finally:
+            for group, lr in zip(self.param_groups, rates, strict=True):
+                group["lr"] = lr
+
+    def _saved(self, wide: bool, to_reshard: bool = False) -> dict[str, Any]:
         """`state_dict`, while nobody else has a turn."""
         if self._ahead == EMA:
             _lookahead.refuse_inside(self, "state_dict must come")
@@ -881,7 +906,8 @@ class Optimizer(torch.optim.Optimizer):
             result["state"].pop(i, None)
         for i, param in enumerate(dict.fromkeys(self._params())):
             if i in result["state"]:
-                result["state"][i] = self._saved_entry(param, result["state"][i], wide)
+                entry = self._saved_entry(param, result["state"][i], wide, to_reshard)
+                result["state"][i] = entry
         for group in result["param_groups"]:  # which may have been edited since they were made
             self._to_python(group)
         entries, missing, n = result["state"], self._spec.late, len(self._params())
@@ -893,7 +919,7 @@ class Optimizer(torch.optim.Optimizer):
         return result
 
     def _saved_entry(
-        self, param: torch.Tensor, entry: Mapping[str, Any], wide: bool
+        self, param: torch.Tensor, entry: Mapping[str, Any], wide: bool, to_reshard: bool
     ) -> dict[str, Any]:
         """A parameter's state as a checkpoint has it, all wide or as it is."""
         result = dict(entry)
@@ -903,7 +929,7 @@ class Optimizer(torch.optim.Optimizer):
             if name == EMA and not self._averages():
                 continue  # the user's own
             coded = bool(kept.beside)
-            if wide or (coded and is_dtensor(param)):
+            if wide or (coded and (to_reshard or is_dtensor(param))):
                 values = self._wide(param, name, entry)
                 result[name] = values if wide else values.to(torch.bfloat16)
                 result.pop(kept.beside, None)
