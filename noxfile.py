@@ -6,6 +6,7 @@ environment that has all they need (`nox --no-venv --no-install`).
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,15 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["lint", "docs", "tests"]
+
+
+# The module and the fuzzer, of the same objects.
+FUZZER = {"CMAKE_ARGS": "-DFUSEDSTEP_FUZZ=ON"}
+
+
+def built(name: str) -> Path:
+    """A file of the newest build of the module."""
+    return max(Path("build").glob(f"cp*/{name}"), key=lambda path: path.stat().st_mtime)
 
 
 def files(session: nox.Session, *patterns: str) -> list[str]:
@@ -93,8 +103,49 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """The suite under sanitizers."""
-    session.skip("not filled yet")
+    """The core's tests under AddressSanitizer and UBSan, then under ThreadSanitizer.
+
+    The kernels are the build's own, whose writes the fuzzer's canaries watch. `-- --all` sanitizes
+    them too and runs the whole suite; other arguments are pytest's.
+    """
+    session.install(".[test]", env=FUZZER)
+    whole = "--all" in session.posargs
+    arguments = [word for word in session.posargs if word != "--all"]
+    names = ("threads", "interruption", "buffers", "epilogue", "fuzz")
+    files = [] if whole else [f"tests/test_{name}.py" for name in names]
+    compiler = os.environ.get("CXX", "g++")
+    for kind, library in (("address,undefined", "asan"), ("thread", "tsan")):
+        where = Path("build", f"sanitize-{library}").resolve()
+        defines = [f"FUSEDSTEP_SANITIZE={kind}", "FUSEDSTEP_FUZZ=ON"]
+        if not whole:
+            defines.append(f"FUSEDSTEP_KERNELS={built('fuzz').parent.resolve()}")
+        session.run(
+            *("python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "."),
+            *("--target", str(where / "package"), "-C", f"build-dir={where}"),
+            *("-C", "cmake.build-type=RelWithDebInfo"),  # neither stripped nor linked for long
+            *(word for define in defines for word in ("-C", f"cmake.define.{define}")),
+        )
+        preload = " ".join(
+            session.run(
+                compiler, f"-print-file-name=lib{name}.so", silent=True, external=True
+            ).strip()
+            for name in (library, "stdc++")  # the latter as its exceptions are intercepted
+        )
+        env = {
+            "PYTHONPATH": str(where / "package"),
+            # CPython keeps memory until the process ends, and the module its pool, rules and sets.
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "TSAN_OPTIONS": f"suppressions={Path('tests/native/tsan.txt').resolve()}",
+        }
+        # Address space at random is more than TSan's map of memory allows (GCC 12).
+        run = ("setarch", "-R", "env")
+        session.run(*run, str(where / "fuzz"), "--seconds", "5", env=env, external=True)
+        session.run(
+            *(*run, f"LD_PRELOAD={preload}", "python", "-m", "pytest", "-q", *files, *arguments),
+            env=env,
+            external=True,
+        )
 
 
 @nox.session
@@ -114,17 +165,15 @@ def fuzz(session: nox.Session) -> None:
         session.run("cmake", "--build", "build/libfuzzer", "--target", "fuzz", "--parallel", "2")
         Path("build/corpus").mkdir(exist_ok=True)
         options = [word for word in session.posargs if word != "--libfuzzer"]
-        places = ("build/corpus", "tests/native/corpus")
+        places = [at for at in ("build/corpus", "tests/native/corpus") if Path(at).exists()]
         session.run("build/libfuzzer/fuzz", "-max_len=512", *options, *places, external=True)
         return
-    # The module and the fuzzer, of the same objects.
-    session.install(".[test]", env={"CMAKE_ARGS": "-DFUSEDSTEP_FUZZ=ON"})
-    program = max(Path("build").glob("cp*/fuzz"), key=lambda path: path.stat().st_mtime)
+    session.install(".[test]", env=FUZZER)
     found = sorted(str(path) for path in Path("tests/native").glob("corpus/*"))
     seed = str(time.time_ns() % 2**32)
     long = "--long" in session.posargs
     limits = ("--elements", "1e9", "--seed", seed) if long else ("--seconds", "30")
-    session.run(str(program), *limits, *found, external=True)
+    session.run(str(built("fuzz")), *limits, *found, external=True)
     examples = {"FUSEDSTEP_FUZZ_EXAMPLES": "3000" if long else "120"}
     session.run("pytest", "-q", "-s", "tests/test_fuzz.py", env=examples)
 
