@@ -129,6 +129,7 @@ ODD = {
     "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     "broadcast": np.broadcast_to(np.float32(3), (2, 5)),
     "complex": np.array([[1 + 2j, 3 - 4j]]).T,
+    "complex 0-d": np.array(1 + 2j),
     "bfloat16": np.arange(10).astype(BFLOAT16)[::2],
     "float8": np.arange(4).astype(ml_dtypes.float8_e4m3fn),
     "bool": np.array([True, False]),

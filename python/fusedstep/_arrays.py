@@ -265,6 +265,17 @@ def is_module(thing: Any) -> bool:
     return torch is not None and isinstance(thing, torch.nn.Module)
 
 
+def loads_as_torch(module: Any) -> bool:
+    """Whether a torch module loads by torch's own code alone, which refuses nothing that fits."""
+    methods = ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+    return not any(
+        one._load_state_dict_pre_hooks
+        or one._load_state_dict_post_hooks
+        or any(not getattr(type(one), name).__module__.startswith("torch.") for name in methods)
+        for one in module.modules()
+    )
+
+
 def is_torch_generator(thing: Any) -> bool:
     """Whether it is a torch random generator."""
     torch = loaded_torch()
@@ -289,27 +300,37 @@ def dtype_and_shape(array: Any) -> tuple[str, tuple[int, ...]]:
     return name, tuple(array.shape)
 
 
+def check_plain(tensor: Any, label: str) -> str:
+    """The name of a tensor's dtype; TypeError for one that is not all its values in memory here."""
+    torch = loaded_torch()
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{label} must be a dense tensor, got a DTensor; torch.distributed.checkpoint saves"
+            " what is sharded"
+        )
+    if torch.nn.parameter.is_lazy(tensor):
+        raise TypeError(f"{label} must be initialized, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        kind = "a nested tensor" if tensor.is_nested else f"{tensor.layout} on {tensor.device}"
+        raise TypeError(f"{label} must be a dense tensor, got {kind}")
+    if tensor.is_quantized or dtype in ("complex32", "float4_e2m1fn_x2"):
+        raise TypeError(f"{label} must be of a dtype that files have, got {dtype}")
+    return dtype
+
+
 def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
     """An array of any library: its dtype's name, and its values in a dtype as wide."""
-    dtype, _ = dtype_and_shape(value)
     if is_tensor(value):
+        dtype = check_plain(value, label)
         torch = loaded_torch()
-        if value.layout is not torch.strided or hasattr(value, "device_mesh") or value.is_meta:
-            kind = (
-                "a DTensor"
-                if hasattr(value, "device_mesh")
-                else f"{value.layout} on {value.device}"
-            )
-            raise TypeError(
-                f"{label} must be a dense tensor, got {kind}; torch.distributed.checkpoint saves"
-                " what is sharded"
-            )
         tensor = value.detach().cpu().resolve_conj().resolve_neg()
         if dtype.startswith(("bfloat", "float8")):
             tensor = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
         return dtype, tensor.numpy()
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label} must be an array without a mask, got MaskedArray")
+    dtype, _ = dtype_and_shape(value)
     array = np.asarray(to_host(value))
     if not array.dtype.isnative:
         raise TypeError(f"{label} must be in native byte order, got {array.dtype!r}")
@@ -335,6 +356,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Any:
     """A torch tensor over an array's bytes."""
     torch = loaded_torch()
+    if not values.flags.writeable:  # a mapping that may not be written: torch would, and crash
+        values = values.copy()
     return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(shape)
 
 
@@ -344,9 +367,13 @@ def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
     Raises:
         TypeError, ValueError: it cannot be written.
     """
+    if is_tensor(target):
+        check_plain(target, label)
     dtype, shape = dtype_and_shape(target)
     if is_tensor(target):
         torch = loaded_torch()
+        if target.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{label} must be writable, got a tensor of inference mode")
 
         def put(values: np.ndarray[Any, Any]) -> None:
             with torch.no_grad():

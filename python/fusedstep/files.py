@@ -154,6 +154,7 @@ class Leaf(NamedTuple):
     tensor: Tensor
     is_complex: bool = False  # whether its last dimension is real and imaginary part
     is_scalar: bool = False  # whether it was a NumPy scalar
+    is_tensor: bool = False  # whether it was a tensor of torch's
 
     @property
     def dtype(self) -> str:
@@ -176,6 +177,16 @@ def as_numpy(leaf: Leaf) -> Any:
 def as_tensor(leaf: Leaf) -> Any:
     """A torch tensor in the file's pages."""
     return _arrays.tensor_over(leaf.tensor.values, leaf.dtype, leaf.shape)
+
+
+def as_saved(leaf: Leaf) -> Any:
+    """A copy of the kind that was saved: what objects keep does not lie in a file."""
+    return as_tensor(leaf).clone() if leaf.is_tensor else as_numpy(leaf).copy()
+
+
+def as_own_tensor(leaf: Leaf) -> Any:
+    """A torch tensor that does not lie in a file."""
+    return as_tensor(leaf).clone()
 
 
 # -- objects to trees ------------------------------------------------------------------------------
@@ -218,8 +229,9 @@ class _Packer:
 
     def _state(self, label: str, state: Any, path: tuple[str, ...]) -> Any:
         if isinstance(state, dict) and "param_groups" in state:
-            counts = [entry.get("step", 0) for entry in state["state"].values()]
-            self.steps.append(max(map(int, [state.get("step", 0), *counts])))
+            entries = [one for one in state["state"].values() if isinstance(one, dict)]
+            counts = [_arrays.as_float(one.get("step")) for one in (state, *entries)]
+            self.steps.append(int(max((one for one in counts if one is not None), default=0)))
             for group in state["param_groups"]:  # which states have the names of
                 self.called.update(zip(group["params"], group.get("param_names", ()), strict=False))
         packed = self.pack(label, state, path)
@@ -244,10 +256,12 @@ class _Packer:
         packed: dict[str, Any] = {}
         if dtype.startswith("complex"):
             real = array.real.dtype
-            array = np.ascontiguousarray(array)[..., None].view(real)
+            array = np.asarray(array, order="C")[..., None].view(real)
             dtype, packed["complex"] = real.name, True
         if isinstance(value, np.generic):
             packed["scalar"] = True
+        if _arrays.is_tensor(value):
+            packed["torch"] = True
         if dtype not in CODES:
             raise TypeError(f"{label} must be of {', '.join(CODES)}, got {dtype}")
         name = first = ".".join(path)
@@ -331,7 +345,9 @@ class _Reader:
         if is_complex and (tensor.code not in ("F32", "F64") or tensor.shape[-1:] != (2,)):
             self.refuse(f"its tree has {name!r} as complex, which is {tensor.code}")
         self.used.add(name)
-        return Leaf(tensor, is_complex, "scalar" in packed and not tensor.shape)
+        is_scalar = "scalar" in packed and not tensor.shape
+        is_tensor = "torch" in packed and _arrays.loaded_torch() is not None
+        return Leaf(tensor, is_complex, is_scalar, is_tensor)
 
 
 def filled(
@@ -407,7 +423,7 @@ def _filled(label: str, target: Any, tree: Any) -> Iterator[Filling]:
         if _is_holder(one):
             yield from _filled(where, one, saved[key])
         elif isinstance(target, dict | list):
-            value = _finished(saved[key], as_numpy)
+            value = _finished(saved[key], as_saved)
             yield Filling(functools.partial(target.__setitem__, key, value))
         elif one != saved[key]:
             raise ValueError(f"{where} must be {saved[key]!r}, as in the file, got {one!r}")
@@ -416,12 +432,12 @@ def _filled(label: str, target: Any, tree: Any) -> Iterator[Filling]:
 def _filled_array(label: str, target: Any, leaf: Any) -> Filling:
     if not isinstance(leaf, Leaf):
         raise TypeError(f"{label} must be of the file's kind, {leaf!r}, got {_kind(target)}")
+    put = _arrays.writer(target, label)
     dtype, shape = _arrays.dtype_and_shape(target)
     if dtype != leaf.dtype:
         raise TypeError(f"{label} must be {leaf.dtype}, as in the file, got {dtype}")
     if shape != leaf.shape:
         raise ValueError(f"{label} must have shape {leaf.shape}, as in the file, got {shape}")
-    put = _arrays.writer(target, label)
     return Filling(lambda: put(leaf.tensor.values.reshape(-1)))
 
 
@@ -467,20 +483,33 @@ def _has_state(value: Any) -> bool:
 
 
 def _filled_state(label: str, target: Any, tree: Any) -> list[Filling]:
-    """By its own method, which checks; ours have changed nothing where they raise."""
-    state = _finished(tree, as_tensor if _arrays.is_torch_s(target) else as_numpy)
+    """By its own method, which checks; ours have changed nothing where they raise, and copy."""
     has_groups = hasattr(target, "param_groups")
+    if _turn(target):
+        as_array = as_tensor if _arrays.is_torch_s(target) else as_numpy
+    else:
+        as_array = as_own_tensor if _arrays.is_torch_s(target) else as_saved
+        if has_groups and _arrays.is_torch_s(
+            target
+        ):  # torch would put whole tensors where it has shards
+            for i, group in enumerate(target.param_groups):
+                for k, param in enumerate(group["params"]):
+                    _arrays.check_plain(param, f"{label}.param_groups[{i}]['params'][{k}]")
+    state = _finished(tree, as_array)
     before = target.state_dict()  # the arrays themselves, which a load of an optimizer replaces
     if not has_groups:
         before = copy.deepcopy(before)
+    return [_loading(label, target, state, before, late=not has_groups)]
 
+
+def _loading(label: str, target: Any, state: Any, before: Any, late: bool = False) -> Filling:
     def fill() -> None:
         try:
             target.load_state_dict(state)
         except (KeyError, TypeError, ValueError) as error:
             raise type(error)(f"{label}: {error}") from error
 
-    return [Filling(fill, lambda: target.load_state_dict(before), late=not has_groups)]
+    return Filling(fill, lambda: target.load_state_dict(before), late)
 
 
 def _filled_generator(label: str, target: Any, tree: Any) -> list[Filling]:
@@ -499,9 +528,21 @@ def _filled_generator(label: str, target: Any, tree: Any) -> list[Filling]:
 def _filled_module(label: str, target: Any, tree: Any) -> list[Filling]:
     """Checked by name, shape and dtype first, as torch copies before it knows that all fits."""
     own = target.state_dict()
-    state = _finished(tree, as_tensor)
-    list(_filled(label, dict(own), tree))
-    return [Filling(lambda: target.load_state_dict(state))]
+    if not isinstance(tree, dict):
+        found = "an array" if isinstance(tree, Leaf) else repr(tree)
+        raise TypeError(f"{label} must be of the file's kind, {found}, got {_kind(target)}")
+
+    def extra(key: Any) -> bool:  # what a module checks itself, and keeps
+        return str(key).rpartition(".")[2] == "_extra_state" and key in own
+
+    tensors = {key: one for key, one in own.items() if not extra(key)}
+    list(_filled(label, tensors, {key: one for key, one in tree.items() if not extra(key)}))
+    state = {
+        key: _finished(one, as_saved if extra(key) else as_tensor) for key, one in tree.items()
+    }
+    if _arrays.loads_as_torch(target):
+        return [Filling(lambda: target.load_state_dict(state))]
+    return [_loading(label, target, state, copy.deepcopy(own))]
 
 
 def _filled_torch_generator(label: str, target: Any, tree: Any) -> list[Filling]:
