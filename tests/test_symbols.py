@@ -175,7 +175,8 @@ def test_kernels_of_a_set_are_few(isa, compiled):
     need("nm")
     found = [text.split(", ") for text in kernels(isa, compiled(isa, "-O0"))]
     variants, shapes = {(rule, v) for rule, v, _ in found}, {shape for *_, shape in found}
-    assert (len(variants), len(shapes), len(found)) == (27, 8, 210)
+    few = (27, 2, 54) if isa == "scalar" else (27, 8, 210)  # the scalar set stages what it can
+    assert (len(variants), len(shapes), len(found)) == few
 
 
 def test_shapes_beyond_the_two_that_computing_needs_have_a_measurement():

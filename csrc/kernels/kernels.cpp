@@ -12,13 +12,16 @@ extern const Kernels kernels;
 
 namespace {
 
+// A scalar set that stages all but the two shapes that computing needs has a third of the code.
+constexpr int kCompiled = F32::kWidth == 1 ? 2 : kShapes;
+
 template <class Rule, int kVariant, int kShape = 0>
 constexpr void add_shapes(RuleKernels& rule) {
   // Without states their formats make no difference.
   constexpr bool kSame = kShapeList[kShape].state != Format::kF32 && kShape > 1 &&
                          mask_of<Rule, typename Rule::template Step<F32, kVariant>>(0) == 0;
   if constexpr (!kSame) rule.update[kVariant][kShape] = update<Rule, kVariant, kShape>;
-  if constexpr (kShape + 1 < kShapes) add_shapes<Rule, kVariant, kShape + 1>(rule);
+  if constexpr (kShape + 1 < kCompiled) add_shapes<Rule, kVariant, kShape + 1>(rule);
 }
 
 template <class Rule, int kVariant = 0>

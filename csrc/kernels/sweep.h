@@ -40,6 +40,72 @@ constexpr Format state_in() {
   return Rule::kStates.state[s].sign == Sign::kPositive ? Format::kQ8Positive : kFormat;
 }
 
+// What an update left of states in 8 bits in the first-level cache, as codes: elements
+// [first, first + n), at most a block. It knows which states there are and no rule, so that a set has
+// few of it. Memory would be idle meanwhile: it fetches what the next block begins with.
+template <bool kRandom, StateMask kMask, StateMask kPositive>
+[[gnu::noinline]] void store_coded(const Row& row, const Run& run, const float (*values)[kBlock],
+                                   const uint32_t (*base)[kBlock / kShared<Format::kQ8>],
+                                   int64_t first, int64_t n) {
+  constexpr int kWidth = F32::kWidth, kFour = 4 * kWidth;
+  // Local, as bytes that are stored could be anything else in memory.
+  const auto* param = static_cast<const float*>(run.at[kParam]);
+  const auto* grad = static_cast<const float*>(run.at[kGrad]);
+  uint8_t* codes[kMaxStates];
+  [[maybe_unused]] Random bits[kMaxStates];
+  // Calls body with the number of each state and its format.
+  const auto each_state = [&](const auto& body) FN_LAMBDA {
+    each<kMaxStates>([&](auto index) FN_LAMBDA {
+      constexpr int s = decltype(index)::value;
+      if constexpr (has(kMask, s)) {
+        body(index, In<has(kPositive, s) ? Format::kQ8Positive : Format::kQ8>());
+      }
+    });
+  };
+  each_state([&](auto s, auto) FN_LAMBDA {
+    codes[s.value] = static_cast<uint8_t*>(run.at[kState + s.value]) + first;
+    if constexpr (kRandom) bits[s.value] = Random(row.key, kState + s.value, run.place);
+  });
+  const auto code_at = [&](auto s, auto format, int64_t i, uint32_t own) FN_LAMBDA {
+    const F32 x = load<F32>(values[s.value] + i);
+    if constexpr (kRandom) {
+      constexpr int kBits = decltype(format)::kRandomBits;
+      return format.dithered(x, own, bits[s.value].template words<kBits>(first + i));
+    } else {
+      return format.nearest(x, own);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kFour <= n; i += kFour) {
+    fetch(param + first + kBlock + i, kFour * sizeof(*param));
+    fetch(grad + first + kBlock + i, kFour * sizeof(*grad));
+    each_state([&](auto s, auto) FN_LAMBDA { fetch(codes[s.value] + kBlock + i, kFour); });
+    each_state([&](auto s, auto format) FN_LAMBDA {
+      const uint32_t own = base[s.value][i / kShared<Format::kQ8>];
+      decltype(words_of(F32())) four[4];
+      UNROLL
+      for (int r = 0; r < 4; ++r) four[r] = code_at(s, format, i + r * kWidth, own);
+      format.store_codes(codes[s.value] + i, four);
+    });
+  }
+  for (; i < n; i += kWidth) {
+    each_state([&](auto s, auto format) FN_LAMBDA {
+      const uint32_t own = base[s.value][i / kShared<Format::kQ8>];
+      format.store_codes(codes[s.value] + i, code_at(s, format, i, own));
+    });
+  }
+}
+
+// Of a rule's states those that are never negative.
+template <class Rule>
+constexpr StateMask positive_states() {
+  StateMask mask = 0;
+  for (int s = 0; s < count(Rule::kStates); ++s) {
+    if (Rule::kStates.state[s].sign == Sign::kPositive) mask |= 1u << s;
+  }
+  return mask;
+}
+
 // Whole registers of streams in a shape's formats.
 template <class Rule, int kVariant, int kShape>
 void update(const Row& row, const Run& run, int64_t n) {
@@ -65,7 +131,7 @@ void update(const Row& row, const Run& run, int64_t n) {
     if (!has(kMask, s)) continue;
     state[s] = run.at[kState + s];
     if constexpr (kTogether > 1) exponents[s] = run.exponents[s];
-    if constexpr (kCanDither<kShapeList[kShape].state>) {
+    if constexpr (kCanDither<kShapeList[kShape].state> && kTogether == 0) {
       bits[s] = Random(row.key, kState + s, run.place);
     }
   }
@@ -93,9 +159,11 @@ void update(const Row& row, const Run& run, int64_t n) {
                         FN_LAMBDA { store_state(s, format, to, states[s.value]); });
     };
     if constexpr (kTogether > 1 && kMask != 0) {
-      constexpr int kFour = 4 * V::kWidth;
       alignas(64) float values[kCount][kBlock];
       uint32_t base[kCount][kBlock / kTogether];
+      constexpr StateMask kPositive = positive_states<Rule>() & kMask;
+      const auto store_all = run.stochastic ? store_coded<true, kMask, kPositive>
+                                            : store_coded<false, kMask, kPositive>;
       for (int64_t first = 0; first < n; first += kBlock) {
         const int64_t size = n - first < kBlock ? n - first : kBlock;
         for (int64_t begin = 0; begin < size; begin += kTogether) {
@@ -119,40 +187,12 @@ void update(const Row& row, const Run& run, int64_t n) {
                 });
           }
           each_state(0, [&](auto s, auto format, auto*) FN_LAMBDA {
-            base[s.value][block] = format.base_of(largest_lane(largest[s.value]));
-            exponents[s.value][first / kTogether + block] =
-                static_cast<uint8_t>(base[s.value][block]);
+            const uint32_t own = format.base_of(largest_lane(largest[s.value]));
+            base[s.value][block] = own;
+            exponents[s.value][first / kTogether + block] = static_cast<uint8_t>(own);
           });
         }
-        const auto code_at = [&](auto s, auto format, int64_t i, uint32_t own) FN_LAMBDA {
-          const V x = load<V>(values[s.value] + i);
-          if constexpr (random.value) {
-            constexpr int kBits = decltype(format)::kRandomBits;
-            return format.dithered(x, own, bits[s.value].template words<kBits>(first + i));
-          } else {
-            return format.nearest(x, own);
-          }
-        };
-        int64_t i = 0;
-        for (; i + kFour <= size; i += kFour) {
-          // Memory would be idle meanwhile: it fetches what the next block begins with.
-          fetch(param + first + kBlock + i, kFour * sizeof(*param));
-          fetch(grad + first + kBlock + i, kFour * sizeof(*grad));
-          each_state(first + kBlock + i,
-                     [&](auto, auto, auto* at) FN_LAMBDA { fetch(at, kFour * sizeof(*at)); });
-          each_state(first + i, [&](auto s, auto format, auto* to) FN_LAMBDA {
-            const uint32_t own = base[s.value][i / kTogether];
-            decltype(words_of(V())) codes[4];
-            UNROLL
-            for (int r = 0; r < 4; ++r) codes[r] = code_at(s, format, i + r * V::kWidth, own);
-            format.store_codes(to, codes);
-          });
-        }
-        for (; i < size; i += V::kWidth) {
-          each_state(first + i, [&](auto s, auto format, auto* to) FN_LAMBDA {
-            format.store_codes(to, code_at(s, format, i, base[s.value][i / kTogether]));
-          });
-        }
+        store_all(row, run, values, base, first, size);
       }
     } else {
       _Pragma("GCC unroll 2") for (int64_t i = 0; i < n; i += V::kWidth) {
@@ -171,7 +211,9 @@ void update(const Row& row, const Run& run, int64_t n) {
   };
   // Where states are converted, a branch on decay costs nothing, where they are not a tenth in cache.
   const bool coupled = row.decay == kCoupled;
-  if constexpr (kCanDither<kShapeList[kShape].state> && kMask != 0) {
+  if constexpr (kTogether > 1 && kMask != 0) {
+    loop(coupled, Constant<false>());
+  } else if constexpr (kCanDither<kShapeList[kShape].state> && kMask != 0) {
     if (run.stochastic) {
       loop(coupled, Constant<true>());
     } else {
@@ -260,11 +302,12 @@ FN Format format_in(const Shape& shape, int k) {
 struct Choice {
   int shape, staged;
 };
-FN Choice shape_for(const Segment& segment, StateMask mask, Format computing, bool clips) {
+FN Choice shape_for(const Update (&update)[kShapes], const Segment& segment, StateMask mask,
+                    Format computing, bool clips) {
   Choice best = {-1, kStreams + 1};
   for (int shape = 0; shape < kShapes; ++shape) {
     const Shape& formats = kShapeList[shape];
-    if ((formats.param == Format::kF64) != (computing == Format::kF64)) continue;
+    if (!update[shape] || (formats.param == Format::kF64) != (computing == Format::kF64)) continue;
     int staged = 0;
     for (int k = 0; k < kEma && staged < best.staged; ++k) {
       if (!has_stream(mask, k)) continue;
@@ -273,7 +316,7 @@ FN Choice shape_for(const Segment& segment, StateMask mask, Format computing, bo
       // Only what is computed with can be staged.
       staged += format_in(formats, k) == computing ? 1 : kStreams + 1;
     }
-    if (staged < best.staged && (mask || shape < 2 || formats.state == computing)) {
+    if (staged < best.staged) {
       best = {shape, staged};
       if (staged == 0) break;  // small tensors are many, and mostly in the first shape
     }
@@ -338,7 +381,7 @@ FN void sweep(const Kernels& kernels, int rule, const Segment& segment, const Ro
   const Update(&update)[kShapes] = kernels.rules[rule].update[row.variant];
   const Format computing = wide ? Format::kF64 : Format::kF32;
   const int64_t width = wide ? F64::kWidth : F32::kWidth;
-  const Choice choice = shape_for(segment, mask, computing, clips);
+  const Choice choice = shape_for(update, segment, mask, computing, clips);
   const bool shared = kFormatInfo[static_cast<int>(kShapeList[choice.shape].state)].block > 0;
 
   Run run;  // of which no more is set than is read: small tensors are many
