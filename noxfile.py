@@ -48,7 +48,7 @@ def lint(session: nox.Session) -> None:
     session.install(".[lint]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy")
+    session.run("mypy", env={"MYPYPATH": "python"})
     session.run("clang-format", "--dry-run", "--Werror", *files(session, "*.h", "*.cpp", "*.cu"))
     build = configured(session, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
     # Those in csrc/cuda include no header of CUDA, and CMake has not defined theirs.
