@@ -14,7 +14,7 @@ constexpr size_t kHugeFrom = 2 * kHugePage;  // smaller buffers are not worth ro
 class Pages {
  public:
   // Throws std::bad_alloc. With `huge`, blocks of kHugeFrom bytes and more start at a huge page's
-  // boundary and ask for huge pages (madvise); the system may still decline.
+  // boundary and ask for huge pages (madvise); the system may still decline, and Windows does.
   Pages(size_t bytes, bool huge);
   ~Pages();
   Pages(const Pages&) = delete;

@@ -1,12 +1,8 @@
 // The only file that knows threads.
 #include "parallel.h"
 
-#include <pthread.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
@@ -16,9 +12,7 @@
 #include <system_error>
 #include <thread>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
+#include "process.h"
 
 namespace fusedstep {
 namespace {
@@ -100,28 +94,11 @@ class Pool {
 Pool* pool = nullptr;
 int forks = 0;
 
-int affinity() {
-#if defined(__linux__)
-  for (int cpus = 1024; cpus <= 1 << 20;
-       cpus *= 2) {  // the kernel refuses a mask that is too short
-    cpu_set_t* mask = CPU_ALLOC(cpus);
-    const size_t size = CPU_ALLOC_SIZE(cpus);
-    const bool fits = sched_getaffinity(0, size, mask) == 0;
-    const int count = fits ? CPU_COUNT_S(size, mask) : 0;
-    const bool too_short = !fits && errno == EINVAL;
-    CPU_FREE(mask);
-    if (count > 0) return count;
-    if (!too_short) break;
-  }
-#endif
-  return std::max(1u, std::thread::hardware_concurrency());
-}
-
 // A small file's text, empty where there is none. C's functions: the module uses no C++ streams, which
 // have a state of the whole process and crashed where another library had brought its own.
 std::string read(const std::string& path) {
   std::string text;
-  if (FILE* file = std::fopen(path.c_str(), "re")) {
+  if (std::FILE* file = open_file(path.c_str())) {
     char piece[512];
     while (const size_t n = std::fread(piece, 1, sizeof(piece), file)) text.append(piece, n);
     std::fclose(file);
@@ -150,11 +127,10 @@ std::atomic<int> threads{0};
 
 void start_pool() {
   pool = new Pool;
-  const int error = pthread_atfork(nullptr, nullptr, [] {
+  after_fork([] {
     pool = new Pool;
     ++forks;
   });
-  if (error) throw std::system_error(error, std::generic_category(), "pthread_atfork");
 }
 
 int generation() { return forks; }
@@ -191,7 +167,7 @@ double cpu_quota(const std::string& membership, const std::string& root) {
 }
 
 int default_threads() {
-  int cores = affinity();
+  int cores = usable_cores();
   const double quota = cpu_quota(read("/proc/self/cgroup"), "/sys/fs/cgroup");
   if (quota > 0) cores = std::min(cores, static_cast<int>(std::ceil(quota)));
   const char* processes = std::getenv("LOCAL_WORLD_SIZE");

@@ -1,9 +1,9 @@
 // mmap rather than malloc: the pages come zeroed, untouched, and go back to the system at once.
-#include "pages.h"
-
 #include <sys/mman.h>
 
 #include <new>
+
+#include "pages.h"
 
 namespace fusedstep {
 
