@@ -136,7 +136,9 @@ def sanitize(session: nox.Session) -> None:
             # CPython keeps memory until the process ends, and the module its pool, rules and sets.
             "ASAN_OPTIONS": "detect_leaks=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
-            "TSAN_OPTIONS": f"suppressions={Path('tests/native/tsan.txt').resolve()}",
+            # Forked children start threads, of which TSan says beforehand that it may not see all.
+            "TSAN_OPTIONS": f"suppressions={Path('tests/native/tsan.txt').resolve()} "
+            "die_after_fork=0",
         }
         # Address space at random is more than TSan's map of memory allows (GCC 12).
         run = ("setarch", "-R", "env")
