@@ -205,6 +205,13 @@ def wheels(session: nox.Session) -> None:
 
 
 @nox.session
+def scale(session: nox.Session) -> None:
+    """What is large, many or long: `-- large`, `tensors`, `groups`, `memory` or `soak`."""
+    session.install(".[test]")
+    session.run("python", "tests/scale.py", *(session.posargs or ("all",)))
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """`fusedstep bench`, small unless told otherwise: `nox -s bench -- --n 67108864`."""
     session.install(".[bench]")
