@@ -173,6 +173,13 @@ def test_one_optimizer_takes_one_step_at_a_time_or_says_so(layer):
     assert shared.bits() == stepped(layer, 0, len(taken))
 
 
+def test_import_leaves_a_lock_that_is_off_off():
+    lock = "getattr(sys, '_is_gil_enabled', bool)()"  # an older Python cannot say, and has one
+    done = run(f"import sys, numpy; before = {lock}; import fusedstep; assert {lock} == before")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+
+
 SUB = """
 import sys
 code = '''

@@ -220,7 +220,7 @@ void collected(PyHeapTypeObject* heap_type) {
 
 }  // namespace
 
-PYBIND11_MODULE(_core, m) {
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled core of fusedstep. Not public: use the package.";
 
   m.attr("COMPILER") = FUSEDSTEP_COMPILER;
