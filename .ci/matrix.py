@@ -5,8 +5,9 @@
 
 Without arguments: the Pythons from 3.10 on that PATH and pyenv have, free-threaded ones too; and
 torch's oldest supported release, the one that the test extra pins, and the newest. Each gets a
-fresh environment in build/matrix, with the package built for it. What is given as a path to the
-Python of a virtual environment is used with the libraries that it has.
+fresh environment in build/matrix, with the package built for it; the kernels, the same for all, are
+compiled once. What is given as a path to the Python of a virtual environment is used with the
+libraries that it has.
 
 Under other Pythons run the tests that need no torch: every file that imports nothing but NumPy and
 the test tools; what needs torch in those is skipped. Under other torches run the files about torch.
@@ -25,12 +26,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "matrix"
+BUILDS = PLACE / "builds"
 TOOLS = ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3"]
 # What the head of a file that runs without torch may import, beside Python's own.
 PLAIN = {"cases", "fusedstep", "hypothesis", "ml_dtypes", "mpmath", "numpy", "optional", "pytest"}
 PLAIN |= {"reference"}
-# Of the sources, the machine code and the wheel, whatever Python runs them.
-ELSEWHERE = {"adding", "docs", "folders", "fuzz", "imports", "readme", "symbols", "examples"}
+# Of the sources, the wheel, and what the same machine code computes, whatever Python runs it.
+ELSEWHERE = {"adding", "docs", "examples", "folders", "fuzz", "gallery", "identity", "imports"}
+ELSEWHERE |= {"norm", "readme", "reference", "symbols", "values"}
 
 
 @dataclass
@@ -49,9 +52,12 @@ class Environment:
             run(self.interpreter, "-m", "venv", str(place))
             python = place / "bin" / "python"
             run(str(python), *PIP, "install", "-q", *TOOLS, *self.requirements)
-        wheels = PLACE / "wheels" / self.name
-        shutil.rmtree(wheels, ignore_errors=True)
-        run(str(python), *PIP, "wheel", "-q", "--no-deps", "-w", str(wheels), str(ROOT))
+        wheels = BUILDS / self.name
+        options = [f"--config-settings=build-dir={wheels}/build"]
+        for kernels in BUILDS.glob("*/build/CMakeFiles/kernels_scalar.dir"):  # of the first one
+            build = kernels.parent.parent
+            options.append(f"--config-settings=cmake.define.FUSEDSTEP_KERNELS={build}")
+        run(str(python), *PIP, "wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
         (wheel,) = wheels.glob("*.whl")
         run(str(python), *PIP, "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         return str(python)
@@ -149,7 +155,8 @@ def main() -> int:
     kind, *rest = sys.argv[1:]
     at = rest.index("--") if "--" in rest else len(rest)
     environments = {"pythons": pythons, "torches": torches}[kind](rest[:at])
-    PLACE.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(BUILDS, ignore_errors=True)
+    BUILDS.mkdir(parents=True)
     rows = []
     for environment in environments:
         print(f"== {environment.name}: {environment.interpreter}", flush=True)

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import fusedstep as fs
+from optional import optional
+
+safetensors = optional("safetensors")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOTEBOOK = EXAMPLES / "resume.ipynb"
@@ -30,9 +33,7 @@ def recipe(name):
 
 def values(path):
     """All arrays in a file, as bytes."""
-    from safetensors import safe_open
-
-    with safe_open(path, "np") as file:
+    with safetensors.safe_open(path, "np") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 

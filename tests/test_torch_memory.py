@@ -984,7 +984,8 @@ def test_dtype_pairs_have_the_bits_of_the_neutral_class(name, param, grad):
 @pytest.mark.parametrize("n", [1, 4, 15, 16, 17, 100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_short_floats_are_updated_to_the_last_element(n, dtype):
-    # torch 2.13.0's fused SGD (mended in 2.14.1) leaves 16 of 16 and 96 of 100 as they are.
+    # The fused SGD of torch 2.4.0 and 2.13.0 leaves 16 of 16 and 96 of 100 bfloat16 values as they
+    # are; that of 2.14.1 does not.
     param = torch.nn.Parameter(torch.ones(n, dtype=DTYPES[dtype]))
     param.grad = torch.ones(n, dtype=DTYPES[dtype])
     ft.SGD([param], lr=0.5).step()
