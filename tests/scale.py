@@ -106,8 +106,18 @@ def large() -> None:
     norm = float(np.sqrt(sum(np.square(g.astype(float)).sum() for g in small_grads.values())))
     runs: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         ("SGD", "SGD", {"lr": 0.5}, {"max_norm": 0.25 * norm}),
-        ("Lion, q8 states", "Lion", {"lr": 0.5, "state_dtype": "q8"}, {}),
-        ("AdamW, q8 states", "AdamW", {"lr": 0.5, "state_dtype": "q8"}, {}),
+        (
+            "Lion, q8 states",
+            "Lion",
+            {"lr": 0.5, "state_dtype": "q8", "state_rounding": "nearest"},
+            {},
+        ),
+        (
+            "AdamW, q8 states",
+            "AdamW",
+            {"lr": 0.5, "state_dtype": "q8", "state_rounding": "nearest"},
+            {},
+        ),
         ("SGD, split", "SGD", {"lr": 0.01, "rounding": "split"}, {}),
     ]
     for what, name, hypers, options in runs:
@@ -142,7 +152,7 @@ def large() -> None:
         one.grad = torch.from_numpy(small_grads[name].view(np.int16)).view(torch.bfloat16)
     for what, name, hypers in (
         ("SGD", "SGD", {"lr": 0.5}),
-        ("Lion, q8 states", "Lion", {"lr": 0.5, "state_dtype": "q8"}),
+        ("Lion, q8 states", "Lion", {"lr": 0.5, "state_dtype": "q8", "state_rounding": "nearest"}),
     ):
         opt = getattr(ft, name)([tensor], **hypers)
         with timed(f"step, one tensor, {what}"):

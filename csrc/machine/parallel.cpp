@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -61,6 +62,8 @@ class Pool {
       std::thread([this] { serve(); }).detach();
       return true;
     } catch (const std::system_error&) {
+      return false;
+    } catch (const std::bad_alloc&) {
       return false;
     }
   }
@@ -187,6 +190,11 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   Job job{body, n, grain};
   const int useful = static_cast<int>(std::min<int64_t>(num_threads(), (n + grain - 1) / grain));
   if (useful <= 1 || !pool->run(job, useful)) job.work();
+}
+
+std::future<uint64_t> elsewhere(const std::function<uint64_t()>& work) {
+  // Copied: what is moved is gone with the thread that libstdc++ could not make (GCC 12).
+  return std::async(std::launch::async | std::launch::deferred, work);
 }
 
 }  // namespace fusedstep

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <string>
 
 namespace fusedstep {
@@ -32,5 +33,8 @@ double cpu_quota(const std::string& membership, const std::string& root);
 // nor throw. Work of one
 // grain, and work that comes while another thread's is running, stays on the calling thread.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+
+// Runs `work` on a thread of its own, or where the system grants none, in get().
+std::future<uint64_t> elsewhere(const std::function<uint64_t()>& work);
 
 }  // namespace fusedstep

@@ -344,10 +344,11 @@ ArrayTable::Taken ArrayTable::run(const std::vector<Stream>& grads,
   }
 
   // States that begin with this step are the table's from here on, unless it is not taken.
-  std::vector<Tensor> before;
+  Stepper::Kept kept;
   States found;
   if (!states.is_none()) {
-    before = stepper_.tensors();
+    kept = stepper_.keep();
+    const std::vector<Tensor>& before = kept.tensors;
     std::vector<Clock> clocks;
     for (const Tensor& tensor : before) clocks.push_back(tensor.counted.clock);
     found = staged(states, clocks);
@@ -360,7 +361,7 @@ ArrayTable::Taken ArrayTable::run(const std::vector<Stream>& grads,
     stepper_.set_tensors(found.tensors);
   }
   const auto put_back = [&] {
-    if (!states.is_none()) stepper_.set_tensors(before);
+    if (!states.is_none()) stepper_.put_back(std::move(kept));
   };
   Outcome outcome;
   try {

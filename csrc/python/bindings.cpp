@@ -4,7 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <exception>
+#include <future>
 #include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 
@@ -55,6 +58,24 @@ std::vector<uint64_t> digests(const py::buffer& buffer, int64_t size) {
   });
   return result;
 }
+
+// The digest of a contiguous buffer, computed while Python goes on. Not by a thread of Python's: its
+// start() waits without end for one that found no memory as it began.
+class Digesting {
+ public:
+  explicit Digesting(const py::buffer& buffer)
+      : info_(buffer.request()),
+        digest_(elsewhere([data = static_cast<const uint8_t*>(info_.ptr),
+                           n = info_.size * info_.itemsize] { return digest(data, n); })) {}
+  uint64_t result() {
+    const Unlocked unlocked;
+    return digest_.get();
+  }
+
+ private:
+  py::buffer_info info_;  // outlives the digest, whose end its destructor awaits
+  std::future<uint64_t> digest_;
+};
 
 using Doubles = py::array_t<double, py::array::c_style>;
 
@@ -181,6 +202,8 @@ PyObject* held(PyObject* self, PyObject* const* args, Py_ssize_t n) {
   } catch (const std::runtime_error& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
   }
 }
 
@@ -222,6 +245,16 @@ void collected(PyHeapTypeObject* heap_type) {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled core of fusedstep. Not public: use the package.";
+
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::bad_alloc&) {  // whose own words name a class of C++
+      PyErr_SetString(
+          PyExc_MemoryError,
+          "params and what is kept of each must fit in memory, got none from the system");
+    }
+  });
 
   m.attr("COMPILER") = FUSEDSTEP_COMPILER;
   m.def("compiled_isas", compiled_isas);
@@ -288,6 +321,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("sum_of_squares", py::overload_cast<const py::sequence&>(sum_of_squares), py::arg("grads"));
 
   m.def("digests", digests, py::arg("buffer"), py::arg("size"));
+
+  py::class_<Digesting>(m, "Digesting")
+      .def(py::init<py::buffer>(), py::arg("buffer"))
+      .def("result", &Digesting::result);
 
   m.def("turn", turn);
 

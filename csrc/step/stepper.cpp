@@ -105,9 +105,15 @@ void Stepper::set_tensors(const std::vector<Tensor>& tensors) {
                                 describe(second.tensor, second.stream) +
                                 " must not share memory, got overlapping buffers");
   }
-  tensors_ = tensors;
-  written_ = std::move(written);
-  clear_.assign(tensors.size(), Stream{});
+  put_back({tensors, std::move(written), std::vector<Stream>(tensors.size())});
+}
+
+Stepper::Kept Stepper::keep() const { return {tensors_, written_, clear_}; }
+
+void Stepper::put_back(Kept kept) noexcept {
+  tensors_ = std::move(kept.tensors);
+  written_ = std::move(kept.written);
+  clear_ = std::move(kept.clear);
 }
 
 // Brings home the clocks that the device alone has advanced.

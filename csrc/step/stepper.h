@@ -44,6 +44,18 @@ struct Norm {
 // One call at a time: the caller holds the optimizer's Turn (python/turn.h).
 class Stepper {
  public:
+  struct Range {
+    uintptr_t begin, end;
+    size_t tensor;
+    int stream;
+  };
+  // What set_tensors() replaces.
+  struct Kept {
+    std::vector<Tensor> tensors;
+    std::vector<Range> written;
+    std::vector<Stream> clear;
+  };
+
   // `name_of` says what error messages call a tensor; step() calls it from the caller's thread.
   // Memory is the CPU's, or that of a device's number `index`.
   Stepper(int rule, std::function<std::string(size_t)> name_of, const Device* device = nullptr,
@@ -55,6 +67,10 @@ class Stepper {
   // Replaces all tensors. Their memory must not overlap: throws std::invalid_argument naming two
   // that do, and keeps what it had. Costs little where all memory is where it was.
   void set_tensors(const std::vector<Tensor>& tensors);
+
+  // Its tensors as they are, to be put back when a step fails: that must need no memory.
+  Kept keep() const;
+  void put_back(Kept kept) noexcept;
 
   // Waits for the device where it alone counts.
   std::vector<Clock> clocks();
@@ -82,11 +98,6 @@ class Stepper {
   double device_norm() const;
 
  private:
-  struct Range {
-    uintptr_t begin, end;
-    size_t tensor;
-    int stream;
-  };
   bool in_place(const std::vector<Tensor>& tensors) const;
   std::string describe(size_t tensor, int stream) const;
 

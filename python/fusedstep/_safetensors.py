@@ -17,7 +17,6 @@ import re
 import stat
 import struct
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any, NamedTuple, NoReturn
 
@@ -107,12 +106,12 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     tensors = dict(sorted(contents.tensors.items(), key=lambda item: -_SIZES[item[1].code]))
     total = sum(tensor.nbytes for tensor in tensors.values())
     digests = [0] * -(-total // _PIECE)
-    with _replacing(path) as file, ThreadPoolExecutor(1) as beside:
+    with _replacing(path) as file:
         file.write(_header(contents.metadata, tensors, digests))
         for i, piece in enumerate(_pieces(tensors.values())):
-            digest = beside.submit(_core.digests, piece, _PIECE)  # while it is written
+            digest = _core.Digesting(piece)  # while it is written
             file.write(piece)
-            [digests[i]] = digest.result()
+            digests[i] = digest.result()
         file.seek(0)
         file.write(_header(contents.metadata, tensors, digests))
 
@@ -312,6 +311,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
     Raises:
         OSError: the file cannot be opened or mapped.
+        MemoryError: the system does not grant its size.
         ValueError: it is no such file, or is not as it was written; the message has what is wrong.
     """
     path = os.fsdecode(path)
@@ -355,7 +355,12 @@ def _mapped(descriptor: int, size: int) -> np.ndarray[Any, Any]:
     try:
         pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
     except OSError:  # larger than what the system would grant to be written
-        pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        try:
+            pages = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise MemoryError(f"path takes {size} bytes, more than the system grants") from None
     if hasattr(pages, "madvise") and hasattr(mmap, "MADV_WILLNEED"):
         pages.madvise(mmap.MADV_WILLNEED)
     return np.frombuffer(pages, np.uint8)

@@ -54,7 +54,13 @@ def allocate(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """n zeros, aligned to 64 bytes, on the CPU on huge pages where they are many."""
     if device.type != "cpu":
         return torch.zeros(n, dtype=dtype, device=device)
-    memory = _core.allocate(n * dtype.itemsize, _runtime.huge_pages())
+    try:
+        memory = _core.allocate(n * dtype.itemsize, _runtime.huge_pages())
+    except MemoryError:
+        size = n * dtype.itemsize
+        raise MemoryError(
+            f"params take {size} bytes more, which the system does not grant"
+        ) from None
     return torch.from_numpy(memory).view(dtype)
 
 
