@@ -193,6 +193,13 @@ def torches(session: nox.Session) -> None:
 
 
 @nox.session
+def ports(session: nox.Session) -> None:
+    """The core compiled for Windows and macOS, or the targets given; its bits under Wine."""
+    session.install("ziglang==0.17.*", "pybind11")
+    session.run("python", ".ci/ports.py", *session.posargs)
+
+
+@nox.session
 def emulate(session: nox.Session) -> None:
     """The wheels on emulated processors."""
     session.skip("not filled yet")
