@@ -201,7 +201,7 @@ def announcer() -> Callable[[list[Any]], None]:
     for found in (getattr(torch._C, "_increment_version", public), public):
         try:
             found([])
-        except TypeError:  # torch before 2.6 takes one tensor at a time
+        except (TypeError, RuntimeError):  # torch before 2.6 takes one tensor at a time
             continue
         return found  # type: ignore[no-any-return]  # torch is not followed
 
