@@ -33,7 +33,7 @@ PERSONALITY = "DW.ref.__gxx_personality_v0"
 
 def machine_sets():
     """The instruction sets of this machine's architecture with their flags, from CMakeLists.txt."""
-    text = re.sub(r"#.*", "", CMAKE.read_text())
+    text = re.sub(r"#.*|\$\{clang\}", "", CMAKE.read_text())
     for names, sets in re.findall(r'MATCHES "\^\(([\w|]+)\)\$"\)\s+set\(isas ([\w ]+)\)', text):
         if platform.machine() in names.split("|"):
             found = sets.split()
@@ -47,7 +47,7 @@ def machine_sets():
     def flags(name):
         words = own.get(name, "").split()
         nested = [flags(w[8:-1]) if w.startswith("${flags_") else [w] for w in words]
-        return [w for group in nested for w in group if not w.startswith("$<")]
+        return [w for group in nested for w in group if not w.startswith(("$<", "-O"))]
 
     return {name: common + flags(name) for name in found}
 
