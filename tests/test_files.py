@@ -587,9 +587,12 @@ for k in range(tries):
     child = os.fork()
     if child == 0:
         version = 1000 * k
-        while True:
-            version += 1
-            fs.save(path, **run(version))
+        try:
+            while True:
+                version += 1
+                fs.save(path, **run(version))
+        finally:
+            os._exit(1)
     time.sleep(rng.uniform(0, long))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -628,13 +631,17 @@ def test_process_cut_off_in_each_system_call_leaves_a_whole_file(tmp_path, monke
             fs.save(path, w=np.zeros(3))
             child = os.fork()
             if child == 0:
-                _cut_off(k, after)
-                fs.save(path, w=np.ones(3))
-                os._exit(0)
+                try:
+                    _cut_off(k, after)
+                    fs.save(path, w=np.ones(3))
+                    os._exit(0)
+                finally:  # whatever happens: no second run of the tests goes on here
+                    os._exit(1)
             status = os.waitpid(child, 0)[1]
             found = fs.load(path)["w"]
             assert (found == 0).all() or (found == 1).all()
             if os.WIFEXITED(status):  # no k-th call
+                assert os.WEXITSTATUS(status) == 0
                 assert (found == 1).all()
                 finished += 1
                 break
