@@ -136,10 +136,10 @@ def build(root):
     flags = ["-std=c++17", "-O0", "-fPIC", "-w", "-fvisibility=hidden", "-pthread"]
     flags += [f"-I{root / 'csrc'}", f"-I{pybind11.get_include()}"]
     flags += [f"-I{sysconfig.get_paths()['include']}", '-DFUSEDSTEP_COMPILER="a compiler"']
-    lists = re.findall(
-        r"pybind11_add_module\(_core(.*?)\$", (root / "CMakeLists.txt").read_text(), re.S
-    )
-    units = [(source, Path(source).stem, ["-ffp-contract=off"]) for source in lists[0].split()]
+    text = (root / "CMakeLists.txt").read_text().replace("${system}", "posix")
+    lists = re.findall(r"(?:set\(engine|pybind11_add_module\(_core)\s(.*?)\)", text, re.S)
+    sources = re.findall(r"\S+\.cpp", " ".join(lists))
+    units = [(source, Path(source).stem, ["-ffp-contract=off"]) for source in sources]
     kernels = "csrc/kernels/kernels.cpp"
     units += [(kernels, isa, [f"-DFUSEDSTEP_TARGET={isa}", *own]) for isa, own in SETS.items()]
 
