@@ -84,7 +84,7 @@ template <bool kRandom, StateMask kMask, StateMask kPositive>
       const uint32_t own = base[s.value][i / kShared<Format::kQ8>];
       decltype(words_of(F32())) four[4];
       UNROLL
-      for (int r = 0; r < 4; ++r) four[r] = code_at(s, format, i + r * kWidth, own);
+      for (int64_t r = 0; r < 4; ++r) four[r] = code_at(s, format, i + r * kWidth, own);
       format.store_codes(codes[s.value] + i, four);
     });
   }

@@ -246,6 +246,7 @@ void collected(PyHeapTypeObject* heap_type) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled core of fusedstep. Not public: use the package.";
 
+  // pybind11 wants a function that takes it by value. NOLINTNEXTLINE(performance-unnecessary-value-param)
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
