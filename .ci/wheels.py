@@ -2,7 +2,7 @@
 
     python .ci/wheels.py                   # CPython 3.10 to 3.14, as far as they are here
     python .ci/wheels.py --arch aarch64    # cross-built
-    python .ci/wheels.py --python /opt/python3.14/bin/python3.14
+    python .ci/wheels.py --python python3.14
 
 The steps are cibuildwheel's, which needs containers for Linux. In place of an old distribution's
 toolchain this machine's GCC compiles, so that the kernels' machine code is the one measured, and
