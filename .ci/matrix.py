@@ -103,6 +103,14 @@ def run(*command: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
+def of_pyenv(version: str) -> list[str]:
+    """The interpreters that pyenv has of a version, which may have wildcards."""
+    if shutil.which("pyenv") is None:
+        return []
+    root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout
+    return sorted(map(str, Path(root.strip(), "versions").glob(f"{version}/bin/python3")))
+
+
 def imports(file: Path) -> set[str]:
     """What the file's head imports."""
     return set(re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE))
@@ -115,9 +123,8 @@ def pythons(given: list[str]) -> list[Environment]:
         if not foreign and file.stem.removeprefix("test_") not in ELSEWHERE:
             files.append(file)
     if not given:
-        pyenv = (Path.home() / ".pyenv" / "versions").glob("3.*/bin/python3")
         names = [f"python3.{minor}{free}" for minor in range(10, 15) for free in ("", "t")]
-        given = [p for p in map(shutil.which, names) if p] + [str(p) for p in pyenv]
+        given = [p for p in map(shutil.which, names) if p] + of_pyenv("3.*")
     found = {}
     for interpreter in given:
         asked = "import platform, sysconfig; print(platform.python_version() + 't' *"

@@ -26,6 +26,7 @@ import zipfile
 from pathlib import Path
 
 import zopfli
+from matrix import of_pyenv
 
 ROOT = Path(__file__).parents[1]
 GLIBC = "2.17"
@@ -110,8 +111,8 @@ def interpreters(given: list[str]) -> dict[str, str]:
     """A path for each CPython version that is here."""
     found = {}
     for version in VERSIONS:
-        pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
-        path = shutil.which(f"python{version}") if not pyenv else str(pyenv[-1])
+        pyenv = of_pyenv(f"{version}.*")
+        path = pyenv[-1] if pyenv else shutil.which(f"python{version}")
         if path:
             found[version] = path
     for path in given:

@@ -613,7 +613,7 @@ class World:
         """All bits of it."""
         saved = self.opt.state_dict()
         states = [
-            (i, key, same_nan(np.asarray(value)))
+            (i, key, same_nan(value))
             for i, entry in saved["state"].items()
             for key, value in entry.items()
         ]
@@ -693,20 +693,6 @@ class TorchWorld(World):
         others = [self.values(np.random.default_rng(1), p.numel(), "float32") for p in total]
         ft.add_(total, others, 0.25)
         self.inside = [same_nan(t) for t in total]
-
-    def look(self) -> Any:
-        saved = self.opt.state_dict()
-        states = [
-            (i, key, same_nan(torch.as_tensor(value)))
-            for i, entry in saved["state"].items()
-            for key, value in entry.items()
-        ]
-        return (
-            [same_nan(p) for p in self.params.values()],
-            states,
-            repr(self.opt.grad_norm),
-            getattr(self, "inside", None),
-        )
 
 
 CALLS = [
