@@ -120,11 +120,12 @@ def sanitize(session: nox.Session) -> None:
         defines = [f"FUSEDSTEP_SANITIZE={kind}", "FUSEDSTEP_FUZZ=ON"]
         if not whole:
             defines.append(f"FUSEDSTEP_KERNELS={built('fuzz').parent.resolve()}")
+        settings = [f"build-dir={where}", *(f"cmake.define.{define}" for define in defines)]
+        settings.append("cmake.build-type=RelWithDebInfo")  # neither stripped nor linked for long
         session.run(
             *("python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "."),
-            *("--target", str(where / "package"), "-C", f"build-dir={where}"),
-            *("-C", "cmake.build-type=RelWithDebInfo"),  # neither stripped nor linked for long
-            *(word for define in defines for word in ("-C", f"cmake.define.{define}")),
+            *("--target", str(where / "package")),
+            *(f"--config-settings={setting}" for setting in settings),
         )
         preload = " ".join(
             session.run(

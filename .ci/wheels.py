@@ -169,7 +169,12 @@ def build(
     out = folder / f"raw-{arch}-{version}"
     run(
         *(builder / "bin/python", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
-        *("-w", out, sources, *(word for setting in settings for word in ("-C", setting))),
+        *(
+            "-w",
+            out,
+            sources,
+            *(word for setting in settings for word in ("--config-settings", setting)),
+        ),
         env=environ,
     )
     (wheel,) = out.glob("*.whl")

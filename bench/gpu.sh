@@ -73,8 +73,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,compute_cap --format=csv
 echo "for architectures: ${architectures:-none found}"
 
 part build $BUILD python3 -m pip install --verbose --no-build-isolation --no-deps \
-  --target "$work/site" -C build-dir="$work/build" -C cmake.define.FUSEDSTEP_CUDA=ON \
-  -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=${architectures:-native}" .
+  --target "$work/site" --config-settings build-dir="$work/build" \
+  --config-settings cmake.define.FUSEDSTEP_CUDA=ON \
+  --config-settings "cmake.define.CMAKE_CUDA_ARCHITECTURES=${architectures:-native}" .
 if ! say build "$(failed build && echo 80 || echo 12)"; then
   cp "$work/build.log" "$out/gpu-build.log" # there is nothing to test
   exit 1
