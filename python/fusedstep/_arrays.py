@@ -56,14 +56,7 @@ def as_index(value: Any) -> int | None:
 def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
     """`dtype` as NumPy's, `"bfloat16"` included; TypeError for one that no kernel takes."""
     if isinstance(dtype, str) and dtype == "bfloat16":
-        try:
-            import ml_dtypes
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"{name}='bfloat16' needs ml_dtypes: pip install 'fusedstep[bfloat16]'",
-                name="ml_dtypes",
-            ) from error
-        dtype = ml_dtypes.bfloat16
+        dtype = numpy_dtype("bfloat16", f"{name}='bfloat16' needs")
     if dtype is None:
         raise TypeError(f"{name} must be {', '.join(DTYPES)}, got None")
     try:
@@ -75,6 +68,23 @@ def as_dtype(dtype: DTypeLike, name: str = "dtype") -> np.dtype[Any]:
     if result.name not in DTYPES:
         raise TypeError(f"{name} must be {', '.join(DTYPES)}, got {result.name}")
     return result
+
+
+def numpy_dtype(name: str, needs: str = "") -> np.dtype[Any]:
+    """NumPy's dtype of a name, or ml_dtypes', or ModuleNotFoundError, which says what needs it."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        pass
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{needs or f'{name} arrays need'} ml_dtypes: pip install 'fusedstep[bfloat16]'",
+            name="ml_dtypes",
+        ) from error
+    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return found
 
 
 def as_array(value: Any, name: str) -> NDArray[Any]:
@@ -337,22 +347,6 @@ def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
     return dtype, array
 
 
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """NumPy's dtype of a name, or ml_dtypes', or ModuleNotFoundError."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        pass
-    try:
-        import ml_dtypes
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"{name} arrays need ml_dtypes: pip install 'fusedstep[bfloat16]'", name="ml_dtypes"
-        ) from error
-    found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-    return found
-
-
 def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Any:
     """A torch tensor over an array's bytes."""
     torch = loaded_torch()
@@ -367,7 +361,7 @@ def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
     Raises:
         TypeError, ValueError: it cannot be written.
     """
-    if is_tensor(target):
+    if is_tensor(target):  # one that is not initialized has not even a shape
         check_plain(target, label)
     dtype, shape = dtype_and_shape(target)
     if is_tensor(target):

@@ -484,17 +484,15 @@ def _has_state(value: Any) -> bool:
 
 def _filled_state(label: str, target: Any, tree: Any) -> list[Filling]:
     """By its own method, which checks; ours have changed nothing where they raise, and copy."""
-    has_groups = hasattr(target, "param_groups")
+    has_groups, is_torch_s = hasattr(target, "param_groups"), _arrays.is_torch_s(target)
     if _turn(target):
-        as_array = as_tensor if _arrays.is_torch_s(target) else as_numpy
+        as_array = as_tensor if is_torch_s else as_numpy
     else:
-        as_array = as_own_tensor if _arrays.is_torch_s(target) else as_saved
-        if has_groups and _arrays.is_torch_s(
-            target
-        ):  # torch would put whole tensors where it has shards
-            for i, group in enumerate(target.param_groups):
-                for k, param in enumerate(group["params"]):
-                    _arrays.check_plain(param, f"{label}.param_groups[{i}]['params'][{k}]")
+        as_array = as_own_tensor if is_torch_s else as_saved
+        # torch would put whole tensors where it has shards.
+        for i, group in enumerate(target.param_groups if has_groups and is_torch_s else ()):
+            for k, param in enumerate(group["params"]):
+                _arrays.check_plain(param, f"{label}.param_groups[{i}]['params'][{k}]")
     state = _finished(tree, as_array)
     before = target.state_dict()  # the arrays themselves, which a load of an optimizer replaces
     if not has_groups:
