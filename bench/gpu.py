@@ -44,6 +44,7 @@ import fusedstep as fs
 import fusedstep.torch as ft
 from fusedstep.bench import OPTIMIZERS
 from fusedstep.bench_models import MODELS, Shapes
+from fusedstep.bench_step import CASES, Mode, torch_steps
 
 Step = Callable[[], Any]
 
@@ -209,6 +210,20 @@ class Versus:
 
 
 @dataclass
+class Piece:
+    """AdamW on one large tensor, where a step does more than update or streams are narrow."""
+
+    mode: str
+    n: int
+    ms: float
+    bytes_per_param: float
+    gbps: float
+    share: float  # of the copy's bandwidth, the median over rounds
+    plain: float  # plain float32 AdamW's time over this one's
+    peer: float | None  # torch's, which does the same by its fused step and further calls
+
+
+@dataclass
 class Trace:
     """What the profiler saw of one step on GPT-2 small's shapes."""
 
@@ -246,6 +261,7 @@ class Results:
     machine: dict[str, Any]
     sweeps: list[Sweep] = field(default_factory=list)
     versus: list[Versus] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -298,6 +314,15 @@ def bytes_per_param(opt: torch.optim.Optimizer, param: torch.Tensor) -> int:
     assert grad is not None
     states = sum(state.element_size() for state in states_of(opt, param))
     return 2 * param.element_size() + grad.element_size() + 2 * states
+
+
+def moved_by(mode: Mode, opt: torch.optim.Optimizer, param: torch.Tensor) -> float:
+    """Bytes per parameter of a mode: each array where it is read and where it is written."""
+    assert param.grad is not None
+    passes = 1 + ("max_norm" in mode.step) + ("zero_grad" in mode.step)
+    moved: float = 2 * param.itemsize + passes * param.grad.itemsize + 2 * mode.shadow
+    kept = [value for value in opt.state[param].values() if isinstance(value, torch.Tensor)]
+    return moved + sum(2 * value.nbytes for value in kept if value.dim()) / param.numel()
 
 
 def parameters(
@@ -453,6 +478,41 @@ class Bench:
         self.results.sweeps.append(row)
         print(f"          {row.gbps:7.0f} GB/s, {row.share:.3f} of a copy's", flush=True)
 
+    def piece(self, mode: Mode, peer: str | None) -> None:
+        """A mode beside the copy, plain AdamW and torch's calls for the same."""
+        (plain_param,) = parameters([(self.n,)], torch.float32, self.clock.device)
+        (param,) = parameters([(self.n,)], getattr(torch, mode.param), self.clock.device)
+        if mode.grad != mode.param:
+            param.grad, param.grad_dtype = None, getattr(torch, mode.grad)
+            param.grad = torch.randn(self.n, device=self.clock.device, dtype=param.grad_dtype)
+        options = dict(mode.step)
+        if mode.shadow:
+            options["shadow"] = [torch.empty_like(param, dtype=torch.bfloat16)]
+        opt = ft.AdamW([param], **mode.how)
+        steps = [
+            functools.partial(opt.step, **options),
+            self.copy,
+            our_optimizer("adamw", [plain_param]).step,
+        ]
+        if peer:
+            steps.append(torch_steps(mode, self.n, [peer], self.clock.device)[peer].step)
+        contenders = [Contender(self.clock, step) for step in steps]
+        rounds_of(contenders, self.rounds, wall=False)
+        ours, copy, plain, *others = (contender.times.gpu for contender in contenders)
+        moved, seconds = moved_by(mode, opt, param), median(ours)
+        row = Piece(
+            mode=mode.name,
+            n=self.n,
+            ms=1e3 * seconds,
+            bytes_per_param=moved,
+            gbps=moved * self.n / seconds / 1e9,
+            share=ratio(copy, ours) * moved * self.n / self.copied,
+            plain=ratio(plain, ours),
+            peer=ratio(others[0], ours) if others else None,
+        )
+        self.results.pieces.append(row)
+        print(f"          {row.gbps:7.0f} GB/s, {row.share:.3f} of a copy's", flush=True)
+
     def shapes(self, layout: str) -> Shapes:
         """The shapes of a layout."""
         if layout == ONE:
@@ -555,6 +615,37 @@ class Bench:
         found = profile(step, self.clock)
         self.results.traces.append(read_trace(found, what))
 
+
+# Those of `fusedstep bench --step`, and the ways of rounding that it leaves out.
+MODES: list[tuple[Mode, str | None]] = [
+    (case.mode, "torch fused" if "torch fused" in case.peers else None)
+    for case in CASES
+    if not case.where
+]
+MODES += [
+    (
+        Mode("AdamW, q8 states to nearest", how={"state_dtype": "q8", "state_rounding": "nearest"}),
+        None,
+    ),
+    (
+        Mode(
+            "bf16 kahan, bf16 gradients",
+            param="bfloat16",
+            grad="bfloat16",
+            how={"rounding": "kahan"},
+        ),
+        None,
+    ),
+    (
+        Mode(
+            "bf16 stochastic, bf16 grads",
+            param="bfloat16",
+            grad="bfloat16",
+            how={"rounding": "stochastic"},
+        ),
+        None,
+    ),
+]
 
 MARK = "the measured step"
 # Calls of CUDA that make the host wait, or may.
@@ -721,6 +812,18 @@ def markdown(results: Results) -> str:
                     "torch's, ms GPU / wall", "GPU", "wall", "ratio", "note"]  # fmt: skip
         text = "Ratios: torch's time over ours. The last is of the longer of GPU and wall time."
         parts += ["## Beside torch.optim", text, _table(headings, rows)]
+    if results.pieces:
+        rows = [
+            (p.mode, f"{p.bytes_per_param:.2f}", f"{p.ms:.3f}", f"{p.gbps:.0f}", f"{p.share:.3f}",
+             f"{p.plain:.2f}x", f"{p.peer:.2f}x" if p.peer else "-")
+            for p in results.pieces
+        ]  # fmt: skip
+        headings = ["AdamW", "bytes/param", "ms", "GB/s", "share", "plain's", "torch's"]
+        text = (
+            "One tensor. The last two: plain float32 AdamW's time over this one's, and torch's for"
+            " the same by clip_grad_norm_, fused AdamW, _foreach_lerp_, _foreach_copy_, zero_grad."
+        )
+        parts += ["## All of a step in one sweep, and narrow streams", text, _table(headings, rows)]
     if results.traces:
         rows = [
             (t.what, t.kernels, t.launches, _counted(t.copies), _counted(t.syncs),
@@ -772,39 +875,51 @@ def small(device: torch.device) -> int:
     Compares with the CPU to the bit, so that what the sanitizer looked at did what it should.
     Returns the number of rules and types that failed.
     """
+    cases: list[tuple[str, str, dict[str, Any]]] = [
+        (name, dtype, {})
+        for name in OPTIMIZERS
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ]
+    cases += [("adamw", mode.param, dict(mode.how)) for mode, _ in MODES if mode.how]
     failed = 0
-    for name in OPTIMIZERS:
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            label = f"{name}, {str(dtype).removeprefix('torch.')}"
-            try:
-                got, want = _small_steps(name, dtype, device), _small_steps(name, dtype, None)
-                wrong = [n for n, a, b in zip(SMALL, got, want, strict=True) if not a.equal(b)]
-                problem = f"differs from the CPU's at lengths {wrong}" if wrong else ""
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-            if problem:
-                failed += 1
-                print(f"FAILED {label}: {problem}", flush=True)
-            else:
-                print(f"ok {label}", flush=True)
+    for name, dtype, how in cases:
+        label = ", ".join([name, dtype, *map(str, how.values())])
+        try:
+            got, want = (_small_steps(name, dtype, how, place) for place in (device, None))
+            wrong = {len(a) for a, b in zip(got, want, strict=True) if not a.equal(b)}
+            problem = f"differs from the CPU's at lengths {sorted(wrong)}" if wrong else ""
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            failed += 1
+            print(f"FAILED {label}: {problem}", flush=True)
+        else:
+            print(f"ok {label}", flush=True)
     return failed
 
 
-def _small_steps(name: str, dtype: torch.dtype, device: torch.device | None) -> list[torch.Tensor]:
-    """Parameters after a plain and two clipped steps; on the CPU without a device."""
+def _small_steps(
+    name: str, dtype: str, how: dict[str, Any], device: torch.device | None
+) -> list[torch.Tensor]:
+    """Parameters and averages after four steps, plain, clipped, and with all that a step can do
+    beside; on the CPU without a device."""
     generator = torch.Generator().manual_seed(3)
     params = []
     for n in SMALL:
-        values = [torch.randn(n, generator=generator).to(dtype) for _ in range(2)]
+        values = [torch.randn(n, generator=generator).to(getattr(torch, dtype)) for _ in range(2)]
         # Made on the CPU and copied: under the sanitizer each kernel of torch's costs time.
         param, grad = (_one_in(value, device) for value in values)
         params.append(torch.nn.Parameter(param))
         params[-1].grad = grad
-    opt = our_optimizer(name, params)
+    opt = our_optimizer(name, params, **how)
+    copies = [_one_in(torch.zeros(n, dtype=torch.float16), device) for n in SMALL]
     opt.step()
     opt.step(max_norm=0.5)
     opt.step(max_norm=1e9, skip_nonfinite=True)
-    return [param.detach().cpu() for param in params]
+    opt.step(ema=0.9, shadow=copies, zero_grad=True, clip_value=0.3)
+    written = [*params, *copies, *(param.grad for param in params)]
+    written += [opt.state[param]["ema"] for param in params]
+    return [array.detach().cpu() for array in written]
 
 
 def _one_in(values: torch.Tensor, device: torch.device | None) -> torch.Tensor:
@@ -854,6 +969,8 @@ def figures(bench: Bench) -> Iterator[tuple[str, str, Callable[[], None]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         run = functools.partial(bench.sweep, "adamw", dtype)
         yield "extra", f"sweep: adamw, {str(dtype).removeprefix('torch.')}", run
+    for mode, peer in MODES:
+        yield "piece", f"piece: {mode.name}", functools.partial(bench.piece, mode, peer)
     for what, ours, clip in (  # last: the profiler, once loaded, may slow down what follows
         (CLIPPED, True, True),
         ("ours, AdamW", True, False),
@@ -875,7 +992,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=_count, default=9, help="timings of each (%(default)s)")
     parser.add_argument("--budget", type=float, default=225.0, metavar="SECONDS",
                         help="begin no figure after as many (%(default)s)")  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=["sweep", "versus", "extra", "trace"],
+    parser.add_argument("--only", nargs="+", choices=["sweep", "versus", "piece", "extra", "trace"],
                         help="parts (all)")  # fmt: skip
     parser.add_argument("--small", action="store_true",
                         help="step each rule on small tensors, for compute-sanitizer")  # fmt: skip

@@ -88,7 +88,7 @@ def bits(tensor):
     tensor = tensor.detach().cpu().contiguous().reshape(-1)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor).reshape(-1)
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     found = tensor.view(kind).clone()
     found[tensor.isnan()] = -1
     return found
@@ -1022,3 +1022,22 @@ def test_streams_of_other_formats_have_the_cpu_bits(name, dtype, how, asked):
 
     for got, want in zip(run(DEVICE), run("cpu"), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("dtype", "how"), KEPT, ids=lambda value: "-".join(map(str, value)))
+@pytest.mark.parametrize(("here", "there"), [("cpu", DEVICE), (DEVICE, "cpu"), (DEVICE, DEVICE)])
+def test_files_move_between_cpu_and_gpu(dtype, how, here, there, tmp_path):
+    start, grads = streams(dtype, dtype)
+    params = [parameter(values.clone().to(here)) for values in split(start)]
+    opt = ft.AdamW(params, lr=0.1, **how)
+    train(opt, params, map(split, grads), ema=0.9)
+    file = tmp_path / "run.safetensors"
+    ft.save(file, params=params, optimizer=opt, epoch=3)
+    moved = [parameter(torch.zeros_like(param, device=there)) for param in params]
+    other = ft.AdamW(moved, lr=0.5, **how)
+    rest = ft.load(file, params=moved, optimizer=other)
+    assert rest["epoch"] == 3
+    assert_same(contents(other, moved), contents(opt, params))
+    for one, its in ((opt, params), (other, moved)):
+        train(one, its, map(split, grads), ema=0.9)
+    assert_same(contents(other, moved), contents(opt, params))

@@ -150,13 +150,15 @@ def _ceiling(streams: list[Any], n: int) -> tuple[Callable[[], Any], float]:
     return bench._ceiling(params, grads, states), 12 + 8 * len(states)
 
 
-def _torch(mode: Mode, n: int, names: Sequence[str]) -> dict[str, Contender]:
+def torch_steps(
+    mode: Mode, n: int, names: Sequence[str], device: Any = "cpu"
+) -> dict[str, Contender]:
     """What a mode does, as torch's calls, each a sweep or several; all on the same tensors."""
     import torch
 
-    param = _torch_param(n)
+    param = _torch_param(n, device)
     ema = param.detach().clone() if "ema" in mode.step else None
-    shadow = torch.empty(n, dtype=torch.bfloat16) if mode.shadow else None
+    shadow = torch.empty(n, dtype=torch.bfloat16, device=device) if mode.shadow else None
     clips, zeroes = "max_norm" in mode.step, "zero_grad" in mode.step
 
     def calls(**how: bool) -> Callable[[], None]:
@@ -189,13 +191,13 @@ def _torch(mode: Mode, n: int, names: Sequence[str]) -> dict[str, Contender]:
     }
 
 
-def _torch_param(n: int) -> Any:
+def _torch_param(n: int, device: Any = "cpu") -> Any:
     """A float32 parameter with a gradient. torch's random numbers, the caller's, are left alone."""
     import torch
 
-    param = torch.nn.Parameter(torch.zeros(n, dtype=torch.float32, device="cpu"))
-    random = torch.Generator("cpu").manual_seed(0)
-    param.grad = torch.rand(n, generator=random, dtype=torch.float32, device="cpu")
+    param = torch.nn.Parameter(torch.zeros(n, dtype=torch.float32, device=device))
+    random = torch.Generator(device).manual_seed(0)
+    param.grad = torch.rand(n, generator=random, dtype=torch.float32, device=device)
     return param
 
 
@@ -293,7 +295,7 @@ def _row(case: Case, n: int, rounds: int, with_torch: bool) -> Row:
     if "AdamW" in case.peers:
         found["AdamW"] = _ours(_PLAIN, n)[0]
     if with_torch:
-        found |= _torch(case.mode, n, case.peers)
+        found |= torch_steps(case.mode, n, case.peers)
     for name in case.peers:
         if name not in LIBRARIES:
             continue
