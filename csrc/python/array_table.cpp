@@ -447,27 +447,30 @@ void ArrayTable::swap() {
       kept_[i].assign(bytes, bytes + param.n * format_bytes(param.format));
     }
   }
-  const Unlocked unlocked;
-  const FloatMode mode;
-  for (size_t i = 0; i < params_.size(); ++i) {
+  size_t i = 0;
+  // One for all, as each would need memory, which may be missing once others have changed places.
+  const std::function<void(int64_t, int64_t)> swap_part = [&](int64_t begin, int64_t end) {
     const View& param = params_[i].view;
     const Stream& average = tensors[i].segment.stream[kEma];
-    if (average.format == Format::kNone) continue;
     const int64_t bytes = format_bytes(param.format);
     auto* own = static_cast<char*>(param.data);
-    parallel_for(param.n, kSwapped, [&](int64_t begin, int64_t end) {
-      if (average.format == param.format) {
-        swap_bytes(own + begin * bytes, static_cast<char*>(average.data) + begin * bytes,
-                   (end - begin) * bytes);
-      } else if (halves(average, param.format)) {
-        swap_halves(static_cast<uint16_t*>(param.data), static_cast<uint32_t*>(average.data),
-                    swapped_, begin, end);
-      } else if (swapped_) {
-        std::memcpy(own + begin * bytes, kept_[i].data() + begin * bytes, (end - begin) * bytes);
-      } else {
-        convert(average, {param.data, param.format}, begin, end);
-      }
-    });
+    if (average.format == param.format) {
+      swap_bytes(own + begin * bytes, static_cast<char*>(average.data) + begin * bytes,
+                 (end - begin) * bytes);
+    } else if (halves(average, param.format)) {
+      swap_halves(static_cast<uint16_t*>(param.data), static_cast<uint32_t*>(average.data),
+                  swapped_, begin, end);
+    } else if (swapped_) {
+      std::memcpy(own + begin * bytes, kept_[i].data() + begin * bytes, (end - begin) * bytes);
+    } else {
+      convert(average, {param.data, param.format}, begin, end);
+    }
+  };
+  const Unlocked unlocked;
+  const FloatMode mode;
+  for (; i < params_.size(); ++i) {
+    if (tensors[i].segment.stream[kEma].format == Format::kNone) continue;
+    parallel_for(params_[i].view.n, kSwapped, swap_part);
   }
   if (swapped_) kept_.clear();
   swapped_ = !swapped_;

@@ -4,11 +4,14 @@
 
 #include <pybind11/pybind11.h>
 
-#include <optional>
+#include <exception>
 #include <utility>
 #include <vector>
 
 namespace fusedstep {
+
+// How often a commit tries what it owes. What fails as often is no interruption, and finds no memory.
+constexpr int kCommitTries = 8;
 
 // Dicts, and what each is to take over; `key` in a dict keeps its place, and the dict its identity.
 class Changes {
@@ -26,10 +29,13 @@ class Changes {
   }
 
   // No hash is computed, and nothing compared but identities and strings: a dict is taken over from
-  // another with the hashes that it keeps.
+  // another with the hashes that it keeps. Only memory for a dict that grows may be missing.
   void make() const {
     for (const auto& [into, from] : all_) {
-      if (PyDict_Update(into.ptr(), from.ptr()) != 0) throw pybind11::error_already_set();
+      for (int tries = 1; PyDict_Update(into.ptr(), from.ptr()) != 0; ++tries) {
+        if (tries == kCommitTries) throw pybind11::error_already_set();
+        PyErr_Clear();
+      }
     }
   }
 
@@ -37,28 +43,27 @@ class Changes {
   std::vector<std::pair<pybind11::dict, pybind11::dict>> all_;
 };
 
-// Runs calls that a step owes once memory has changed. One that a signal's handler interrupts is
-// made again, and what the handler raised is raised when all is done.
+// Runs calls that a step owes once memory has changed. One that a signal's handler interrupts, or
+// that finds no memory, is made again, and what was raised is raised when all is done.
 class Insistence {
  public:
   template <class Call>
   void run(const Call& call) {
-    for (int tries = 0; tries < kTries; ++tries) {
+    for (int tries = 0; tries < kCommitTries; ++tries) {
       try {
         call();
         return;
-      } catch (pybind11::error_already_set& error) {
-        if (!first_) first_.emplace(error);
+      } catch (const std::exception&) {  // not the end of a thread, which must go on
+        if (!first_) first_ = std::current_exception();
       }
     }
   }
   void raise() {
-    if (first_) throw pybind11::error_already_set(*first_);
+    if (first_) std::rethrow_exception(first_);
   }
 
  private:
-  static constexpr int kTries = 8;  // what fails as often is no interruption
-  std::optional<pybind11::error_already_set> first_;
+  std::exception_ptr first_;
 };
 
 // Tells autograd of tensors that were written to behind its back, so that a backward through their

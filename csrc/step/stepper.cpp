@@ -232,13 +232,12 @@ void Stepper::check(const std::vector<Stream>& grads, const std::vector<Group>& 
 }
 
 // What becomes of the gradients, from their norm where that is wanted.
-Verdict Stepper::measure(const Options& options) {
+Verdict Stepper::measure(const Options& options, Measured& measured) const {
   const auto* found_inf = static_cast<const float*>(options.found_inf.data);  // on the CPU
   const bool found = found_inf && *found_inf != 0;
   if (!options.measure) return {0, options.factor, found};
-  measured_ = fusedstep::measure(segments_);
-  factor_ = options.factor;
-  return judge(measured_.all.sum, !measured_.all.finite, found, options);
+  measured = fusedstep::measure(segments_);
+  return judge(measured.all.sum, !measured.all.finite, found, options);
 }
 
 std::vector<std::optional<Norm>> Stepper::norms() const {
@@ -298,12 +297,13 @@ void Stepper::sweep_there(const std::vector<Group>& groups, const Options& optio
                            groups.data(),
                            options.live ? groups.size() : 0,
                            options};
-  check_device(device_->step(memory_, &step));
-  if (!options.measure) return;
-  measured_there_.clear();
-  for (const Segment& segment : segments_) {
-    measured_there_.push_back(takes_part(segment) ? std::optional(segment.n > 0) : std::nullopt);
+  std::vector<std::optional<bool>> measured;
+  for (size_t i = 0; options.measure && i < segments_.size(); ++i) {
+    const bool counts = takes_part(segments_[i]);
+    measured.push_back(counts ? std::optional(segments_[i].n > 0) : std::nullopt);
   }
+  check_device(device_->step(memory_, &step));
+  if (options.measure) measured_there_ = std::move(measured);
 }
 
 void Stepper::commit(const Options& options, Outcome& outcome) {
@@ -323,12 +323,21 @@ Outcome Stepper::step(const std::vector<Stream>& grads, const std::vector<Group>
   const FloatMode mode;
   check(grads, groups, options, shadows);
   Outcome outcome;
+  Measured measured;
+  const auto note = [&] {  // as norms() tells it: not of a step that fails
+    if (device_ || !options.measure) return;
+    measured_ = std::move(measured);
+    factor_ = options.factor;
+  };
   double factor = options.factor;
   if (!device_) {
-    const Verdict verdict = measure(options);
+    const Verdict verdict = measure(options, measured);
     outcome.norm = verdict.norm;
     outcome.skipped = verdict.skip != 0;
-    if (outcome.skipped) return outcome;
+    if (outcome.skipped) {
+      note();
+      return outcome;
+    }
     factor = verdict.factor;
   } else {  // which measures, and then multiplies, itself
     if (!options.live) fetch_clocks();
@@ -341,6 +350,7 @@ Outcome Stepper::step(const std::vector<Stream>& grads, const std::vector<Group>
     run(rule_, segments_, plan_.rows());
   }
   commit(options, outcome);
+  note();
   return outcome;
 }
 

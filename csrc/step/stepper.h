@@ -105,7 +105,7 @@ class Stepper {
              const Options& options, const std::vector<Stream>& shadows);
   void check_apart(const Stream& stream, size_t tensor, int k);
   void check_extra(const Options& options) const;
-  Verdict measure(const Options& options);
+  Verdict measure(const Options& options, Measured& measured) const;
   void prepare(const std::vector<Group>& groups, double factor, const Options& options);
   void sweep_there(const std::vector<Group>& groups, const Options& options);
   void commit(const Options& options, Outcome& outcome);

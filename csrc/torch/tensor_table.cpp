@@ -653,10 +653,9 @@ void TensorTable::collect(const py::list& groups, size_t first, const Options& o
     const bool average = options.average != 0;
     const SlotMask of_rest = slots_of(0, average),
                    slots = slots_of(rules()[rule_].mask_of(groups_.back().hypers), average);
-    if (counted_.size() < i + params.size()) {
-      counted_.resize(i + params.size());
-      held_.resize(i + params.size());
-    }
+    // Each by its own size: the second may find no memory where the first did.
+    if (counted_.size() < i + params.size()) counted_.resize(i + params.size());
+    if (held_.size() < i + params.size()) held_.resize(i + params.size());
     for (const py::handle param : params) {
       const size_t here = i++, place = active_.size();
       if (here + kAhead < held_.size()) {
@@ -685,10 +684,8 @@ void TensorTable::collect(const py::list& groups, size_t first, const Options& o
       a.grad = std::move(grad);
       a.updates = updates;
       a.shadow = std::move(shadow);
-      if (place == tensors_.size()) {
-        tensors_.emplace_back();
-        filled_.push_back(0);
-      }
+      if (place == tensors_.size()) tensors_.emplace_back();
+      if (place == filled_.size()) filled_.push_back(0);
       gradients_.emplace_back();
       copies_.emplace_back();
       a.slots = updates ? slots : of_rest;
@@ -916,6 +913,13 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
   stepper_.set_tensors(tensors_);
   const py::dict attributes = owner_.attr("_attributes");
   const py::object announce = owner_.attr("_announce");
+  // What the commit needs memory for: the last that may fail.
+  std::optional<std::vector<size_t>> measured;
+  if (own.measure) measured.emplace();
+  for (const Active& a : active_) {
+    if (measured) measured->push_back(a.i);
+    if (own.zero_grad && a.updates && a.own_grad) written_.append(a.given);
+  }
   Outcome outcome;
   {
     const Unlocked unlocked;
@@ -925,15 +929,14 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
 
   // The commit. No Python code runs before states and counts are those of the new parameters.
   for (const py::str& name : amp_) {
-    if (PyDict_Contains(attributes.ptr(), name.ptr()) == 1) attributes.attr("pop")(name);
+    if (PyDict_Contains(attributes.ptr(), name.ptr()) == 1 &&
+        PyDict_DelItem(attributes.ptr(), name.ptr()) != 0) {
+      PyErr_Clear();  // another thread has dropped it
+    }
   }
   if (!place_.device && own.norm.data) *static_cast<double*>(own.norm.data) = outcome.norm;
   norm_ = options[8];
-  measured_.reset();
-  if (own.measure) {
-    measured_.emplace();
-    for (const Active& a : active_) measured_->push_back(a.i);
-  }
+  measured_ = std::move(measured);
   lives_ = live_;
   if (outcome.skipped) return;
   write_clocks();
@@ -946,12 +949,8 @@ void TensorTable::step(const py::list& groups, const py::tuple& options, size_t 
   }
   for (const Active& a : active_) {
     if (a.kept) held_[a.i].lines.fetch(held_[a.i].of_param);
-    if (!own.zero_grad || !a.updates) continue;
-    if (a.own_grad) {
-      written_.append(a.given);
-    } else {
-      insistence.run([&] { a.given.attr("detach")().attr("zero_")(); });
-    }
+    if (!own.zero_grad || !a.updates || a.own_grad) continue;
+    insistence.run([&] { a.given.attr("detach")().attr("zero_")(); });
   }
   insistence.run([&] { announce(written_); });
   for (const Active& a : active_) {

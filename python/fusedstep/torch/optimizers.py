@@ -734,12 +734,12 @@ class Optimizer(torch.optim.Optimizer):
             options = options._replace(
                 clip_value=asked.clip_value, zero_grad=asked.zero_grad, seed=self._storage.seed
             )
+        if options.max_norm is not None or options.skip_nonfinite or options.norms:
+            self._keys = self._distinct_names()
         helper = _Helper(self, options.live, groups, first, at, asked)
         self._table.step(groups, options, first, free, helper, asked.shadow, changes)
         if self._reread:
             self._drop_late(groups)
-        if options.max_norm is not None or options.skip_nonfinite or options.norms:
-            self._keys = self._distinct_names()
 
     def _averages(self) -> int:
         """How many averages there were."""
