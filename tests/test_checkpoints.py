@@ -10,6 +10,7 @@ import torch
 import fusedstep as fs
 import fusedstep.torch as ft
 from cases import CASES
+from this_torch import needs_names
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 each_class = pytest.mark.parametrize("name", list(CASES))
@@ -382,6 +383,7 @@ def test_hooks_may_make_a_checkpoint_of_something_else():
     assert bits(again.opt.state_dict()["state"]) == bits(run.opt.state_dict()["state"])
 
 
+@needs_names
 def test_names_in_another_order_are_followed_by_torch_s_class():
     def make(order):
         params = {name: torch.nn.Parameter(torch.ones(3)) for name in order}
@@ -508,3 +510,11 @@ def test_a_state_of_none_is_called_missing_and_not_listed_as_there(layer):
     saved["state"][0]["exp_avg"] = None
     with pytest.raises(ValueError, match=r"the key 'exp_avg', got \['step', 'exp_avg_sq'\]"):
         opt.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("names", [None, 3, "bias_correction", torch.zeros(9)])
+@each_layer
+def test_what_a_group_has_beyond_torch_s_is_a_list_of_names(layer, names):
+    saved = small(Torch, "Adam", [1]).opt.state_dict()
+    saved["param_groups"][0] |= {"bias_correction": False, "fusedstep": names}
+    assert_refused(small(layer, "Adam", [1]), saved, r"\['fusedstep'\] must be a list, got")

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 GROUPS = "state_dict['param_groups']"
 
+# A group's key for the hyperparameters beyond torch's that it heeds: those that fusedstep.torch's
+# constructor was given by name. Clients put keys of any optimizer into their groups, and torch's
+# classes look only at their own; so do ours, at theirs and these.
+BEYOND = "fusedstep"
+
 # Types without anything inside that its owner could change.
 _CONSTANT = (float, int, bool, str, bytes, type(None))
 
@@ -208,6 +213,14 @@ class Loaded(NamedTuple):
     averages: int  # of the parameters
 
 
+def heeded(group: Mapping[str, Any]) -> Sequence[str]:
+    """The hyperparameters beyond torch's that a group of `torch.optim`'s layout has for us."""
+    names: Any = group.get(BEYOND, ())
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"{GROUPS}[...]['{BEYOND}'] must be a list, got {names!r}")
+    return names
+
+
 def loaded(own: Holder, state_dict: Any) -> Loaded:
     """A checkpoint, all of it checked; TypeError or ValueError where it does not fit."""
     spec = own.spec
@@ -217,7 +230,7 @@ def loaded(own: Holder, state_dict: Any) -> Loaded:
             {
                 name: value
                 for name, value in group.items()
-                if name not in spec.beyond_torch or name in group.get("fusedstep", ())
+                if name not in spec.beyond_torch or name in heeded(group)
             }
             for group in saved
         ]

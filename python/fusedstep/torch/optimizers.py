@@ -113,11 +113,6 @@ class _Asked(NamedTuple):
     zero_grad: bool = False
 
 
-# A group's key for the hyperparameters beyond torch's that it heeds: those that our constructor was
-# given by name. Clients put keys of any optimizer into their groups, and torch's classes look only
-# at their own; so do ours, at theirs and these.
-_BEYOND = "fusedstep"
-
 # A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
 # where only the GPU knows it.
 _Row = tuple[list[Any], list[float], dict[str, Any], Any]
@@ -195,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         self._each = _Asked(**self._checked_each(each))
         self.__dict__.update(_turn=new_turn(), _stepping_in_backward=set(), **self._derived({}))
         beyond = sorted(self._extra.keys() & hypers.keys() - _FLAGS.keys())
-        heard = {_BEYOND: beyond} if beyond else {}
+        heard = {_checkpoint.BEYOND: beyond} if beyond else {}
         self._found = set()
         try:
             super().__init__(params, {**self._spec.fixed, **self._given, **hypers, **heard})
@@ -421,7 +416,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"differentiable must be False, got {group['differentiable']!r}: not supported"
             )
         known = {**self._extra, **self._spec.fixed, **self._given, **group}
-        heard = group.get(_BEYOND, ())
+        heard = _checkpoint.heeded(group)
         known |= {n: value for n, value in self._extra.items() if n not in heard}
         return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
 
@@ -1126,7 +1121,7 @@ class Optimizer(torch.optim.Optimizer):
                 for name, value in loaded.items()
             }
             if beyond:
-                group[_BEYOND] = beyond
+                group[_checkpoint.BEYOND] = beyond
             if averages is not None:
                 group[_AVERAGES] = _checkpoint.count("state_dict['averages']", averages)
             elif _AVERAGES in group:
@@ -1172,7 +1167,7 @@ class Optimizer(torch.optim.Optimizer):
         group.update(self._spec.fixed)  # AdamW takes Adam's checkpoint, and stays AdamW
         for name, default in self._given.items():
             group.setdefault(name, known.get(name, default))
-        for name in (*self._extra, _BEYOND):
+        for name in (*self._extra, _checkpoint.BEYOND):
             if name in known:
                 group.setdefault(name, known[name])
         for flag in _KEPT if loaded else ():
@@ -1761,10 +1756,11 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     parameters |= {n: p.replace(kind=keyword) for n, p in extra.items()}
     added = {n: default for n, (default, _) in (*HOW.items(), *_EACH.items())}
     parameters |= {n: inspect.Parameter(n, keyword, default=d) for n, d in added.items()}
-    # With types, by which configurations are parsed.
+    # With types, by which configurations are parsed; torch 2.4.0 lacks some.
+    typed = {n for n, p in theirs.items() if p.annotation is not p.empty}
     signature = inspect.Signature(
         [
-            p if n in theirs else p.replace(annotation=_type_of(spec, n))
+            p if n in typed else p.replace(annotation=_type_of(spec, n))
             for n, p in parameters.items()
         ]
     )
