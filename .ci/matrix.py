@@ -49,17 +49,17 @@ class Environment:
         if not (python.parent.parent / "pyvenv.cfg").exists():
             place = PLACE / self.name
             shutil.rmtree(place, ignore_errors=True)
-            run(self.interpreter, "-m", "venv", str(place))
+            run(self.interpreter, "-m", "venv", "--without-pip", str(place))
             python = place / "bin" / "python"
-            run(str(python), *PIP, "install", "-q", *TOOLS, *self.requirements)
+            run(*PIP, str(python), "install", "-q", *TOOLS, *self.requirements)
         wheels = BUILDS / self.name
         options = [f"--config-settings=build-dir={wheels}/build"]
         for kernels in BUILDS.glob("*/build/CMakeFiles/kernels_scalar.dir"):  # of the first one
             build = kernels.parent.parent
             options.append(f"--config-settings=cmake.define.FUSEDSTEP_KERNELS={build}")
-        run(str(python), *PIP, "wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
+        run(*PIP, str(python), "wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
         (wheel,) = wheels.glob("*.whl")
-        run(str(python), *PIP, "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
+        run(*PIP, str(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         return str(python)
 
     def test(self, arguments: list[str]) -> list[str]:
@@ -84,7 +84,8 @@ class Environment:
         return [*found.stdout.split(), str(passed), str(failed), str(counts["skipped"]), minutes]
 
 
-PIP = ("-m", "pip", "--disable-pip-version-check")
+# One pip for all: a Python of a distribution may come without `ensurepip`.
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python")
 VERSIONS = """
 import importlib.metadata as m, platform, sys
 import fusedstep  # a module that does not declare itself fit for it turns the lock on
@@ -149,7 +150,7 @@ def torches(given: list[str]) -> list[Environment]:
         path = "/" in one
         found.append(
             Environment(
-                Path(one).resolve().parent.parent.name if path else f"torch-{one}",
+                Path(one).absolute().parent.parent.name if path else f"torch-{one}",
                 one if path else sys.executable,
                 [wanted, "numpy", "ml_dtypes", "safetensors", "accelerate>=1"],
                 files,

@@ -738,7 +738,7 @@ def test_a_refused_metric_changes_nothing():
 
 
 def test_plot_draws_what_the_schedule_says(monkeypatch):
-    import matplotlib.pyplot as plt
+    plt = pytest.importorskip("matplotlib.pyplot")
 
     schedule = S.Cosine(0.3, total=23).warmup(5)
     ax = schedule.plot()
@@ -755,7 +755,7 @@ def test_plot_draws_what_the_schedule_says(monkeypatch):
 
 @pytest.mark.parametrize("steps", [99_990, 10**9])  # the first in strides of a wave, if equal
 def test_plot_shows_a_wave_however_long_the_picture(steps):
-    import matplotlib.pyplot as plt
+    plt = pytest.importorskip("matplotlib.pyplot")
 
     drawn = S.Cyclic(0.1, 0.9, step_size_up=5).plot(steps).lines[0]
     assert drawn.get_xdata()[[0, -1]].tolist() == [0, steps]
@@ -777,7 +777,7 @@ def test_plot_shows_a_wave_however_long_the_picture(steps):
     ids=repr,
 )
 def test_plot_ends_where_steps_do(schedule):
-    import matplotlib.pyplot as plt
+    plt = pytest.importorskip("matplotlib.pyplot")
 
     assert schedule.plot().lines[0].get_xdata()[-1] == LAST
     plt.close("all")

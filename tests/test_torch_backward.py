@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm as old_name
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import fusedstep.torch as ft
+from this_torch import needs
 
 
 class Pair:
@@ -153,9 +154,16 @@ def test_a_step_in_backward_inside_a_look_ahead_is_refused():
 
 def in_two_parts(params, limit, **how):
     params = [params] if isinstance(params, torch.Tensor) else list(params)
-    norm = get_total_norm([p.grad for p in params if p.grad is not None], **how)
-    clip_grads_with_norm_(params, limit, norm, **how)
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], **how)
+    nn.utils.clip_grads_with_norm_(params, limit, norm, **how)
     return norm
+
+
+def in_two_parts_privately(params, limit, **how):
+    return nn.utils.clip_grad._clip_grads_with_norm_(params, limit, torch.tensor(9.0), **how)
+
+
+in_parts = needs(hasattr(nn.utils, "get_total_norm"), "clipping in two parts")
 
 
 def by_module(name):
@@ -171,10 +179,8 @@ DOORS = {
     "norm": clip_grad_norm_,
     "norm, by module": by_module("clip_grad_norm_"),
     "norm, deprecated": deprecated,
-    "two parts": in_two_parts,
-    "two parts, private": lambda params, limit, **how: nn.utils.clip_grad._clip_grads_with_norm_(
-        params, limit, torch.tensor(9.0), **how
-    ),
+    "two parts": pytest.param(in_two_parts, marks=in_parts),
+    "two parts, private": pytest.param(in_two_parts_privately, marks=in_parts),
     "value": clip_grad_value_,
     "value, by module": by_module("clip_grad_value_"),
 }

@@ -11,6 +11,7 @@ import fusedstep.torch as ft
 from cases import CASES
 from fusedstep.torch.tensors import Swap, _SwapThere
 from test_torch_narrow import assert_same, optimizer, params_of, set_grads, train
+from this_torch import recalled
 
 each_class = pytest.mark.parametrize("name", CASES)
 each_dtype = pytest.mark.parametrize(
@@ -283,13 +284,11 @@ def test_states_that_nobody_sees_are_not_read_again():
     shadows = [torch.zeros_like(p) for p in params]
     how = {"rounding": "split", "state_dtype": "q8", "ema": 0.9, "zero_grad": True}
     opt, oracle = ft.AdamW(params, **how, shadow=shadows), ft.AdamW(other, **how)
-    recalled = []
     for step in range(5):
         train(params, opt, range(step, step + 1))
         assert oracle.state is not None
         train(other, oracle, range(step, step + 1))
-        recalled.append(opt._table.recalled)
-    assert recalled[-1] == len(params)
+    assert recalled(opt, len(params))
     assert_same(params, other)
     assert_same(shadows, other)
 

@@ -21,6 +21,7 @@ from cases import CASES, FORMATS, WITHOUT_PEER, each_pair
 from fusedstep.torch import optimizers
 from test_against_torch import torch_has, torch_optimizer
 from test_torch_optimizers import assert_same_bits, bits, fingerprint, set_grads, train
+from this_torch import lacks, needs_names
 
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}
 each_class = pytest.mark.parametrize("name", CASES)
@@ -781,6 +782,7 @@ def test_python_number_and_none_stay_where_the_step_is_refused():
     refused(momentum, ValueError, "momentum_buffer")
 
 
+@needs_names
 def test_named_parameter_is_named_in_errors():
     model = torch.nn.Linear(2, 2)
     opt = ft.SGD(model.named_parameters())
@@ -964,6 +966,8 @@ DTYPES = {name: getattr(torch, name) for name in FORMATS}
 @each_class
 @each_pair()
 def test_dtype_pairs_have_the_bits_of_the_neutral_class(name, param, grad):
+    if grad != param and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip(lacks("gradients of another dtype"))
     rng = np.random.default_rng(2)
     for n in (1, 4, 15, 16, 17, 100):
         (mine,) = parameters((n,), dtype=DTYPES[param])

@@ -13,9 +13,6 @@ import fusedstep.torch as ft
 from fusedstep import schedules as S
 from fusedstep.torch import LRScheduler
 
-# torch 2.4.0 warns of an epoch that its own SequentialLR passes.
-pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")
-
 COSINE = S.Cosine(0.5, total=6).warmup(3)
 CYCLE = S.OneCycle(0.3, total=9)
 
