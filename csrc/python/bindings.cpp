@@ -241,9 +241,8 @@ void collected(PyHeapTypeObject* heap_type) {
   };
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+// Cold, with what only it calls: it runs once, and is a hundredth of the wheel smaller so.
+[[gnu::cold]] void define_all(py::module_& m) {
   m.doc() = "The compiled core of fusedstep. Not public: use the package.";
 
   // pybind11 wants a function that takes it by value. NOLINTNEXTLINE(performance-unnecessary-value-param)
@@ -370,3 +369,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def_property_readonly("recalled", locked(&TensorTable::recalled))
       .def_property("live", locked(&TensorTable::live), locked(&TensorTable::set_live));
 }
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) { define_all(m); }
