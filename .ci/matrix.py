@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLACE = ROOT / "build" / "matrix"
 BUILDS = PLACE / "builds"
 TOOLS = ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3"]
+WHERE_BUILT = ["safetensors", "xxhash"]  # of which not every Python has a wheel
 # What the head of a file that runs without torch may import, beside Python's own.
 PLAIN = {"cases", "fusedstep", "hypothesis", "ml_dtypes", "mpmath", "numpy", "optional", "pytest"}
 PLAIN |= {"reference"}
@@ -51,7 +52,10 @@ class Environment:
             shutil.rmtree(place, ignore_errors=True)
             run(self.interpreter, "-m", "venv", "--without-pip", str(place))
             python = place / "bin" / "python"
-            run(*PIP, str(python), "install", "-q", *TOOLS, *self.requirements)
+            install = (*PIP, str(python), "install", "-q")
+            run(*install, *TOOLS, *self.requirements)
+            for tool in WHERE_BUILT:
+                subprocess.run([*install, "--only-binary=:all:", tool])
         wheels = BUILDS / self.name
         options = [f"--config-settings=build-dir={wheels}/build"]
         for kernels in BUILDS.glob("*/build/CMakeFiles/kernels_scalar.dir"):  # of the first one
