@@ -16,12 +16,13 @@ from collections import Counter, OrderedDict
 import ml_dtypes
 import numpy as np
 import pytest
-import xxhash
-from safetensors import safe_open
 
 import fusedstep as fs
 from cases import CASES
 from fusedstep import _core, _safetensors
+from optional import optional
+
+safetensors, xxhash = optional("safetensors"), optional("xxhash")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -149,7 +150,7 @@ PLAIN = {
 def test_arrays_of_any_layout_come_back(tmp_path):
     fs.save(tmp_path / "a", **{"odd": ODD, "metadata.": 1})
     found = fs.load(tmp_path / "a")["odd"]
-    with safe_open(tmp_path / "a", "np") as file:
+    with safetensors.safe_open(tmp_path / "a", "np") as file:
         for name, array in ODD.items():
             assert type(found[name]) is type(array)
             assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
@@ -198,7 +199,7 @@ def test_names_are_kept_and_distinct(tmp_path):
     opt = fs.Adam(params, groups=[fs.Group("b", lr=0.1)])
     stepped(opt, params, [0])
     fs.save(tmp_path / "a", params=params, optimizer=opt, t={"a.b": np.ones(1), "a": {"b": ODD}})
-    with safe_open(tmp_path / "a", "np") as file:
+    with safetensors.safe_open(tmp_path / "a", "np") as file:
         names = set(file.keys())
     assert {"params.w", "optimizer.state.w.exp_avg", "t.a.b", "t.a.b.strided"} <= names
     fs.save(tmp_path / "a", t={"a.b": np.ones(1), "a": {"b": np.zeros(1)}})
@@ -421,13 +422,18 @@ def test_every_truncated_file_is_noticed(saved):
     assert unchanged()
 
 
+def digest_of(data):
+    """Ours, which is XXH64 as the tests of digests say."""
+    return f"{_core.digests(data, len(data))[0]:016x}"
+
+
 def forged(header, data=b"", claimed=None):
     """A file with any header, and a right digest."""
     mark = _safetensors._MARK + b"0" * 16 + b'",'
     text = mark + header
     n = len(text) if claimed is None else claimed
     blank = struct.pack("<Q", n) + text
-    digest = xxhash.xxh64_hexdigest(blank).encode()
+    digest = digest_of(blank).encode()
     return blank.replace(b"0" * 16, digest, 1) + data
 
 
@@ -441,7 +447,7 @@ def entry(name, shape, begin, end, dtype="F32"):
 
 
 def header(*entries, pieces=None, about=None, data=b""):
-    pieces = xxhash.xxh64_hexdigest(data) if data and pieces is None else pieces or ""
+    pieces = digest_of(data) if data and pieces is None else pieces or ""
     about = tree() if about is None else about
     first = f'"fusedstep.pieces":"{pieces}","fusedstep":{about}}}'
     return ",".join([first, *entries]).encode() + b"}"

@@ -5,6 +5,7 @@ Under a free-threaded interpreter only what the core locks itself is between the
 
 import subprocess
 import sys
+import sysconfig
 import threading
 from contextlib import contextmanager
 
@@ -178,6 +179,11 @@ def test_import_leaves_a_lock_that_is_off_off():
     done = run(f"import sys, numpy; before = {lock}; import fusedstep; assert {lock} == before")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="it has a lock")
+def test_the_lock_is_off_in_these_tests():
+    assert not sys._is_gil_enabled()
 
 
 SUB = """

@@ -348,7 +348,7 @@ def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
 def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Any:
     """A torch tensor over an array's bytes."""
     torch = loaded_torch()
-    if not values.flags.writeable:  # a mapping that may not be written: torch would, and crash
+    if not values.flags.writeable:  # a mapping: torch (2.4.0 to 2.14.1) writes to it, and crashes
         values = values.copy()
     return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(shape)
 

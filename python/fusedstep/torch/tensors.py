@@ -322,7 +322,7 @@ def check_memory(label: str, tensor: torch.Tensor) -> None:
 
 
 def check_readable(label: str, tensor: torch.Tensor) -> None:
-    """`check_memory` of a tensor of any class: what torch copies without looking, and crashes."""
+    """`check_memory` of a tensor of any class: torch (to 2.14.1) copies unseen, and crashes."""
     tensor = local(tensor)
     ordinary = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
     if ordinary and tensor.layout == torch.strided and not tensor.is_meta:
