@@ -32,9 +32,9 @@ def constant(path: str, name: str) -> int:
     return int(found[1])
 
 
-# Bytes of an element, by format: of arrays' formats, of those that an optimizer keeps, and of what
-# these have beside each element. Elements that a thread has side by side; vectors that the norm has
-# in flight.
+# Bytes of an element, by format: of arrays' formats, and of those that an optimizer keeps with as
+# many beside each element, or with one byte for a block. Elements that a thread has side by side;
+# vectors that the norm has in flight.
 ALL_FORMATS = [
     tuple(map(int, found))
     for found in re.findall(
@@ -42,8 +42,8 @@ ALL_FORMATS = [
     )
 ]
 FORMATS = [size for size, code, _, _ in ALL_FORMATS if code >= 0]
-KEPT = [size for size, code, _, _ in ALL_FORMATS if code < 0]
-HALVES = [beside for _, _, beside, block in ALL_FORMATS if block == 1]
+HALVES = [half for size, _, beside, block in ALL_FORMATS if block == 1 for half in (size, beside)]
+STATES = [4, 2, 1]  # float32, bfloat16 and one of q8
 VECTOR = constant("cuda/table.h", "kVector")
 NORM_AHEAD = constant("cuda/norm.cu", "kAhead")
 
@@ -221,6 +221,19 @@ def vectors(formats: Collection[int]) -> Counter[int]:
     return due
 
 
+def streams(kernel: Kernel) -> tuple[list[list[int]], list[list[int]]]:
+    """The streams that a kernel reads and writes: of each the formats that it may be in."""
+    own = [each for each in FORMATS if (each == 8) == kernel.wide]
+    states = kernel.states.bit_count()
+    if kernel.name == "sweep":
+        updated = [own] * (1 + states)
+        return [*updated, FORMATS], updated
+    param = own if kernel.wide else own + HALVES
+    updated = [param] + [STATES + [8] * kernel.wide] * states
+    average = copy = zeros = FORMATS
+    return [*updated, FORMATS, average], [*updated, average, copy, zeros]
+
+
 class Check:
     def __init__(self) -> None:
         self.failures: list[str] = []
@@ -228,21 +241,21 @@ class Check:
     def refuse(self, kernel: Kernel | str, arch: str, why: str, line: str = "") -> None:
         self.failures.append(f"{kernel} on {arch}: {why}" + (f"\n    {line}" if line else ""))
 
-    def sweep_accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
+    def accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
         """Whole tiles move in vectors, others in as many elements as a thread has, and nothing else
         does: so many accesses of each width for each format that a stream may be in."""
-        own = [each for each in FORMATS if (each == 8) == kernel.wide]
-        written = 1 + kernel.states.bit_count()
         body = code.body()
         for opcode, what in (("LD", "loads"), ("ST", "stores")):
             if wide := accesses(body, opcode).get(16):
                 why = f"{len(wide)} {what} of 16 bytes are generic, not global"
                 self.refuse(kernel, arch, why, wide[0])
 
+        read, written = streams(kernel)
+        shared = Counter({1: kernel.states.bit_count()}) if kernel.name == "staged" else Counter()
         stores = accesses(body, "ST", "STG")
-        due: Counter[int] = Counter()
-        for _ in range(written):
-            due += vectors(own) + Counter({each: VECTOR * own.count(each) for each in own})
+        due = shared.copy()
+        for formats in written:
+            due += vectors(formats) + Counter({e: VECTOR * formats.count(e) for e in formats})
         for size in sorted(set(stores) | set(due)):
             here = stores.get(size, [])
             if len(here) != due[size]:
@@ -252,32 +265,14 @@ class Check:
         # Formats of one width may share the loads of a whole tile: they differ in what comes later.
         # The tables are read too, in 4 and 8 bytes.
         loads = accesses(body, "LD", "LDG")
-        due = Counter()
-        for formats in [own] * written + [FORMATS]:
+        due = shared.copy()
+        for formats in read:
             due += vectors(set(formats)) + Counter({e: VECTOR * formats.count(e) for e in formats})
         for size in sorted(set(loads) | set(due)):
             here = loads.get(size, [])
             if len(here) < due[size] or (size not in (4, 8) and len(here) > due[size]):
                 why = f"{len(here)} loads of {size} bytes, {due[size]} due"
                 self.refuse(kernel, arch, why, here[-1] if here else "")
-
-    def staged_accesses(self, kernel: Kernel, arch: str, code: Code) -> None:
-        """Whole tiles come to shared memory in copies of vectors, one for each size, and leave as
-        vectors, those of each format; what has no room in a slot comes element by element."""
-        body = code.body()
-        fits = {each for each in FORMATS + KEPT if each < 8 or kernel.wide}
-        for what, opcode, due in (
-            ("copies", "LDGSTS", vectors(fits) + vectors(set(HALVES))),
-            ("vector stores", "STG", vectors(FORMATS + KEPT) + vectors(HALVES)),
-            ("generic accesses", "LD", Counter()),
-            ("generic accesses", "ST", Counter()),
-        ):
-            found = accesses(body, opcode)
-            for size in sorted({16} | (set(found) | set(due) if due else set())):
-                here = found.get(size, [])
-                if len(here) != due[size]:
-                    why = f"{len(here)} {what} of {size} bytes, {due[size]} due"
-                    self.refuse(kernel, arch, why, here[-1] if here else "")
 
     def local_memory(self, kernel: Kernel, arch: str, code: Code, used: dict[str, int]) -> None:
         # What the other kernels call is exempt: count_updates and the powers in it compute the few
@@ -403,10 +398,7 @@ def main() -> int:
                 check.norm_accesses(kernel, arch, code)
             if not kernel.rule:
                 continue
-            if kernel.name == "staged":
-                check.staged_accesses(kernel, arch, code)
-            else:
-                check.sweep_accesses(kernel, arch, code)
+            check.accesses(kernel, arch, code)
             # Where an architecture has no PTX of its own, another's: both come from one source.
             text = texts.get((kernel, arch), some_text.get(kernel))
             if text:

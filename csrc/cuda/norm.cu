@@ -60,8 +60,8 @@ FN bool add_squares(const Segment& segment, int64_t block, int share, double (&s
   const Stream& grad = segment.stream[kGrad];
   const bool narrow = segment.stream[kParam].format != Format::kF64;  // as the step reads them
   bool bad = false;
-  in_format<F64, true>(grad.format, [&](auto format) {
-    using F = decltype(format);
+  in_format<kArrays>(grad.format, [&](auto format) {
+    using F = In<decltype(format)::value>;
     using T = typename F::Element;
     const auto* from = static_cast<const T*>(grad.data);
     const int64_t at = block * kNormBlock + share * kVector;

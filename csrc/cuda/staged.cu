@@ -12,153 +12,132 @@ namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 namespace {
 
-// What a row asks for beside the rule.
 template <class V>
-struct Asked {
-  V scale, most;  // where gradients are clipped: of them, before; and to what
-  Average<V> average;
-  uint64_t key;
-  bool clips, zero_grad;
+FN V clipped(V x, V most) {
+  const V least = -most;
+  return select_gt(x, most, most, select_gt(least, x, least, x));
+}
 
-  // Clipping multiplies first; then there is no factor.
-  FN void read(const Row& row, V& factor) {
-    using T = typename V::Scalar;
-    const Average<double> exact = Average<double>::of(row.ema_decay);
-    average = {V(static_cast<T>(exact.weight)), V(static_cast<T>(exact.from_new))};
-    key = row.key;
-    zero_grad = row.zero_grad != 0;
-    clips = row.clip < HUGE_VAL;
-    if (!clips) return;
-    most = V(static_cast<T>(row.clip));
-    scale = factor;
-    factor = V(1);
-  }
-  FN V clipped(V g) const {
-    const V least = -most;
-    g = g * scale;
-    return select_gt(g, most, most, select_gt(least, g, least, g));
-  }
-};
-
-template <class Rule>
-constexpr int kSlots = kState + count(Rule::kStates) + 1;  // the last is the average's
-
-template <class Rule>
-constexpr int kCounted = count(Rule::kStates);
-
-// A thread's elements of all streams. Neighbouring slots are other threads', kThreads of them.
-template <class Rule, StateMask kStates, class V, int kThreadsHere>
-FN void sweep_part(const Scalars<Rule, V>& scalars, const Asked<V>& asked, const Segment& segment,
-                   const Part& part, bool begins, Slot<V> (*slots)[kThreadsHere]) {
-  constexpr int kAll = kSlots<Rule> - 1;
-  const int thread = static_cast<int>(threadIdx.x);
-  const auto slot = [&](int k) -> Slot<V>& { return slots[k < kAll ? k : kAll][thread]; };
-  const Stream(&stream)[kStreams] = segment.stream;
-  const auto present = [&](int k) { return stream[k].format != Format::kNone; };
+// A thread's elements of all streams.
+template <class Rule, StateMask kStates, class V>
+FN void sweep_part(Scalars<Rule, V> scalars, const Row& row, const Part& part, const int* begins) {
+  using T = typename V::Scalar;
+  constexpr int kAll = kState + count(Rule::kStates);
+  // The parameter and the states that there are; and the gradient.
+  constexpr StateMask kUpdated = 1u << kParam | kStates << kState, kRead = kUpdated | 1u << kGrad;
+  const Segment& segment = part.segment;
+  const auto present = [&](int k) { return segment.stream[k].format != Format::kNone; };
   const bool updates = present(kGrad), averages = present(kEma), copies = present(kShadow);
-  constexpr StateMask kParamBit = 1u << kParam, kGradBit = 1u << kGrad,
-                      kStateBits = kStates << kState;
-  const StateMask reads = kParamBit | (updates ? kGradBit | kStateBits : 0) |
-                          static_cast<StateMask>(averages && !begins) << kEma;
-  const StateMask writes =
-      (updates ? kParamBit | kStateBits : 0) | (updates && asked.zero_grad ? kGradBit : 0) |
-      static_cast<StateMask>(averages) << kEma | static_cast<StateMask>(copies) << kShadow;
+  const bool goes_on = averages && !(begins ? begins[segment.row] : segment.ema_begins);
 
-#pragma unroll 1
-  for (int k = 0; k <= kEma; ++k) {
-    if (has(reads, k)) bring<V>(stream[k], part, slot(k));
-  }
-  uint32_t base[kAll] = {};  // asked for together
+  Stream from[kAll];  // asked for together
   UNROLL
-  for (int k = kState; k < kAll; ++k) {
-    if (has(kStateBits, k) && updates && has_base(stream[k].format) && part.at < part.n) {
-      base[k] = static_cast<const uint8_t*>(stream[k].beside)[part.entry()];
+  for (int k = 0; k < kAll; ++k) {
+    if (has(kRead, k)) from[k] = segment.stream[k];
+  }
+  Fetched<V> fetched[kAll], average;
+  each<kAll>([&](auto index) {
+    constexpr int k = decltype(index)::value;
+    if constexpr (has(kRead, k)) {
+      if (k == kParam || updates) fetch<kFormatsOf<Rule, V, k>>(from[k], part, fetched[k]);
     }
-  }
-  await_copies();
-  UNROLL
-  for (int k = kState; k < kAll; ++k) {
-    if (has(kStateBits, k) && updates && has_base(stream[k].format)) slot(k)[0].y = base[k];
-  }
-#pragma unroll 1
-  for (int k = 0; k <= kEma; ++k) {
-    if (has(reads, k)) decode<V>(stream[k].format, slot(k));
-  }
+  });
+  if (goes_on) fetch<kArrays>(segment.stream[kEma], part, average);
 
+  Drawn drawn;
+  const auto random = [&](int k) { return segment.stream[k].rounding == Rounding::kStochastic; };
+  V param[kVector];  // at last as it is stored
+  decode<kFormatsOf<Rule, V, kParam>>(from[kParam].format, fetched[kParam], param);
   if (updates) {
     Elements<V, kAll> e;
     UNROLL
-    for (int k = 0; k < kAll; ++k) {
-      if (!has(kParamBit | kGradBit | kStateBits, k)) continue;
-      V values[kVector];
-      load_slot<V>(slot(k), values);
+    for (int i = 0; i < kVector; ++i) e[i][kParam] = param[i];
+    each<kAll, kGrad>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if constexpr (has(kRead, k)) {
+        V values[kVector];
+        decode<kFormatsOf<Rule, V, k>>(from[k].format, fetched[k], values);
+        UNROLL
+        for (int i = 0; i < kVector; ++i) e[i][k] = values[i];
+      }
+    });
+    if (row.clip < HUGE_VAL) {  // which multiplies first; then there is no factor
+      const V most(static_cast<T>(row.clip));
       UNROLL
-      for (int i = 0; i < kVector; ++i) e[i][k] = values[i];
-    }
-    if (asked.clips) {
-      UNROLL
-      for (int i = 0; i < kVector; ++i) e[i][kGrad] = asked.clipped(e[i][kGrad]);
+      for (int i = 0; i < kVector; ++i) e[i][kGrad] = clipped(e[i][kGrad] * scalars.factor, most);
+      scalars.factor = V(1);
     }
     advance_all<Rule, kStates, V, kAll>(scalars, e);
-    UNROLL
-    for (int k = 0; k < kAll; ++k) {
-      if (!has(kParamBit | kStateBits, k)) continue;
-      V values[kVector];
-      UNROLL
-      for (int i = 0; i < kVector; ++i) values[i] = e[i][k];
-      store_slot<V>(slot(k), values);
+    each<kAll>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if constexpr (has(kUpdated, k)) {
+        const Stream to = segment.stream[k];
+        // Streams 2*i and 2*i + 1 share what is drawn.
+        if constexpr (k % 2 == 0 || !has(kUpdated, k - 1)) {
+          constexpr bool kTwo = k % 2 == 0 && has(kUpdated, k + 1);
+          if (random(k) || (kTwo && random(k + 1))) drawn.draw(row.key, k, part.place());
+        }
+        V values[kVector];
+        UNROLL
+        for (int i = 0; i < kVector; ++i) values[i] = e[i][k];
+        encode<kFormatsOf<Rule, V, k>, k>(to, drawn, part, k == kParam && (averages || copies),
+                                          values);
+        if constexpr (k == kParam) {
+          UNROLL
+          for (int i = 0; i < kVector; ++i) param[i] = values[i];
+        }
+      }
+    });
+    if (row.zero_grad) {
+      in_format<kArrays>(segment.stream[kGrad].format, [&](auto format) {
+        const typename In<decltype(format)::value>::Element zeros[kVector] = {};
+        store_part(segment.stream[kGrad].data, part, zeros);
+      });
     }
   }
-
-#pragma unroll 1
-  for (int k = 0; k <= kShadow; ++k) {
-    if (!has(writes, k)) continue;
+  if (random(kEma) || random(kShadow)) drawn.draw(row.key, kEma, part.place());
+  if (copies) {
     V values[kVector];
-    load_slot<V>(slot(k < kAll ? k : kParam), values);
-    if (k == kGrad) {
-      UNROLL
-      for (int i = 0; i < kVector; ++i) values[i] = V(0);
-    } else if (k == kEma && !begins) {
+    UNROLL
+    for (int i = 0; i < kVector; ++i) values[i] = param[i];
+    encode<kArrays, kShadow>(segment.stream[kShadow], drawn, part, false, values);
+  }
+  if (averages) {
+    if (goes_on) {
+      const Average<double> exact = Average<double>::of(row.ema_decay);
+      const Average<V> next = {V(static_cast<T>(exact.weight)), V(static_cast<T>(exact.from_new))};
       V before[kVector];
-      load_slot<V>(slot(kEma), before);
+      decode<kArrays>(segment.stream[kEma].format, average, before);
       UNROLL
-      for (int i = 0; i < kVector; ++i) values[i] = asked.average(before[i], values[i]);
+      for (int i = 0; i < kVector; ++i) param[i] = next(before[i], param[i]);
     }
-    const bool wanted = k == kParam && (averages || copies);
-    encode<V>(stream[k], k, asked.key, part, wanted, values);
-    if (wanted) store_slot<V>(slot(kParam), values);
+    encode<kArrays, kEma>(segment.stream[kEma], drawn, part, false, param);
   }
 }
 
+// Blocks that a multiprocessor is to have at least: as many as registers allow without a spill.
+template <StateMask kStates, class V>
+constexpr int kBlocks = kDouble<V> ? 1 : 3 - (__builtin_popcount(kStates) > 2);
+
 template <class Rule, StateMask kStates, class V>
-__global__ void __launch_bounds__(kStagedThreads[kDouble<V>], 1)
+__global__ void __launch_bounds__(kStagedThreads[kDouble<V>], (kBlocks<kStates, V>))
     staged(const __grid_constant__ SweepArguments sweep) {
-  constexpr int kThreadsHere = kStagedThreads[kDouble<V>], kTileHere = kThreadsHere * kVector;
-  __shared__ Slot<V> slots[kSlots<Rule>][kThreadsHere];
-  double multiplier = 1;
-  if (sweep.gate) {
-    if (sweep.gate->skip) return;
-    multiplier = sweep.gate->multiplier;
-  }
+  constexpr int kTileHere = kStagedThreads[kDouble<V>] * kVector;
+  if (sweep.gate && sweep.gate->skip) return;
   const Row* rows = sweep.rows ? sweep.rows : sweep.here;
   Scalars<Rule, V> scalars;
-  Asked<V> asked;
   int row = -1, place = 0;
   for (int64_t tile = blockIdx.x; tile < sweep.pieces.end; tile += gridDim.x) {
     int64_t start = 0;
     const Piece& piece =
         sweep.pieces.n == 1 ? sweep.pieces.only : find_many(sweep.pieces, tile, place, start);
     const Segment& segment = piece.segment;
-    const int64_t begin = (tile - start) * kTileHere - segment.first % kTogether;
     if (segment.row != row) {
       row = segment.row;
-      scalars.read(rows[row], multiplier);
-      asked.read(rows[row], scalars.factor);
+      scalars.read(rows[row], sweep.gate ? sweep.gate->multiplier : 1);
     }
-    const Part part = {begin + threadIdx.x * kVector, segment.n, segment.first,
-                       piece.aligned && begin >= 0 && begin + kTileHere <= segment.n};
-    const bool begins = sweep.begins ? sweep.begins[row] : segment.ema_begins;
-    sweep_part<Rule, kStates, V, kThreadsHere>(scalars, asked, segment, part, begins, slots);
+    const Part part(segment, tile - start, kTileHere, piece.aligned);
+    sweep_part<Rule, kStates>(scalars, rows[row], part, sweep.begins);
   }
 }
 

@@ -1,6 +1,6 @@
-// Streams of any format by way of shared memory, where each thread has a slot for each: there the
-// elements arrive as they lie in memory, become numbers, and are encoded from. Loops over streams stay
-// loops, so that a kernel has each conversion once.
+// Streams of any format that a step may have, kVector neighbours at a time: asked for, decoded,
+// encoded. Numbers stay in registers, so loops over streams are unrolled, and each stream has the
+// conversions of those formats alone that it may be in.
 #pragma once
 
 #include "stream.h"
@@ -8,90 +8,134 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-// A column of the formats' table, 4 bits each, for a format that is known at run time.
-constexpr uint64_t column(int FormatInfo::* of) {
-  uint64_t all = 0;
-  for (int f = 0; f < kFormats; ++f) all |= static_cast<uint64_t>(kFormatInfo[f].*of & 15) << 4 * f;
-  return all;
-}
-constexpr uint64_t kBytes = column(&FormatInfo::bytes), kBlocks = column(&FormatInfo::block);
-static_assert(kTogether % 16 == 0, "of a block's length 4 bits say whether it is 1");
-
-FN int bytes_of(Format format) { return kBytes >> 4 * static_cast<int>(format) & 15; }
-FN bool has_halves(Format format) { return (kBlocks >> 4 * static_cast<int>(format) & 15) == 1; }
-FN bool has_base(Format format) { return format == Format::kQ8 || format == Format::kQ8Positive; }
-
 template <Format kFormat>
 constexpr int kShared = kFormatInfo[static_cast<int>(kFormat)].block;
 
-// Calls body with the format, of all.
-template <int kNumber = 1, class Body>
-FN void in_any_format(Format format, const Body& body) {
-  if constexpr (kNumber + 1 < kFormats) {
-    if (static_cast<int>(format) != kNumber) return in_any_format<kNumber + 1>(format, body);
-  }
-  body(std::integral_constant<Format, static_cast<Format>(kNumber)>());
+// The formats that stream k of a rule may be in, under parameters that are computed with in V.
+template <class Rule, class V, int k>
+constexpr FormatSet make_formats() {
+  if (k == kParam && kDouble<V>) return kOwn<V>;
+  if (k == kParam) return kOwn<V> | set_of(Format::kSplit) | set_of(Format::kKahan);
+  if (k == kGrad || k >= kEma) return kArrays;
+  const bool positive = Rule::kStates.state[k - kState].sign == Sign::kPositive;
+  return set_of(Format::kF32) | (kDouble<V> ? set_of(Format::kF64) : 0) | set_of(Format::kBf16) |
+         set_of(positive ? Format::kQ8Positive : Format::kQ8);
 }
+template <class Rule, class V, int k>
+constexpr FormatSet kFormatsOf = make_formats<Rule, V, k>();
 
 // A thread's elements: kVector neighbours, of which there may be fewer at the ends of a tensor.
 struct Part {
-  int64_t at;     // the first one's index, which may be negative
-  int64_t n;      // of the tensor's elements
-  int64_t first;  // the place of its first one
-  bool whole;     // of all of a block's: they move as vectors
+  const Segment& segment;
+  int64_t at;      // the first one's index, which may be negative
+  uint32_t entry;  // of what its block shares
+  int n, own;      // how many elements the tile has, and where among them are these
+  bool whole;      // of all of its threads, and vectors fit: they move as such
 
-  FN bool has(int i) const { return at + i >= 0 && at + i < n; }
-  FN int64_t place() const { return first + at; }
-  FN int64_t entry() const { return place() / kTogether - first / kTogether; }
+  // Of a segment's tile, which begins at the place of a multiple of kTogether: the first one may
+  // begin before the segment.
+  FN Part(const Segment& segment, int64_t tile, int size, int aligned)
+      : segment(segment),
+        entry(static_cast<uint32_t>(tile) * (size / kTogether) +
+              threadIdx.x * kVector / kTogether) {
+    const int thread = static_cast<int>(threadIdx.x) * kVector;
+    const int ahead = static_cast<int>(static_cast<uint64_t>(segment.first) % kTogether);
+    const int64_t begin = tile * size - ahead, left = segment.n - begin;
+    const int before = tile == 0 ? ahead : 0;
+    at = begin + thread;
+    n = (left < size ? static_cast<int>(left) : size) - before;
+    own = thread - before;
+    whole = n * aligned == size;  // one condition, as it is often asked
+  }
+  FN bool has(int i) const { return static_cast<unsigned>(own + i) < static_cast<unsigned>(n); }
+  FN bool has_block() const { return own < n; }
+  FN int64_t place() const { return segment.first + at; }
 };
 
-// kVector numbers of a stream, or its elements. What shares a base has it in the second word; halves
-// have theirs from the third on.
-template <class V>
-using Slot = uint4[kVector * sizeof(V) / sizeof(uint4)];
-
-template <class V>
-FN void load_slot(const Slot<V>& slot, Slot<V>& to) {
-  UNROLL
-  for (size_t i = 0; i < sizeof(to) / sizeof(to[0]); ++i) to[i] = slot[i];
-}
-template <class V>
-FN void load_slot(const Slot<V>& slot, V (&values)[kVector]) {
-  Slot<V> words;
-  load_slot<V>(slot, words);
-  copy_words<sizeof(values)>(values, words);
-}
-template <class V>
-FN void store_slot(Slot<V>& slot, const V (&values)[kVector]) {
-  Slot<V> words;
-  copy_words<sizeof(words)>(words, values);
-  load_slot<V>(words, slot);
-}
-
-// Copies to shared memory that go on while the thread does.
-template <int kBytes>
-FN void begin_copy(void* to, const void* from) {
-  if constexpr (kBytes > 16) {
-    begin_copy<16>(to, from);
-    begin_copy<kBytes - 16>(static_cast<char*>(to) + 16, static_cast<const char*>(from) + 16);
+template <class T>
+FN void load_part(const void* data, const Part& part, T (&own)[kVector]) {
+  const T* from = static_cast<const T*>(data) + part.at;
+  if (part.whole) {
+    load_vector(from, own);
   } else {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(__cvta_generic_to_global(from)), "n"(kBytes)
-                 : "memory");
-#else
-    using W = std::conditional_t<kBytes == 4, uint32_t, Words<uint8_t[kBytes / kVector]> >;
-    W words;
-    load_words(static_cast<const W*>(from), words);
-    *static_cast<W*>(to) = words;
-#endif
+    UNROLL
+    for (int i = 0; i < kVector; ++i) own[i] = part.has(i) ? from[i] : T{};
   }
 }
-FN void await_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+template <class T>
+FN void store_part(void* data, const Part& part, const T (&own)[kVector]) {
+  T* to = static_cast<T*>(data) + part.at;
+  if (part.whole) {
+    store_vector(to, own);
+  } else {
+    UNROLL
+    for (int i = 0; i < kVector; ++i) {
+      if (part.has(i)) to[i] = own[i];
+    }
+  }
+}
+
+// What a thread keeps of a stream that it has asked for, so that nothing waits for one stream
+// before all are asked for: elements as they lie in memory, or floats where doubles would be too
+// many.
+template <class V>
+struct Fetched {
+  uint32_t own[kVector * sizeof(V) / sizeof(uint32_t)];
+  uint32_t beside[kVector * sizeof(uint16_t) / sizeof(uint32_t)];  // halves, or one base
+};
+template <class F, class V>
+constexpr bool kFits = sizeof(typename F::Element) <= sizeof(V);
+
+template <FormatSet kSet, class V>
+FN void fetch(const Stream& stream, const Part& part, Fetched<V>& to) {
+  in_format<kSet>(stream.format, [&](auto format) {
+    constexpr Format kFormat = decltype(format)::value;
+    using F = In<kFormat>;
+    typename F::Element own[kVector];
+    load_part(stream.data, part, own);
+    if constexpr (kFits<F, V>) {
+      copy_words<sizeof(own)>(to.own, own);
+    } else {
+      V values[kVector];
+      UNROLL
+      for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i));
+      copy_words<sizeof(values)>(to.own, values);
+    }
+    if constexpr (kShared<kFormat> == 1) {
+      typename F::Beside beside[kVector];
+      load_part(stream.beside, part, beside);
+      copy_words<sizeof(beside)>(to.beside, beside);
+    } else if constexpr (kShared<kFormat> > 1) {
+      const auto* bases = static_cast<const typename F::Beside*>(stream.beside);
+      to.beside[0] = part.has_block() ? bases[part.entry] : 0;
+    }
+  });
+}
+
+template <FormatSet kSet, class V>
+FN void decode(Format format, const Fetched<V>& from, V (&values)[kVector]) {
+  in_format<kSet>(format, [&](auto constant) {
+    constexpr Format kFormat = decltype(constant)::value;
+    using F = In<kFormat>;
+    if constexpr (!kFits<F, V>) {
+      copy_words<sizeof(values)>(values, from.own);
+    } else {
+      typename F::Element own[kVector];
+      copy_words<sizeof(own)>(own, from.own);
+      if constexpr (kShared<kFormat> == 0) {
+        UNROLL
+        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i));
+      } else if constexpr (kShared<kFormat> == 1) {
+        typename F::Beside beside[kVector];
+        copy_words<sizeof(beside)>(beside, from.beside);
+        UNROLL
+        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i, beside + i));
+      } else {
+        UNROLL
+        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i, from.beside[0]));
+      }
+    }
+  });
 }
 
 // The largest of a warp's words.
@@ -108,96 +152,6 @@ FN uint32_t largest_of_warp(uint32_t word) {
 #endif
 }
 
-template <class T>
-FN void gather(const void* data, const Part& part, T (&own)[kVector]) {
-  const T* from = static_cast<const T*>(data) + part.at;
-  UNROLL
-  for (int i = 0; i < kVector; ++i) own[i] = part.has(i) ? from[i] : T{};
-}
-
-// Elements of T's size to where they will be once copies have been awaited.
-template <class T>
-FN void bring(const void* data, const Part& part, void* to) {
-  if (part.whole) {
-    begin_copy<kVector * sizeof(T)>(to, static_cast<const T*>(data) + part.at);
-  } else {
-    T own[kVector];
-    gather(data, part, own);
-    __builtin_memcpy(to, own, sizeof(own));
-  }
-}
-template <class V>
-FN void bring(const Stream& stream, const Part& part, Slot<V>& slot) {
-  switch (bytes_of(stream.format)) {
-    case 1:
-      return bring<uint8_t>(stream.data, part, slot);
-    case 2:
-      if (has_halves(stream.format)) {
-        bring<uint16_t>(stream.beside, part, reinterpret_cast<uint2*>(slot) + 1);
-      }
-      return bring<uint16_t>(stream.data, part, slot);
-    case 4:
-      return bring<uint32_t>(stream.data, part, slot);
-    default:
-      if constexpr (kDouble<V>) {
-        bring<uint64_t>(stream.data, part, slot);
-      } else {  // has no room in the slot
-        double own[kVector];
-        V values[kVector];
-        gather(stream.data, part, own);
-        UNROLL
-        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F64(own[i]));
-        store_slot<V>(slot, values);
-      }
-  }
-}
-
-// The numbers that a slot's elements are, in the slot.
-template <class V>
-FN void decode(Format format, Slot<V>& slot) {
-  if (format == Format::kF64 || (!kDouble<V> && format == Format::kF32)) return;  // they are
-  in_any_format(format, [&](auto constant) {
-    constexpr Format kFormat = decltype(constant)::value;
-    using F = In<kFormat>;
-    if constexpr (!kDouble<typename F::Register>) {
-      Slot<V> words;
-      load_slot<V>(slot, words);
-      typename F::Element own[kVector];
-      copy_words<sizeof(own)>(own, words);
-      V values[kVector];
-      if constexpr (kShared<kFormat> == 0) {
-        UNROLL
-        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i));
-      } else if constexpr (kShared<kFormat> == 1) {
-        typename F::Beside beside[kVector];
-        copy_words<sizeof(beside)>(beside, reinterpret_cast<const uint2*>(words) + 1);
-        UNROLL
-        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i, beside + i));
-      } else {
-        UNROLL
-        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i, words[0].y));
-      }
-      store_slot<V>(slot, values);
-    }
-  });
-}
-
-template <class T>
-FN void send(const T (&own)[kVector], void* data, const Part& part) {
-  T* to = static_cast<T*>(data) + part.at;
-  if (part.whole) {
-    store_vector(to, own);
-  } else {
-    UNROLL
-    for (int i = 0; i < kVector; ++i) {
-      if (part.has(i)) to[i] = own[i];
-    }
-  }
-}
-
-template <Format kFormat>
-constexpr bool kCanDither = kFormat == Format::kBf16 || kShared<kFormat> > 1;
-
 // What one base serves, of numbers that all of a warp's threads have: the base for their largest.
 template <class F, class V>
 FN uint32_t base_of(const Part& part, const V (&values)[kVector]) {
@@ -209,6 +163,20 @@ FN uint32_t base_of(const Part& part, const V (&values)[kVector]) {
   }
   return F::base_of(largest_of_warp(largest));
 }
+
+// Random words for a thread's elements, which two streams share.
+struct Drawn {
+  uint32_t words[kVector];
+
+  FN void draw(uint64_t key, int k, int64_t place) {
+    const Random random(key, k, place);
+    UNROLL
+    for (int i = 0; i < kVector; ++i) words[i] = random.shared(i);
+  }
+};
+
+template <Format kFormat>
+constexpr bool kCanDither = kFormat == Format::kBf16 || kShared<kFormat> > 1;
 
 // A number to an element of a format, of which one base serves a block; the nearest or, of random
 // bits, one of its neighbours.
@@ -230,17 +198,17 @@ FN void dither_one(uint8_t* to, V x, uint32_t random, uint32_t base) {
 }
 
 // Numbers to elements of a format, rounded as the stream says.
-template <Format kFormat, class V, class... Base>
-FN void store_rounded(const Stream& stream, int k, uint64_t key, const Part& part,
+template <Format kFormat, int k, class V, class... Base>
+FN void store_rounded(Rounding rounding, const Drawn& drawn,
                       typename In<kFormat>::Element (&own)[kVector], const V (&values)[kVector],
                       Base... base) {
   using F = In<kFormat>;
   if constexpr (kCanDither<kFormat>) {
-    if (stream.rounding == Rounding::kStochastic) {
-      const Random random(key, k, part.place());
+    if (rounding == Rounding::kStochastic) {
       UNROLL
       for (int i = 0; i < kVector; ++i) {
-        dither_one<F>(own + i, values[i], random.words<F::kRandomBits>(i), base...);
+        const uint32_t random = Random::end<F::kRandomBits>(drawn.words[i], k % 2 != 0);
+        dither_one<F>(own + i, values[i], random, base...);
       }
       return;
     }
@@ -251,18 +219,18 @@ FN void store_rounded(const Stream& stream, int k, uint64_t key, const Part& par
 
 // Numbers to stream k, by all of a block's threads. They become those that are stored where that is
 // wanted.
-template <class V>
-FN void encode(const Stream& stream, int k, uint64_t key, const Part& part, bool wanted,
+template <FormatSet kSet, int k, class V>
+FN void encode(const Stream& stream, const Drawn& drawn, const Part& part, bool wanted,
                V (&values)[kVector]) {
-  in_any_format(stream.format, [&](auto constant) {
+  in_format<kSet>(stream.format, [&](auto constant) {
     constexpr Format kFormat = decltype(constant)::value;
     using F = In<kFormat>;
     typename F::Element own[kVector];
     if constexpr (kShared<kFormat> == 0) {
-      store_rounded<kFormat>(stream, k, key, part, own, values);
-      UNROLL
-      for (int i = 0; i < kVector; ++i) {
-        if (wanted) values[i] = as<V>(F::load(own + i));
+      store_rounded<kFormat, k>(stream.rounding, drawn, own, values);
+      if (wanted) {
+        UNROLL
+        for (int i = 0; i < kVector; ++i) values[i] = as<V>(F::load(own + i));
       }
     } else if constexpr (kShared<kFormat> == 1) {
       typename F::Beside beside[kVector];
@@ -271,16 +239,16 @@ FN void encode(const Stream& stream, int k, uint64_t key, const Part& part, bool
         F::store(own + i, beside + i, as<F32>(values[i]));
         if (wanted) values[i] = as<V>(F::load(own + i, beside + i));
       }
-      send(beside, stream.beside, part);
+      store_part(stream.beside, part, beside);
     } else {
       const uint32_t base = base_of<F>(part, values);
-      if (threadIdx.x % 32 == 0 && part.at < part.n) {
-        static_cast<typename F::Beside*>(stream.beside)[part.entry()] =
+      if (threadIdx.x % 32 == 0 && part.has_block()) {
+        static_cast<typename F::Beside*>(stream.beside)[part.entry] =
             static_cast<typename F::Beside>(base);
       }
-      store_rounded<kFormat>(stream, k, key, part, own, values, base);
+      store_rounded<kFormat, k>(stream.rounding, drawn, own, values, base);
     }
-    send(own, stream.data, part);
+    store_part(stream.data, part, own);
   });
 }
 

@@ -11,26 +11,25 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-// The first format, from number kNumber on, that a stream may be in: of all, as a gradient's may be,
-// or of those that are computed with in V. kArrayFormats where there is none.
-template <class V, bool kAny, int kNumber>
-FN constexpr int first_from() {
-  if constexpr (kNumber < kArrayFormats) {
-    using F = In<static_cast<Format>(kNumber)>;
-    if constexpr (kAny || kDouble<typename F::Register> == kDouble<V>) return kNumber;
-    return first_from<V, kAny, kNumber + 1>();
-  }
-  return kArrayFormats;
-}
+// Formats, a bit for each.
+using FormatSet = unsigned;
+constexpr FormatSet set_of(Format format) { return 1u << static_cast<int>(format); }
 
-// Calls body with the format that a stream is in.
-template <class V, bool kAny, int kNumber = first_from<V, kAny, 1>(), class Body>
+constexpr FormatSet kArrays = (1u << kArrayFormats) - 2;  // as a gradient's may be
+
+// Of arrays' formats those that are computed with in V.
+template <class V>
+constexpr FormatSet kOwn = kDouble<V> ? set_of(Format::kF64) : kArrays & ~set_of(Format::kF64);
+
+// Calls body with the format, one of a set, that a stream is in.
+template <FormatSet kSet, class Body>
 FN void in_format(Format format, const Body& body) {
-  constexpr int kNext = first_from<V, kAny, kNumber + 1>();
-  if constexpr (kNext < kArrayFormats) {
-    if (static_cast<int>(format) != kNumber) return in_format<V, kAny, kNext>(format, body);
+  constexpr FormatSet kOthers = kSet & (kSet - 1);
+  constexpr auto kFirst = static_cast<Format>(__builtin_ctz(kSet));
+  if constexpr (kOthers != 0) {
+    if (format != kFirst) return in_format<kOthers>(format, body);
   }
-  body(In<static_cast<Format>(kNumber)>());
+  body(std::integral_constant<Format, kFirst>());
 }
 
 template <int kBytes>

@@ -47,10 +47,10 @@ constexpr bool kFits = sizeof(typename F::Element) <= sizeof(V);
 template <class F, class V>
 using Kept = std::conditional_t<kFits<F, V>, F, In<Format::kF32>>;
 
-template <bool kWhole, bool kAny, class V>
+template <bool kWhole, FormatSet kSet, class V>
 FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched) {
-  in_format<V, kAny>(stream.format, [&](auto format) {
-    using F = decltype(format);
+  in_format<kSet>(stream.format, [&](auto format) {
+    using F = In<decltype(format)::value>;
     typename F::Element own[kVector];
     load_tile<kWhole>(static_cast<const typename F::Element*>(stream.data), begin, rest, own);
     if constexpr (kFits<F, V>) {
@@ -64,10 +64,10 @@ FN void fetch(const Stream& stream, int64_t begin, int rest, Fetched<V>& fetched
   });
 }
 
-template <bool kAny, class V, int kAll>
+template <FormatSet kSet, class V, int kAll>
 FN void decode(const Stream& stream, const Fetched<V>& fetched, Elements<V, kAll>& to, int k) {
-  in_format<V, kAny>(stream.format, [&](auto format) {
-    using F = Kept<decltype(format), V>;
+  in_format<kSet>(stream.format, [&](auto format) {
+    using F = Kept<In<decltype(format)::value>, V>;
     typename F::Element own[kVector];
     copy_words<sizeof(own)>(own, fetched);
     UNROLL
@@ -77,8 +77,8 @@ FN void decode(const Stream& stream, const Fetched<V>& fetched, Elements<V, kAll
 
 template <bool kWhole, class V, int kAll>
 FN void put(const Stream& stream, int64_t begin, int rest, const Elements<V, kAll>& from, int k) {
-  in_format<V, false>(stream.format, [&](auto format) {
-    using F = decltype(format);
+  in_format<kOwn<V>>(stream.format, [&](auto format) {
+    using F = In<decltype(format)::value>;
     typename F::Element own[kVector];
     UNROLL
     for (int i = 0; i < kVector; ++i) F::store(own + i, from[i][k]);
@@ -98,15 +98,15 @@ FN void sweep_tile(const Scalars<Rule, V>& scalars, const Segment& segment, int6
   const int rest = static_cast<int>(left < kTile ? left : kTile) - static_cast<int>(threadIdx.x);
   Fetched<V> fetched[kAll];
   V e[kVector][kAll];
-  fetch<kWhole, true, V>(stream[kGrad], begin, rest, fetched[kGrad]);
+  fetch<kWhole, kArrays, V>(stream[kGrad], begin, rest, fetched[kGrad]);
   UNROLL
   for (int k = 0; k < kAll; ++k) {
-    if (has(kWritten, k)) fetch<kWhole, false, V>(stream[k], begin, rest, fetched[k]);
+    if (has(kWritten, k)) fetch<kWhole, kOwn<V>, V>(stream[k], begin, rest, fetched[k]);
   }
-  decode<true, V, kAll>(stream[kGrad], fetched[kGrad], e, kGrad);
+  decode<kArrays, V, kAll>(stream[kGrad], fetched[kGrad], e, kGrad);
   UNROLL
   for (int k = 0; k < kAll; ++k) {
-    if (has(kWritten, k)) decode<false, V, kAll>(stream[k], fetched[k], e, k);
+    if (has(kWritten, k)) decode<kOwn<V>, V, kAll>(stream[k], fetched[k], e, k);
   }
   advance_all<Rule, kStates, V, kAll>(scalars, e);
   UNROLL

@@ -14,7 +14,7 @@ namespace fusedstep {
 // elements for each thread, side by side where they can be moved together.
 constexpr int kThreads = 256, kVector = 4, kTile = kThreads * kVector;
 
-// Where streams are staged in shared memory, of which float64 takes twice as much.
+// Where streams are in any format; in double with twice the registers.
 constexpr int kStagedThreads[] = {kThreads, kThreads / 2};  // of float, of double
 
 // Elements that share what lies beside them, by place in the parameter: those of one warp, as staged
@@ -122,7 +122,7 @@ struct NormArguments {
 struct Launch {
   StateMask states;
   bool wide;                    // float64 parameters
-  bool staged;                  // through shared memory
+  bool staged;                  // streams in any format, and what follows an update
   std::vector<int64_t> starts;  // of all pieces, in tiles
 };
 

@@ -26,13 +26,21 @@ struct Random {
     between = static_cast<uint32_t>(key >> 32);
   }
 
+  // The words that two streams share, of which each has its end.
+  FN auto shared(int64_t i) const {
+    auto x = count_from<F32::kWidth>(before + static_cast<uint32_t>(i)) * 0x9e3779b1u;
+    x = (x ^ (x >> 15) ^ between) * 0x846ca68bu;
+    return x ^ (x >> 15);
+  }
+  template <int kBits, class Words>
+  FN static auto end(Words x, bool upper) {
+    return upper ? x >> (32 - kBits) : x & ((1u << kBits) - 1);
+  }
+
   // So many random bits in each lane of the register that begins i elements later.
   template <int kBits>
   FN auto words(int64_t i) const {
-    auto x = count_from<F32::kWidth>(before + static_cast<uint32_t>(i)) * 0x9e3779b1u;
-    x = (x ^ (x >> 15) ^ between) * 0x846ca68bu;
-    x = x ^ (x >> 15);
-    return upper ? x >> (32 - kBits) : x & ((1u << kBits) - 1);
+    return end<kBits>(shared(i), upper);
   }
 };
 

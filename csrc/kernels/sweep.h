@@ -10,21 +10,6 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-  constexpr operator int() const { return kValue; }
-};
-
-// Calls body(Constant<i>) for i = 0, ..., kEnd - 1.
-template <int kEnd, int kNext = 0, class Body>
-FN void each(const Body& body) {
-  if constexpr (kNext < kEnd) {
-    body(Constant<kNext>());
-    each<kEnd, kNext + 1>(body);
-  }
-}
-
 // Asks memory for what is to be read soon, and mostly written.
 FN void fetch(const void* at, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += 64) {

@@ -8,6 +8,21 @@
 namespace fusedstep {
 namespace FUSEDSTEP_TARGET {
 
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+  constexpr operator int() const { return kValue; }
+};
+
+// Calls body(Constant<i>) for i = kNext, ..., kEnd - 1.
+template <int kEnd, int kNext = 0, class Body>
+FN void each(const Body& body) {
+  if constexpr (kNext < kEnd) {
+    body(Constant<kNext>());
+    each<kEnd, kNext + 1>(body);
+  }
+}
+
 // The register that a step computes in: of doubles under a float64 parameter, else of floats.
 template <Format kParam>
 struct Computing {
