@@ -56,12 +56,14 @@ class Environment:
             run(*install, *TOOLS, *self.requirements)
             for tool in WHERE_BUILT:
                 subprocess.run([*install, "--only-binary=:all:", tool])
-        wheels = BUILDS / self.name
-        options = [f"--config-settings=build-dir={wheels}/build"]
-        for kernels in BUILDS.glob("*/build/CMakeFiles/kernels_scalar.dir"):  # of the first one
-            build = kernels.parent.parent
-            options.append(f"--config-settings=cmake.define.FUSEDSTEP_KERNELS={build}")
-        run(*PIP, str(python), "wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
+        wheels = BUILDS / version_of(str(python))
+        if not any(wheels.glob("*.whl")):  # several environments may be of one Python
+            options = [f"--config-settings=build-dir={wheels}/build"]
+            for kernels in BUILDS.glob("*/build/CMakeFiles/kernels_scalar.dir"):  # of the first one
+                build = kernels.parent.parent
+                options.append(f"--config-settings=cmake.define.FUSEDSTEP_KERNELS={build}")
+            made = ("wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
+            run(*PIP, str(python), *made)
         (wheel,) = wheels.glob("*.whl")
         run(*PIP, str(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         return str(python)
@@ -69,7 +71,11 @@ class Environment:
     def test(self, arguments: list[str]) -> list[str]:
         """A line of the table."""
         begin = time.monotonic()
-        python = self.prepare()
+        try:
+            python = self.prepare()
+        except subprocess.CalledProcessError as error:  # said what it lacks; the others go on
+            print(f"{self.name} could not be prepared: {error}", flush=True)
+            return [self.name, "-", "-", "0", "1", "0", minutes_since(begin)]
         report = PLACE / f"{self.name}.xml"
         report.unlink(missing_ok=True)
         files = [str(f.relative_to(ROOT)) for f in self.files]
@@ -84,8 +90,8 @@ class Environment:
             failed = 1
         passed = counts["tests"] - failed - counts["skipped"]
         found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, cwd=PLACE)
-        minutes = f"{(time.monotonic() - begin) / 60:.1f}"
-        return [*found.stdout.split(), str(passed), str(failed), str(counts["skipped"]), minutes]
+        row = [str(passed), str(failed), str(counts["skipped"]), minutes_since(begin)]
+        return [*found.stdout.split(), *row]
 
 
 # One pip for all: a Python of a distribution may come without `ensurepip`.
@@ -104,8 +110,20 @@ for name in ("numpy", "torch"):
 HEAD = ["Python", "NumPy", "torch", "passed", "failed", "skipped", "minutes"]
 
 
+def minutes_since(begin: float) -> str:
+    return f"{(time.monotonic() - begin) / 60:.1f}"
+
+
 def run(*command: str) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
+
+
+def version_of(interpreter: str) -> str:
+    """Such as 3.13.5t, which is free-threaded; nothing where it does not run."""
+    asked = "import platform, sysconfig; print(platform.python_version() + 't' *"
+    asked += " bool(sysconfig.get_config_var('Py_GIL_DISABLED')))"
+    done = subprocess.run([interpreter, "-c", asked], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def of_pyenv(version: str) -> list[str]:
@@ -132,12 +150,9 @@ def pythons(given: list[str]) -> list[Environment]:
         given = [p for p in map(shutil.which, names) if p] + of_pyenv("3.*")
     found = {}
     for interpreter in given:
-        asked = "import platform, sysconfig; print(platform.python_version() + 't' *"
-        asked += " bool(sysconfig.get_config_var('Py_GIL_DISABLED')))"
-        done = subprocess.run([interpreter, "-c", asked], capture_output=True, text=True)
-        version = done.stdout.strip()
+        version = version_of(interpreter)
         numbers = [int(n) for n in re.findall(r"\d+", version)]
-        if done.returncode == 0 and numbers >= [3, 10]:
+        if numbers >= [3, 10]:
             found.setdefault(
                 version, Environment(version, interpreter, ["numpy", "ml_dtypes"], files)
             )
