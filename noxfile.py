@@ -153,6 +153,39 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Lines of Python and C++ that the suite runs, and those that it does not; pages in build/.
+
+    Left out are the tests that look at the build itself. Arguments after `--` are pytest's.
+    """
+    session.install(".[test]", "pytest-cov>=7", "coverage>=7.10", "gcovr>=8")
+    where = Path("build", "coverage").resolve()
+    flags = "--coverage -fprofile-update=atomic"  # threads count the same lines
+    session.run(
+        *("python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "."),
+        *("--target", str(where / "package"), f"--config-settings=build-dir={where}"),
+        f"--config-settings=cmake.define.CMAKE_CXX_FLAGS={flags}",
+        "--config-settings=cmake.build-type=RelWithDebInfo",
+    )
+    for old in where.rglob("*.gcda"):
+        old.unlink()
+    left_out = [f"--ignore=tests/test_{name}.py" for name in ("symbols", "adding", "cross")]
+    session.run(
+        *("python", "-m", "pytest", "-q", "--cov", "--cov-report=term-missing:skip-covered"),
+        *(f"--cov-report=html:{where / 'python'}", *left_out, *session.posargs),
+        env={"PYTHONPATH": str(where / "package")},
+        success_codes=[0, 1],  # a report is wanted of a suite that fails too
+    )
+    (where / "cpp").mkdir(exist_ok=True)
+    session.run(
+        *("gcovr", "--root", ".", "--filter", "csrc/", str(where), "--exclude-throw-branches"),
+        *("--merge-mode-functions", "merge-use-line-0"),
+        *("--gcov-ignore-parse-errors", "negative_hits.warn"),
+        *("--txt", "--print-summary", "--html-nested", str(where / "cpp" / "index.html")),
+    )
+
+
+@nox.session
 def fuzz(session: nox.Session) -> None:
     """Arbitrary input to every instruction set at once: the same bits, and no byte outside.
 

@@ -35,10 +35,12 @@ def train(path, steps, every):
     asked = []  # to stop, by who runs the machine
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     try:
-        while opt.steps < steps and not asked:
+        stop = False
+        while opt.steps < steps and not stop:
             losses.append(gradients(params, grads, rng))
             opt.step(grads, ema=0.9)
-            if opt.steps % every == 0 or opt.steps == steps or asked:
+            stop = bool(asked)  # looked at once: what comes after it comes a step later
+            if opt.steps % every == 0 or opt.steps == steps or stop:
                 fs.save(path, params=params, optimizer=opt, rng=rng, losses=losses)
         return params
     finally:

@@ -44,14 +44,16 @@ def train(path, steps, every):
     asked = []  # to stop, by who runs the machine
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     try:
-        while run["step"] < steps and not asked:
+        stop = False
+        while run["step"] < steps and not stop:
             batch = batch_of(run["step"])
             opt.zero_grad()
             (model(X[batch]) - Y[batch]).square().mean().backward()
             opt.step()
             sched.step()
             run["step"] += 1
-            if run["step"] % every == 0 or run["step"] == steps or asked:
+            stop = bool(asked)  # looked at once: what comes after it comes a step later
+            if run["step"] % every == 0 or run["step"] == steps or stop:
                 fst.save(path, **parts)
         return model
     finally:

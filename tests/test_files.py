@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -229,6 +230,51 @@ def test_dicts_and_lists_are_filled_with_numbers_too(tmp_path):
     assert (array == 1).all()
 
 
+def test_numpy_scalars_and_nan_are_numbers(tmp_path):
+    fs.save(tmp_path / "a", run={"best": np.float32(0.5), "pair": (math.nan, np.int16(3))})
+    run = {"best": np.float32(9), "pair": (math.nan, np.int16(3))}
+    fs.load(tmp_path / "a", run=run)
+    assert run["best"] == 0.5
+    assert type(run["best"]) is np.float32
+    with pytest.raises(ValueError, match=r"run\['pair'\]\[1\] must be an array of int16"):
+        fs.load(tmp_path / "a", run={"best": 1.0, "pair": (math.nan, 4)})
+
+
+def test_dicts_are_not_taken_for_arrays(tmp_path):
+    fs.save(tmp_path / "a", w=np.ones(4))
+    for target in ({"w": np.ones(4)}, [1, 2, 3, 4], (1, 2, 3, 4)):
+        with pytest.raises(TypeError, match="w must be of the file's kind, an array of float64, s"):
+            fs.load(tmp_path / "a", w=target)
+    fs.save(tmp_path / "a", w=list(range(10**5)))
+    with pytest.raises(TypeError, match=r"w must be of the file's kind, \[0, 1") as raised:
+        fs.load(tmp_path / "a", w=np.ones(4))
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"param_groups": []},
+        {"param_groups": [], "state": [1]},
+        {"param_groups": [{"lr": 1}], "state": {}},
+        {"param_groups": [], "state": {}, "step": math.nan},
+        {"param_groups": [], "state": {0: {"step": math.inf}}},
+        {"param_groups": 3},
+    ],
+    ids=str,
+)
+def test_states_of_other_forms_are_kept(state, tmp_path):
+    class Odd:
+        def state_dict(self):
+            return state
+
+        def load_state_dict(self, state):
+            """Nothing."""
+
+    fs.save(tmp_path / "a", odd=Odd())
+    assert repr(fs.load(tmp_path / "a")["odd"]) == repr(state)
+
+
 def test_header_is_as_documented(tmp_path):
     params = params_of()
     opt = fs.SGD(params, momentum=0.9)
@@ -309,6 +355,13 @@ def test_save_refuses_other_arguments(tmp_path):
         value = value[0]
     with pytest.raises(ValueError, match="must be at most 64 levels deep"):
         fs.save(tmp_path / "a", w=deep)
+    with pytest.raises(ValueError, match="named must not be the format's own, got '__metadata__'"):
+        fs.save(tmp_path / "a", __metadata__=np.ones(3))
+    with pytest.raises(ValueError, match=r"w must be of at most 14000 bits, got 16610"):
+        fs.save(tmp_path / "a", w=10**5000)
+    with pytest.raises(ValueError, match="path must be a file's"):
+        fs.save(f"{tmp_path}{os.sep}a{os.sep}", w=1)
+    assert not os.listdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="none"):
         fs.save(tmp_path / "none" / "a", w=1)
 
@@ -367,6 +420,49 @@ def test_load_that_does_not_fit_has_changed_nothing(change, error, message, save
     given, unchanged = targets()
     with pytest.raises(error, match=message):
         fs.load(saved, **{**given, **change})
+    assert unchanged()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.lib.stride_tricks.as_strided(np.zeros(1), (3,), (0,)),
+        np.lib.stride_tricks.as_strided(np.zeros(9), (3,), (4,)),
+    ],
+    ids=["expanded", "sliding"],
+)
+def test_arrays_that_overlap_themselves_are_not_filled(array, saved):
+    given, unchanged = targets()
+    given["list"][1] = array
+    with pytest.raises(ValueError, match="memory of its own for each element"):
+        fs.load(saved, **given)
+    assert not array.any()
+    given["list"][1] = np.zeros(3)
+    assert unchanged()
+
+
+def test_what_is_not_given_cannot_end_a_load_half_way(tmp_path, monkeypatch):
+    fs.save(tmp_path / "a", w=np.ones(3), other=np.ones(3, BFLOAT16))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    w = np.zeros(3)
+    with pytest.raises(ModuleNotFoundError, match="ml_dtypes"):
+        fs.load(tmp_path / "a", w=w)
+    assert not w.any()
+
+
+def test_dict_that_refuses_a_value_puts_back_all(saved):
+    class Refusing(dict):
+        def __setitem__(self, key, value):
+            if key == "b" and value != 0:
+                raise OSError("no")
+            super().__setitem__(key, value)
+
+    fs.save(saved, **fs.load(saved), run={"a": 1, "b": 2})
+    given, unchanged = targets()
+    run = Refusing(a=0, b=0)
+    with pytest.raises(OSError, match="no"):
+        fs.load(saved, **given, run=run)
+    assert run == {"a": 0, "b": 0}
     assert unchanged()
 
 
@@ -438,7 +534,11 @@ def forged(header, data=b"", claimed=None):
 
 
 def tree(**named):
-    return json.dumps(json.dumps({"version": 1, "named": named, "metadata": None}))
+    return head(version=1, named=named)
+
+
+def head(**parts):
+    return json.dumps(json.dumps({"metadata": {"dict": {}}, **parts}))
 
 
 def entry(name, shape, begin, end, dtype="F32"):
@@ -494,7 +594,7 @@ HOSTILE = {
         "nested too deeply",
     ),
     "a deep tree": (
-        forged(header(about=tree(w=json.loads("[" * 90 + "]" * 90)))),
+        forged(header(about=tree(w=json.loads("[" * 200 + "]" * 200)))),
         "more than 64 levels deep",
     ),
     "no JSON": (forged(b'"x":'), "is no JSON"),
@@ -519,7 +619,49 @@ HOSTILE = {
     ),
     "too few digests": (
         forged(header(entry("w", "[1]", 0, 4), about=tree(w=W), pieces=" "), FOUR),
-        r"the bytes of \['w'\]",
+        "has 0 digests of its data, not 1",
+    ),
+    "too many digests": (
+        forged(header(entry("w", "[1]", 0, 4), about=tree(w=W), pieces="0" * 64), FOUR),
+        "has 4 digests of its data, not 1",
+    ),
+    "a length within the mark": (forged(header(), claimed=20), "claims 20 bytes"),
+    "a length to the mark's end": (forged(header(), claimed=53), "claims 53 bytes"),
+    "no length": (forged(header(), claimed=0), "claims 0 bytes"),
+    "places that are fractions": (
+        forged(header(entry("w", "[1]", "0.0", "4.0"), about=tree(w=W), data=FOUR), FOUR),
+        "lies at",
+    ),
+    "a place that is a truth": (
+        forged(header(entry("w", "[1]", "false", 4), about=tree(w=W), data=FOUR), FOUR),
+        "lies at",
+    ),
+    "one name twice, after many": (
+        forged(header(*(entry(f"w{i}", "[1]", 0, 4) for i in [*range(20_000), 9]))),
+        "name 'w9' twice",
+    ),
+    "a long text in the wrong place": (forged(b'"x":["%s"]}}' % (b"x" * 10**6)), "no text"),
+    "no number": (forged(header(about=json.dumps('{"version":NaN}'))), "has NaN, which is no"),
+    "a version before the first": (forged(header(about=head(version=-5, named={}))), "no version"),
+    "a step that is a text": (
+        forged(header(about=head(version=1, named={}, step="x" * 999))),
+        "its step is 'xxx",
+    ),
+    "metadata that is no dict": (
+        forged(header(about=head(version=1, named={}, metadata=3))),
+        "its metadata is 3",
+    ),
+    "a key twice": (
+        forged(header(about=tree(w={"items": [[1, 2], [1, 3]]}))),
+        "its tree has {'items'",
+    ),
+    "a counter of dicts": (
+        forged(header(about=tree(w={"counter": [["a", {"dict": {}}]]}))),
+        "its tree has {'counter'",
+    ),
+    "objects in objects": (
+        forged(header(about=tree(w=json.loads('{"module":' * 300 + "1" + "}" * 300)))),
+        "more than 64 levels deep",
     ),
     "an empty file": (b"", "it has 0 bytes"),
     "a zip file": (b"PK\x03\x04" + bytes(100), "a zip file, as torch.save"),
@@ -775,6 +917,43 @@ def test_interrupted_load_has_filled_all_arrays(saved, monkeypatch):
     assert given["optimizer"].steps == 2
 
 
+def test_load_interrupted_at_any_line_has_filled_all_or_nothing(saved):
+    """As the handler of a signal may raise between any two lines of Python."""
+    expected, seen = fs.load(saved), set()
+
+    def lines(frame, event, _):
+        if event == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return lines
+
+    def calls(frame, event, _):
+        return lines if frame.f_code.co_filename == fs.files.__file__ else None
+
+    for k in range(1, 2000):
+        given, unchanged = targets()
+        left, before = [k], sys.gettrace()
+        sys.settrace(calls)
+        try:
+            fs.load(saved, **given)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        if not unchanged():
+            parts = given["params"], expected["params"]
+            assert all(bits(parts[0][name]) == bits(parts[1][name]) for name in parts[0]), k
+            assert given["optimizer"].steps == 2, k
+            assert given["list"][0] == 2, k
+            assert (given["list"][1] == 1).all(), k
+        seen.add(unchanged())
+        if left[0] > 0:  # it came to its end
+            assert seen == {True, False}
+            return
+    raise AssertionError("load takes more lines than expected")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="files have no such modes there")
 def test_file_keeps_its_mode_and_links_stay(tmp_path):
     before = os.umask(0o027)
@@ -815,7 +994,48 @@ def test_two_processes_may_save_to_one_path(tmp_path):
     assert os.listdir(tmp_path) == ["run.safetensors"]
 
 
-def test_nobody_steps_while_a_file_is_written(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="there files are not locked")
+def test_new_file_that_is_taken_for_one_left_behind_is_made_again(tmp_path, monkeypatch):
+    """Another save finds it between its open and its lock, locks it itself, and removes it."""
+    import fcntl
+
+    lock, flush, taken = fcntl.flock, os.fsync, []
+
+    def locked_by_another(descriptor, operation):
+        if not taken:
+            taken.extend(os.listdir(tmp_path))
+            raise BlockingIOError
+        lock(descriptor, operation)
+
+    def removed_by_another(descriptor):
+        if len(taken) == 1:
+            os.unlink(tmp_path / taken[0])
+            taken.append("removed")
+        flush(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", locked_by_another)
+    monkeypatch.setattr(os, "fsync", removed_by_another)
+    fs.save(tmp_path / "run.safetensors", w=1)
+    assert os.listdir(tmp_path) == ["run.safetensors"]
+
+
+def test_arrays_that_change_meanwhile_leave_a_file_that_loads(tmp_path, monkeypatch):
+    w = np.zeros(1 << 20)
+    real, begun = os.write, []
+
+    def write(descriptor, data):
+        w[...] += 1  # as another thread may, between a piece's digest and its way to the disk
+        begun.append(len(data))
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    fs.save(tmp_path / "a", w=w, short=np.zeros(3))
+    assert len(begun) > 3
+    assert set(fs.load(tmp_path / "a")["w"].tolist()) <= set(range(len(begun)))
+
+
+@pytest.mark.parametrize("within", [lambda opt: opt, lambda opt: {"a": [1, (opt,)]}])
+def test_nobody_steps_while_a_file_is_written(within, tmp_path, monkeypatch):
     params = params_of()
     opt = fs.AdamW(params)
     real, begun, go_on = os.fsync, threading.Event(), threading.Event()
@@ -826,7 +1046,7 @@ def test_nobody_steps_while_a_file_is_written(tmp_path, monkeypatch):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", waiting)
-    thread = threading.Thread(target=fs.save, args=(tmp_path / "a",), kwargs={"optimizer": opt})
+    thread = threading.Thread(target=fs.save, args=(tmp_path / "a",), kwargs={"run": within(opt)})
     thread.start()
     assert begun.wait(30)
     with pytest.raises(RuntimeError, match="thread"):

@@ -327,22 +327,32 @@ def check_plain(tensor: Any, label: str) -> str:
     return dtype
 
 
-def as_plain(value: Any, label: str) -> tuple[str, np.ndarray[Any, Any]]:
-    """An array of any library: its dtype's name, and its values in a dtype as wide."""
+def as_plain(value: Any, label: str) -> tuple[str, tuple[int, ...], Any]:
+    """An array of any library: its dtype's name, its shape, and its values in a dtype as wide.
+
+    Those on a GPU, if not complex, are a function that returns them.
+    """
     if is_tensor(value):
         dtype = check_plain(value, label)
         torch = loaded_torch()
-        tensor = value.detach().cpu().resolve_conj().resolve_neg()
-        if dtype.startswith(("bfloat", "float8")):
-            tensor = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
-        return dtype, tensor.numpy()
+
+        def plain() -> Any:
+            tensor = value.detach().cpu().resolve_conj().resolve_neg()
+            if dtype.startswith(("bfloat", "float8")):
+                tensor = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8)
+            return tensor.numpy()
+
+        late = value.device.type != "cpu" and not value.is_complex()
+        return dtype, tuple(value.shape), plain if late else plain()
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{label} must be an array without a mask, got MaskedArray")
-    dtype, _ = dtype_and_shape(value)
+    dtype, shape = dtype_and_shape(value)
+    if isinstance(value, Array):
+        return dtype, shape, value.copy
     array = np.asarray(to_host(value))
     if not array.dtype.isnative:
         raise TypeError(f"{label} must be in native byte order, got {array.dtype!r}")
-    return dtype, array
+    return dtype, array.shape, array
 
 
 def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]) -> Any:
@@ -351,6 +361,33 @@ def tensor_over(values: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...]
     if not values.flags.writeable:  # a mapping: torch (2.4.0 to 2.14.1) writes to it, and crashes
         values = values.copy()
     return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(shape)
+
+
+def _overlaps_itself(shape: Sequence[int], strides: Sequence[int], width: int = 1) -> bool:
+    """Whether elements of an array share memory, of which each is `width` wide."""
+    dims = [(abs(step), n) for n, step in zip(shape, strides, strict=True) if n > 1]
+    reach = width
+    for step, n in sorted(dims):
+        if step < reach:  # each dimension steps over all that the smaller ones span, or may not
+            break
+        reach += (n - 1) * step
+    else:
+        return False
+    if 0 in shape or min(dims)[0] == 0:
+        return 0 not in shape
+    places = np.zeros(1, np.int64)
+    for step, n in dims:
+        places = np.add.outer(places, step * np.arange(n)).reshape(-1)
+    return bool((np.diff(np.sort(places)) < width).any())
+
+
+def check_alone(label: str, shape: Any, strides: Any, width: int = 1) -> None:
+    """ValueError for an array whose elements share memory."""
+    if _overlaps_itself(shape, strides, width):
+        raise ValueError(
+            f"{label} must have memory of its own for each element, got shape {tuple(shape)} with"
+            f" strides {tuple(strides)}"
+        )
 
 
 def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
@@ -364,6 +401,7 @@ def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
     dtype, shape = dtype_and_shape(target)
     if is_tensor(target):
         torch = loaded_torch()
+        check_alone(label, shape, target.stride())
         if target.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(f"{label} must be writable, got a tensor of inference mode")
 
@@ -379,6 +417,7 @@ def writer(target: Any, label: str) -> Callable[[np.ndarray[Any, Any]], None]:
     array = target if isinstance(target, np.ndarray) else as_array(target, label)
     if not isinstance(array, np.ndarray) or not array.flags.writeable:
         raise ValueError(f"{label} must be writable, got a read-only array")
+    check_alone(label, shape, array.strides, array.itemsize)
     return lambda values: np.copyto(array, values.view(array.dtype).reshape(shape))
 
 

@@ -53,6 +53,7 @@ _SIZES = {"BOOL": 1, "BF16": 2} | {
 }
 
 _PIECE = 1 << 22  # bytes that have a digest of their own: small enough to be written from a cache
+_SEPARATORS = (os.sep, *filter(None, [os.altsep]))
 _PAGE = 4096  # which the data begins at a multiple of
 _MOST = 100_000_000  # bytes of a header, of the format's library
 
@@ -67,7 +68,8 @@ class Tensor(NamedTuple):
 
     code: str  # of CODES
     shape: tuple[int, ...]
-    values: np.ndarray[Any, Any]  # of any layout when written, its bytes in a row when read
+    # Of any layout when written, or a function that returns it; its bytes in a row when read.
+    values: Any
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +91,8 @@ def check_name(label: str, name: str) -> None:
         raise ValueError(f"{label} must not be a path's, got {name!r}")
     if not name.isprintable():
         raise ValueError(f"{label} must be printable, got {name!r}")
+    if name == "__metadata__":
+        raise ValueError(f"{label} must not be the format's own, got {name!r}")
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     with _replacing(path) as file:
         file.write(_header(contents.metadata, tensors, digests))
         for i, piece in enumerate(_pieces(tensors.values())):
-            digest = _core.Digesting(piece)  # while it is written
+            digest = _core.Digesting(piece)  # while it is written; both from a copy
             file.write(piece)
             digests[i] = digest.result()
         file.seek(0)
@@ -151,32 +155,32 @@ def _json(value: Any) -> bytes:
         raise ValueError(f"named must have text that UTF-8 has: {error}") from None
 
 
-def _pieces(tensors: Any) -> Iterator[Any]:
+def _pieces(tensors: Any) -> Iterator[memoryview]:
     """The bytes of all tensors, in a row, in pieces of which only the last may be shorter.
 
-    A piece is a tensor's own memory where it lies in one tensor.
+    Each is a copy, in one memory: who writes to an array meanwhile cannot change it between its
+    digest and the disk.
     """
-    kept = bytearray()
+    piece = memoryview(bytearray(_PIECE))
+    n = 0
     for tensor in tensors:
         for part in _parts(tensor.values):
             at = 0
             while at < len(part):
-                if not kept and len(part) - at >= _PIECE:
-                    yield part[at : at + _PIECE]
-                    at += _PIECE
-                    continue
-                taken = part[at : at + _PIECE - len(kept)]
-                kept += taken
-                at += len(taken)
-                if len(kept) == _PIECE:
-                    yield kept
-                    kept = bytearray()
-    if kept:
-        yield kept
+                taken = part[at : at + _PIECE - n]
+                piece[n : n + len(taken)] = taken
+                at, n = at + len(taken), n + len(taken)
+                if n == _PIECE:
+                    yield piece
+                    n = 0
+    if n:
+        yield piece[:n]
 
 
-def _parts(values: np.ndarray[Any, Any]) -> Iterator[memoryview]:
+def _parts(values: Any) -> Iterator[memoryview]:
     """The bytes of an array in C order, a part at a time where they do not lie in a row."""
+    if callable(values):  # which brings them from a GPU
+        values = values()
     if values.flags.c_contiguous:
         yield values.reshape(-1).view(np.uint8).data
         return
@@ -216,11 +220,15 @@ def _replacing(path: str) -> Iterator[_File]:
         before = os.stat(target)
     except FileNotFoundError:
         before = None
-    if before and not stat.S_ISREG(before.st_mode):
+    if (before and not stat.S_ISREG(before.st_mode)) or path.endswith(_SEPARATORS):
         raise ValueError(f"path must be a file's, got {path!r}")
-    head = f".{name[:64]}."
+    head = f".{os.fsencode(name)[:64].decode(errors='ignore')}."
     _remove_left(folder, head)
-    partial, descriptor = _created(folder, head)
+    try:
+        partial, descriptor = _created(folder, head)
+    except OSError as error:
+        error.filename = path
+        raise
     try:
         try:
             if before:
@@ -248,22 +256,37 @@ def _created(folder: str, head: str) -> tuple[str, int]:
         partial = os.path.join(folder, f"{head}{os.urandom(4).hex()}.partial")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         descriptor = os.open(partial, flags, 0o666)
-        if not fcntl:
-            return partial, descriptor
-        with contextlib.suppress(OSError):  # a file system without locks, as some that are remote
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            there = os.stat(partial)
-        except FileNotFoundError:  # removed as left behind, before it was locked
-            there = None
-        if there and os.path.samestat(there, os.fstat(descriptor)):
-            return partial, descriptor
+            if not fcntl or _locks(partial, descriptor):
+                return partial, descriptor
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(partial)
+            raise
         os.close(descriptor)
+
+
+def _locks(partial: str, descriptor: int) -> bool:
+    """Locks a new file, unless another save has just found it unlocked, and removes it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, as some that are remote
+        return True
+    try:
+        return os.path.samestat(os.stat(partial), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_left(folder: str, head: str) -> None:
     """Removes what saves that were killed have left: files that nobody holds a lock on."""
-    for name in os.listdir(folder or "."):
+    try:
+        names = os.listdir(folder or ".")
+    except PermissionError:  # a folder that may be written to, and not be read
+        return
+    for name in names:
         if not (name.startswith(head) and re.fullmatch(r"[0-9a-f]{8}\.partial", name[len(head) :])):
             continue
         partial = os.path.join(folder, name)
@@ -323,7 +346,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         n = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
         if head[8:] != _MARK:
             _refuse_foreign(path, head, size)
-        if n > min(_MOST, size - 8):
+        if not len(_MARK) + len(_BLANK) < n <= min(_MOST, size - 8):
             refuse(path, f"its header claims {n} bytes, where {size - 8} follow")
         blank = head + _BLANK
         digest = file.read(len(_BLANK))
@@ -336,6 +359,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
         data = _mapped(file.fileno(), size)[8 + n :]
     saved = metadata.pop("fusedstep.pieces", "")
     found = "".join(f"{one:016x}" for one in _core.digests(data, _PIECE))
+    if len(saved) != len(found):
+        refuse(path, f"it has {len(saved) // 16} digests of its data, not {len(found) // 16}")
     if saved != found:
         bad = [i for i in range(len(found) // 16) if saved[16 * i :][:16] != found[16 * i :][:16]]
         touched = [
@@ -366,6 +391,12 @@ def _mapped(descriptor: int, size: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(pages, np.uint8)
 
 
+def shown(value: Any) -> str:
+    """What a value is, in an error's text, which may not be as long as a file."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def refuse(path: str, why: str) -> NoReturn:
     raise ValueError(f"path must be of a whole file of fusedstep.save, got {path!r}: {why}")
 
@@ -394,8 +425,9 @@ def parsed(path: str, text: str | bytes) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-            refuse(path, f"its header has the name {twice!r} twice")
+            for name, _ in pairs:
+                if found.pop(name, path) is path:  # which was there before it
+                    refuse(path, f"its header has the name {shown(name)} twice")
         return found
 
     def integer(digits: str) -> int:
@@ -403,8 +435,11 @@ def parsed(path: str, text: str | bytes) -> Any:
             refuse(path, f"its header has a number of {len(digits)} digits")
         return int(digits)
 
+    def constant(word: str) -> NoReturn:
+        refuse(path, f"its header has {word}, which is no JSON")
+
     try:
-        return json.loads(text, object_pairs_hook=once, parse_int=integer)
+        return json.loads(text, object_pairs_hook=once, parse_int=integer, parse_constant=constant)
     except RecursionError:
         refuse(path, "its header is nested too deeply")
     except UnicodeDecodeError as error:
@@ -422,7 +457,7 @@ def _entries(
     metadata = entries.pop("__metadata__")
     for name, value in metadata.items():
         if not isinstance(value, str):
-            refuse(path, f"its metadata[{name!r}] is {value!r}, no text")
+            refuse(path, f"its metadata[{shown(name)}] is {shown(value)}, no text")
     tensors: dict[str, tuple[int, int, Tensor]] = {}
     total = 0
     for name, entry in entries.items():
@@ -431,18 +466,18 @@ def _entries(
         except ValueError as error:
             refuse(path, str(error))
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            refuse(path, f"its entry {name!r} has not dtype, shape and data_offsets")
+            refuse(path, f"its entry {shown(name)} has not dtype, shape and data_offsets")
         code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(code, str) or code not in DTYPES:
-            refuse(path, f"its entry {name!r} has the dtype {code!r}")
+            refuse(path, f"its entry {shown(name)} has the dtype {shown(code)}")
         if not _are_sizes(shape) or _SIZES[code] * prod(map(max, shape, [1] * len(shape))) >> 62:
-            refuse(path, f"its entry {name!r} has the shape {str(shape)[:80]}")
+            refuse(path, f"its entry {shown(name)} has the shape {shown(shape)}")
         tensor = Tensor(code, tuple(shape), np.empty(0, np.uint8))
-        if offsets != [total, total + tensor.nbytes]:
-            place = [total, total + tensor.nbytes]
-            refuse(path, f"its entry {name!r} lies at {place}, not at {str(offsets)[:80]}")
-        total = offsets[1]
-        tensors[name] = (*offsets, tensor)
+        begin, total = total, total + tensor.nbytes
+        if offsets != [begin, total] or any(type(one) is not int for one in offsets):
+            place = [begin, total]
+            refuse(path, f"its entry {shown(name)} lies at {place}, not at {shown(offsets)}")
+        tensors[name] = (begin, total, tensor)
     return metadata, tensors, total
 
 

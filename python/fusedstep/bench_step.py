@@ -338,7 +338,7 @@ def _row(case: Case, n: int, rounds: int, with_torch: bool) -> Row:
 _CAPTION = (
     "bytes: moved in a step for each parameter; state: kept of the two moments. share: of the"
     " bandwidth of the ceiling, which adds one number to each of as many float32 streams. time: the"
-    " other's over ours, above 1 ours is faster; by bytes: what it were if only bytes counted."
+    " other's over ours, above 1 ours is faster; by bytes: what it would be if only bytes counted."
     " torch does the same by clip_grad_norm_, AdamW.step, _foreach_lerp_, _foreach_copy_ and"
     " zero_grad."
 )

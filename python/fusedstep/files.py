@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from fusedstep import _arrays, _safetensors
-from fusedstep._safetensors import CODES, DTYPES, Contents, Tensor, check_name
+from fusedstep._safetensors import CODES, DTYPES, Contents, Tensor, check_name, shown
 from fusedstep._turn import Turn
 from fusedstep._version import __version__
 from fusedstep.buffers import FlatBuffer
@@ -29,6 +29,7 @@ __all__ = ["Saved", "load", "save"]
 
 _VERSION = 1  # of the tree; files of a later one are refused
 _DEEPEST = 64  # levels of a tree
+_BITS = 14_000  # of an integer: Python reads no more than 4300 digits
 _TREE = "fusedstep"
 
 
@@ -52,8 +53,13 @@ def save(
     The file is written beside its place, flushed to the disk, and renamed into it: whenever the
     process dies, or the disk is full, the old file or the new one is there, whole. A digest of
     each 4 MiB, and of the header, tells when one byte has changed since. Arrays are written from
-    where they lie: a save takes 5 MiB of memory. (On Windows a file cannot be replaced while arrays
-    of it that were loaded are in use.)
+    where they lie, in pieces: a save takes 9 MiB of memory, and that of the largest array on a GPU;
+    complex and conjugated arrays are copied first where they are strided. (On Windows a file cannot
+    be replaced while arrays of it that were loaded are in use.)
+
+    Our optimizers, also those in dicts and lists, step in no other thread meanwhile. Other threads
+    that write to the arrays must be kept from it: the file would have some of the old values and
+    some of the new.
 
     Any program that reads safetensors reads the arrays: `params.w`, `optimizer.state.0.exp_avg`,
     and so on, in the dtypes that they have.
@@ -70,7 +76,8 @@ def save(
         TypeError: something of another kind, or an array of a dtype that safetensors has not; the
             message has its path.
         ValueError: no name, one that could be a path's (`"../w"`), or `path` is not a file's.
-        OSError: the system cannot write it (no space, no right); the old file is as it was.
+        OSError: the system cannot write it (no space, no right); the old file is as it was, unless
+            all but the folder's own flush to the disk was done.
         RuntimeError: an optimizer is stepping in another thread.
 
     Example:
@@ -87,13 +94,13 @@ def save(
     """
     if not named:
         raise ValueError("named must have something to save, as params=params, got nothing")
-    if metadata is not None and type(metadata) is not dict:
+    if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
     for name in named:
         check_name("named", name)
     # Nobody steps while the arrays are written.
     held: Callable[[], None] = functools.partial(_write, path, named, metadata or {})
-    for turn in {id(one): one for one in map(_turn, named.values()) if one}.values():
+    for turn in dict.fromkeys(_turns(named)):
         held = functools.partial(turn.read, held)
     held()
 
@@ -103,7 +110,9 @@ def load(path: str | os.PathLike[str], /, **named: Any) -> Saved:
 
     The file is mapped and checked, all of it, before anything changes. What is not given is
     returned as the file has it: arrays in a mapping of the file, which cost no memory until they
-    are written to (the file stays as it is), optimizers as their state_dict.
+    are written to (the file stays as it is), optimizers as their state_dict. While such arrays are
+    in use the file may be replaced, as `save` does, but not cut or written over in place: a process
+    that reads what is no longer there is ended by its system.
 
     Args:
         path: of the file, of `fusedstep.save` or `fusedstep.torch.save`.
@@ -148,13 +157,17 @@ class Filling(NamedTuple):
     late: bool = False  # whether it looks at what an optimizer has loaded
 
 
-class Leaf(NamedTuple):
+class Leaf:
     """An array of a file's tree."""
 
-    tensor: Tensor
-    is_complex: bool = False  # whether its last dimension is real and imaginary part
-    is_scalar: bool = False  # whether it was a NumPy scalar
-    is_tensor: bool = False  # whether it was a tensor of torch's
+    def __init__(self, tensor: Tensor, is_complex: bool, is_scalar: bool, is_tensor: bool) -> None:
+        self.tensor = tensor
+        self.is_complex = is_complex  # whether its last dimension is real and imaginary part
+        self.is_scalar = is_scalar  # whether it was a NumPy scalar
+        self.is_tensor = is_tensor  # whether it was a tensor of torch's
+
+    def __repr__(self) -> str:
+        return f"an array of {self.dtype}, shape {self.shape}"
 
     @property
     def dtype(self) -> str:
@@ -199,11 +212,14 @@ class _Packer:
         self.tensors: dict[str, Tensor] = {}
         self.steps: list[int] = []
         self.called: dict[Any, str] = {}  # the parameters of an optimizer, by number
+        self.counts: Counter[str] = Counter()  # of arrays whose paths are written the same
 
     def pack(self, label: str, value: Any, path: tuple[str, ...]) -> Any:
         """The JSON of a value, which errors call `label`."""
         if len(path) > _DEEPEST:
             raise ValueError(f"{label} must be at most {_DEEPEST} levels deep")
+        if type(value) is int and value.bit_length() > _BITS:
+            raise ValueError(f"{label} must be of at most {_BITS} bits, got {value.bit_length()}")
         if value is None or type(value) in (bool, int, str):
             return value
         if type(value) is float:
@@ -228,12 +244,20 @@ class _Packer:
         )
 
     def _state(self, label: str, state: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(state, dict) and "param_groups" in state:
-            entries = [one for one in state["state"].values() if isinstance(one, dict)]
-            counts = [_arrays.as_float(one.get("step")) for one in (state, *entries)]
-            self.steps.append(int(max((one for one in counts if one is not None), default=0)))
+        if isinstance(state, dict) and isinstance(state.get("param_groups"), list):
+            own = state.get("state")
+            entries = own.values() if isinstance(own, dict) else ()
+            counts = [
+                _arrays.as_float(one["step"])
+                for one in (state, *entries)
+                if isinstance(one, dict) and "step" in one
+            ]
+            known = [one for one in counts if one is not None and math.isfinite(one)]
+            self.steps.append(int(max(known, default=0)))
             for group in state["param_groups"]:  # which states have the names of
-                self.called.update(zip(group["params"], group.get("param_names", ()), strict=False))
+                if isinstance(group, dict):
+                    names = group.get("param_names") or ()
+                    self.called.update(zip(group.get("params", ()), names, strict=False))
         packed = self.pack(label, state, path)
         self.called = {}
         return packed
@@ -252,25 +276,26 @@ class _Packer:
         return {"dict": dict(items)} if all(type(key) is str for key in value) else {"items": items}
 
     def _array(self, label: str, value: Any, path: tuple[str, ...]) -> Any:
-        dtype, array = _arrays.as_plain(value, label)
+        dtype, shape, array = _arrays.as_plain(value, label)
         packed: dict[str, Any] = {}
         if dtype.startswith("complex"):
             real = array.real.dtype
             array = np.asarray(array, order="C")[..., None].view(real)
-            dtype, packed["complex"] = real.name, True
+            dtype, shape, packed["complex"] = real.name, array.shape, True
         if isinstance(value, np.generic):
             packed["scalar"] = True
         if _arrays.is_tensor(value):
             packed["torch"] = True
         if dtype not in CODES:
-            raise TypeError(f"{label} must be of {', '.join(CODES)}, got {dtype}")
+            raise TypeError(
+                f"{label} must be of {', '.join(CODES)}, complex64, complex128, got {dtype}"
+            )
         name = first = ".".join(path)
-        count = 1
         while name in self.tensors:  # as those of "a.b" in one dict and "b" in another called "a"
-            count += 1
-            name = f"{first}#{count}"
+            self.counts[first] += 1
+            name = f"{first}#{self.counts[first] + 1}"
         check_name(label, name)
-        self.tensors[name] = Tensor(CODES[dtype], array.shape, array)
+        self.tensors[name] = Tensor(CODES[dtype], shape, array)
         return {"array": name, **packed}
 
 
@@ -294,6 +319,15 @@ def _turn(value: Any) -> Turn | None:
     return turn if isinstance(turn, Turn) else None
 
 
+def _turns(value: Any, depth: int = 0) -> Iterator[Turn]:
+    """Those of all our optimizers in a tree."""
+    if isinstance(value, dict | list | tuple) and depth <= _DEEPEST:
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _turns(one, depth + 1)
+    elif turn := _turn(value):
+        yield turn
+
+
 # -- trees to objects ------------------------------------------------------------------------------
 
 
@@ -309,7 +343,7 @@ class _Reader:
 
     def read(self, packed: Any, depth: int = 0) -> Any:
         """The tree that was packed, with a Leaf for each array."""
-        if depth > _DEEPEST:
+        if depth > 2 * _DEEPEST + 4:  # each may be an object, which has a tree
             self.refuse(f"its tree is more than {_DEEPEST} levels deep")
         if packed is None or isinstance(packed, bool | int | float | str):
             return packed
@@ -326,21 +360,24 @@ class _Reader:
             if tag == "dict" and isinstance(inside, dict):
                 return {key: self.read(one, depth + 1) for key, one in inside.items()}
             if tag in ("items", "counter") and isinstance(inside, list):
-                pairs = [self._pair(one, depth) for one in inside]
-                return Counter(dict(pairs)) if tag == "counter" else dict(pairs)
+                pairs = dict(pairs_of := [self._pair(one, depth) for one in inside])
+                numbers = all(isinstance(one, int | float) for one in pairs.values())
+                if len(pairs) < len(pairs_of) or (tag == "counter" and not numbers):
+                    self.refuse(f"its tree has {shown(packed)}")
+                return Counter(pairs) if tag == "counter" else pairs
             if tag in _TAGS:
-                return self.read(inside, depth)
-        return self.refuse(f"its tree has {str(packed)[:80]}")
+                return self.read(inside, depth + 1)
+        return self.refuse(f"its tree has {shown(packed)}")
 
     def _pair(self, packed: Any, depth: int) -> tuple[Any, Any]:
         if isinstance(packed, list) and len(packed) == 2 and type(packed[0]) in (int, str):
             return packed[0], self.read(packed[1], depth + 1)
-        return self.refuse(f"its tree has {str(packed)[:80]}")
+        return self.refuse(f"its tree has {shown(packed)}")
 
     def _leaf(self, packed: dict[str, Any]) -> Leaf:
         name = packed["array"]
         if not isinstance(name, str) or name not in self.tensors:
-            self.refuse(f"its tree has {name!r}, which is no tensor of it")
+            self.refuse(f"its tree has {shown(name)}, which is no tensor of it")
         tensor, is_complex = self.tensors[name], "complex" in packed
         if is_complex and (tensor.code not in ("F32", "F64") or tensor.shape[-1:] != (2,)):
             self.refuse(f"its tree has {name!r} as complex, which is {tensor.code}")
@@ -358,12 +395,16 @@ def filled(
     contents = _safetensors.read(path)
     reader = _Reader(path, contents.tensors)
     head = _safetensors.parsed(path, contents.metadata.get(_TREE, ""))
-    if not isinstance(head, dict) or type(head.get("version")) is not int:
+    if not isinstance(head, dict) or type(head.get("version")) is not int or head["version"] < 1:
         reader.refuse("its header has no version")
     if head["version"] > _VERSION:
         reader.refuse(f"it has version {head['version']}, and {_VERSION} is the last known here")
     tree = reader.read({"dict": head.get("named")})
-    metadata = reader.read(head.get("metadata"))
+    metadata, step = reader.read(head.get("metadata")), head.get("step")
+    if not isinstance(metadata, dict):
+        reader.refuse(f"its metadata is {shown(metadata)}")
+    if step is not None and (type(step) is not int or step < 0):
+        reader.refuse(f"its step is {shown(step)}")
     if unused := contents.tensors.keys() - reader.used:
         reader.refuse(f"its tree has no place for {sorted(unused)[:8]}")
     if missing := named.keys() - tree.keys():
@@ -372,12 +413,13 @@ def filled(
     for name, target in named.items():
         if not _is_holder(target):
             raise TypeError(
-                f"{name} must be something to fill, got {target!r}: load returns what it was"
+                f"{name} must be something to fill, got {shown(target)}: load returns what it was"
             )
         fillings += _filled(name, target, tree[name])
+    rest = {name: _finished(one, as_array) for name, one in tree.items() if name not in named}
+    saved = Saved({name: named[name] if name in named else rest[name] for name in tree})
+    saved.metadata, saved.step = _finished(metadata, as_array), step
     _commit(fillings)
-    saved = Saved({name: _finished(one, as_array) for name, one in tree.items()} | dict(named))
-    saved.metadata, saved.step = _finished(metadata, as_array), head.get("step")
     return saved
 
 
@@ -394,6 +436,8 @@ def _finished(tree: Any, as_array: Callable[[Leaf], Any]) -> Any:
 
 def _is_holder(target: Any) -> bool:
     """Whether it is something that can be filled."""
+    if isinstance(target, np.generic):  # a number
+        return False
     plain = isinstance(target, FlatBuffer | dict | list | tuple)
     return plain or any(kind.fits(target) for kind in _KINDS) or _arrays.is_array(target)
 
@@ -408,8 +452,7 @@ def _filled(label: str, target: Any, tree: Any) -> Iterator[Filling]:
         yield _filled_array(label, target, tree)
         return
     if not isinstance(tree, dict | list | tuple):
-        found = "an array" if isinstance(tree, Leaf) else repr(tree)
-        raise TypeError(f"{label} must be of the file's kind, {found}, got {_kind(target)}")
+        raise _of_another_kind(label, target, tree)
     own = dict(target) if isinstance(target, Mapping) else dict(enumerate(target))
     saved = tree if isinstance(tree, dict) else dict(enumerate(tree))
     if own.keys() != saved.keys():
@@ -422,16 +465,23 @@ def _filled(label: str, target: Any, tree: Any) -> Iterator[Filling]:
         where = f"{label}[{key!r}]"
         if _is_holder(one):
             yield from _filled(where, one, saved[key])
-        elif isinstance(target, dict | list):
-            value = _finished(saved[key], as_saved)
-            yield Filling(functools.partial(target.__setitem__, key, value))
-        elif one != saved[key]:
-            raise ValueError(f"{where} must be {saved[key]!r}, as in the file, got {one!r}")
+            continue
+        leaf = saved[key]
+        value = _finished(leaf, as_saved)
+        if isinstance(target, dict | list):
+            put = functools.partial(target.__setitem__, key)
+            plain = type(target) in (dict, list, OrderedDict, Counter)  # which refuses nothing
+            undo = None if plain else functools.partial(put, one)
+            yield Filling(functools.partial(put, value), undo)
+            continue
+        is_array = isinstance(leaf, Leaf) and not leaf.is_scalar
+        if is_array or not (one == value or (one != one and value != value)):  # or both NaN
+            raise ValueError(f"{where} must be {shown(leaf)}, as in the file, got {one!r}")
 
 
 def _filled_array(label: str, target: Any, leaf: Any) -> Filling:
     if not isinstance(leaf, Leaf):
-        raise TypeError(f"{label} must be of the file's kind, {leaf!r}, got {_kind(target)}")
+        raise _of_another_kind(label, target, leaf)
     put = _arrays.writer(target, label)
     dtype, shape = _arrays.dtype_and_shape(target)
     if dtype != leaf.dtype:
@@ -441,32 +491,33 @@ def _filled_array(label: str, target: Any, leaf: Any) -> Filling:
     return Filling(lambda: put(leaf.tensor.values.reshape(-1)))
 
 
-def _kind(thing: Any) -> str:
-    return type(thing).__name__
+def _of_another_kind(label: str, target: Any, tree: Any) -> TypeError:
+    name = type(target).__name__
+    return TypeError(f"{label} must be of the file's kind, {shown(tree)}, got {name}")
 
 
 def _commit(fillings: list[Filling]) -> None:
-    """Fills all, or nothing."""
-    begun = []
-    try:
-        for one in sorted((f for f in fillings if f.undo), key=lambda filling: filling.late):
-            begun.append(one)
-            one.fill()
-    except BaseException:
-        for one in reversed(begun):
-            with contextlib.suppress(Exception):  # of what refused, and may do so again
-                one.undo()  # type: ignore[misc]  # chosen for having it
-        raise
-    # What cannot fail is finished also when it is interrupted, by Ctrl-C or a signal's handler.
+    """Fills all, or nothing, also when it is interrupted, by Ctrl-C or a signal's handler."""
+    refusing = sorted((f for f in fillings if f.undo), key=lambda filling: filling.late)
     left = deque(f for f in fillings if not f.undo)
+    begun: list[Filling] = []
     interrupted = None
-    for _ in range(len(left) + 8):
+    for _ in range(len(left) + 8):  # what cannot refuse is finished
         try:
+            for one in refusing[len(begun) :]:
+                begun.append(one)
+                one.fill()
+            refusing = []
             while left:
                 left[0].fill()
                 left.popleft()
             break
         except BaseException as error:
+            if refusing:
+                for one in reversed(begun):
+                    with contextlib.suppress(Exception):  # of what refused, and may do so again
+                        one.undo()  # type: ignore[misc]  # chosen for having it
+                raise
             interrupted = error
     if interrupted:
         raise interrupted
@@ -504,8 +555,10 @@ def _loading(label: str, target: Any, state: Any, before: Any, late: bool = Fals
     def fill() -> None:
         try:
             target.load_state_dict(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise type(error)(f"{label}: {error}") from error
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            kinds = (KeyError, RuntimeError, TypeError, ValueError)
+            kind = next(one for one in kinds if isinstance(error, one))
+            raise kind(f"{label}: {error}") from error
 
     return Filling(fill, lambda: target.load_state_dict(before), late)
 
@@ -514,7 +567,9 @@ def _filled_generator(label: str, target: Any, tree: Any) -> list[Filling]:
     bits, own = target.bit_generator, target.bit_generator.state
     kind = tree.get("bit_generator") if isinstance(tree, dict) else None
     if kind != own["bit_generator"]:
-        raise TypeError(f"{label} must be a generator of {kind}, got {own['bit_generator']}")
+        raise TypeError(
+            f"{label} must be a generator of {str(kind)[:80]}, got {own['bit_generator']}"
+        )
     state = _finished(tree, as_numpy)
 
     def put(state: Any) -> None:
@@ -527,8 +582,7 @@ def _filled_module(label: str, target: Any, tree: Any) -> list[Filling]:
     """Checked by name, shape and dtype first, as torch copies before it knows that all fits."""
     own = target.state_dict()
     if not isinstance(tree, dict):
-        found = "an array" if isinstance(tree, Leaf) else repr(tree)
-        raise TypeError(f"{label} must be of the file's kind, {found}, got {_kind(target)}")
+        raise _of_another_kind(label, target, tree)
 
     def extra(key: Any) -> bool:  # what a module checks itself, and keeps
         return str(key).rpartition(".")[2] == "_extra_state" and key in own
@@ -546,7 +600,7 @@ def _filled_module(label: str, target: Any, tree: Any) -> list[Filling]:
 def _filled_torch_generator(label: str, target: Any, tree: Any) -> list[Filling]:
     before = target.get_state()
     if not isinstance(tree, Leaf) or (tree.dtype, tree.shape) != ("uint8", tuple(before.shape)):
-        raise TypeError(f"{label} must be of the file's kind, got {_kind(target)}")
+        raise _of_another_kind(label, target, tree)
     state = as_tensor(tree)
     return [Filling(lambda: target.set_state(state), lambda: target.set_state(before))]
 

@@ -56,9 +56,9 @@ def load(path: str | os.PathLike[str], /, **named: Any) -> Saved:
 
     Args:
         path: of the file, of `fusedstep.torch.save` or `fusedstep.save`.
-        **named: objects to fill, by the names that they were saved under. Modules must have the
-            tensors that the file has, with their shapes and dtypes, on whatever device; optimizers
-            come before schedulers, as these look at them.
+        **named: objects to fill, by the names that they were saved under, in any order. Modules
+            must have the tensors that the file has, with their shapes and dtypes, on whatever
+            device.
 
     Returns:
         All names of the file, with the given objects under theirs, and the rest as in the file:

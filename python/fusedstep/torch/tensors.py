@@ -11,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from fusedstep import _arrays, _core, _gpu, _runtime, _storage
-from fusedstep._arrays import announcer
+from fusedstep._arrays import announcer, check_alone
 from fusedstep._storage import Kept, Stored
 
 DTYPES = (*(getattr(torch, name) for name in _arrays.DTYPES), torch.complex64, torch.complex128)
@@ -337,18 +337,6 @@ def _places(tensor: torch.Tensor) -> torch.Tensor:
     return torch.unique(offsets) * tensor.itemsize + tensor.data_ptr()
 
 
-def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    if tensor.numel() < 2:
-        return False
-    reach = 1
-    dims = zip(tensor.stride(), tensor.shape, strict=True)
-    for stride, size in sorted(dim for dim in dims if dim[1] > 1):
-        if stride < reach:  # each dimension steps over all that the smaller ones span, or may not
-            return len(_places(tensor)) < tensor.numel()
-        reach += (size - 1) * stride
-    return False
-
-
 def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
     """Raises ValueError if tensors share an element with each other or within themselves."""
     spans = []
@@ -356,11 +344,7 @@ def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
         if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
             continue  # said elsewhere
         check_memory(label, tensor)
-        if _overlaps_itself(tensor):
-            raise ValueError(
-                f"{label} must have memory of its own for each element, got shape"
-                f" {tuple(tensor.shape)} with strides {tensor.stride()}"
-            )
+        check_alone(label, tensor.shape, tensor.stride())
         begin = tensor.data_ptr()
         spans.append((begin, begin + _extent(tensor) * tensor.itemsize, label))
     spans.sort()
