@@ -60,9 +60,10 @@ PACKAGES = [
 
 
 def run(*command: object, **kwargs) -> str:
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, **kwargs)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, **kwargs)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}")
+        said = done.stdout + done.stderr  # QEMU warns of what it has not, so not shown otherwise
+        sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{said}")
     return done.stdout
 
 
@@ -123,7 +124,7 @@ def lines(name: str) -> list[str]:
     elif name != "native":
         python = ["qemu-x86_64", "-cpu", name, sys.executable]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(installed(arch))}
-    return run(*python, "-c", STEPS, cwd=PLACE, env=env, stderr=subprocess.DEVNULL).splitlines()
+    return run(*python, "-c", STEPS, cwd=PLACE, env=env).splitlines()
 
 
 def main() -> None:

@@ -169,8 +169,10 @@ def build(
     }
     if arch != os.uname().machine:
         environ["_PYTHON_HOST_PLATFORM"] = f"linux-{arch}"
-        environ["SETUPTOOLS_EXT_SUFFIX"] = f".cpython-3{version[2:]}-{arch}-linux-gnu.so"
+        suffix = f".cpython-3{version[2:]}-{arch}-linux-gnu.so"
+        environ["SETUPTOOLS_EXT_SUFFIX"] = suffix
         settings += [
+            f"cmake.define.PYTHON_MODULE_EXTENSION={suffix}",  # which pybind11 reads instead
             "cmake.define.CMAKE_SYSTEM_NAME=Linux",
             f"cmake.define.CMAKE_SYSTEM_PROCESSOR={arch}",
         ]
@@ -208,6 +210,8 @@ def finish(raw: Path, arch: str, dist: Path, folder: Path) -> Path:
         for entry in old.infolist():
             new.writestr(entry, old.read(entry), zipfile.ZIP_DEFLATED)
         module = max(new.infolist(), key=lambda entry: entry.file_size)
+    if f"-{arch}-" not in module.filename:
+        sys.exit(f"the module must be named for {arch}, got {module.filename}")
     size = packed.stat().st_size
     print(
         f"{packed.name}: {size:,} bytes, of which the module {module.compress_size:,}"
