@@ -50,9 +50,11 @@ class Environment:
         if not (python.parent.parent / "pyvenv.cfg").exists():
             place = PLACE / self.name
             shutil.rmtree(place, ignore_errors=True)
-            run(self.interpreter, "-m", "venv", "--without-pip", str(place))
+            made = subprocess.run([self.interpreter, "-m", "venv", str(place)])
+            if made.returncode:  # a distribution's may have no `ensurepip`
+                run(self.interpreter, "-m", "venv", "--without-pip", str(place))
             python = place / "bin" / "python"
-            install = (*PIP, str(python), "install", "-q")
+            install = (*pip(python), "install", "-q")
             run(*install, *TOOLS, *self.requirements)
             for tool in WHERE_BUILT:
                 subprocess.run([*install, "--only-binary=:all:", tool])
@@ -63,9 +65,9 @@ class Environment:
                 build = kernels.parent.parent
                 options.append(f"--config-settings=cmake.define.FUSEDSTEP_KERNELS={build}")
             made = ("wheel", "-q", "--no-deps", "-w", str(wheels), *options, str(ROOT))
-            run(*PIP, str(python), *made)
+            run(*pip(python), *made)
         (wheel,) = wheels.glob("*.whl")
-        run(*PIP, str(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
+        run(*pip(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel))
         return str(python)
 
     def test(self, arguments: list[str]) -> list[str]:
@@ -94,8 +96,6 @@ class Environment:
         return [*found.stdout.split(), *row]
 
 
-# One pip for all: a Python of a distribution may come without `ensurepip`.
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python")
 VERSIONS = """
 import importlib.metadata as m, platform, sys
 import fusedstep  # a module that does not declare itself fit for it turns the lock on
@@ -108,6 +108,14 @@ for name in ("numpy", "torch"):
         print("-", end=" ")
 """
 HEAD = ["Python", "NumPy", "torch", "passed", "failed", "skipped", "minutes"]
+
+
+def pip(python: Path) -> list[str]:
+    """An environment's own, which knows its tags (free-threaded: 24.1 and later), or this one's."""
+    own = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    if subprocess.run([*own, "--version"], capture_output=True).returncode == 0:
+        return own
+    return [sys.executable, *own[1:], "--python", str(python)]
 
 
 def minutes_since(begin: float) -> str:
