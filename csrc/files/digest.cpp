@@ -25,23 +25,34 @@ uint64_t round(uint64_t sum, uint64_t lane) { return rotated(sum + lane * kPrime
 
 }  // namespace
 
-uint64_t digest(const uint8_t* bytes, size_t n) {
-  const uint8_t* const end = bytes + n;
+uint64_t digest(const uint8_t* bytes, size_t n, uint8_t* copy) {
+  const uint8_t* end = bytes + n;
   uint64_t result = kPrime5;
   if (n >= 32) {
     // Four sums, which do not wait for each other; an array of them GCC would put into vectors,
     // which have no such product.
     uint64_t a = kPrime1 + kPrime2, b = kPrime2, c = 0, d = 0 - kPrime1;
     for (; end - bytes >= 32; bytes += 32) {
-      a = round(a, word<uint64_t>(bytes));
-      b = round(b, word<uint64_t>(bytes + 8));
-      c = round(c, word<uint64_t>(bytes + 16));
-      d = round(d, word<uint64_t>(bytes + 24));
+      const uint64_t lanes[] = {word<uint64_t>(bytes), word<uint64_t>(bytes + 8),
+                                word<uint64_t>(bytes + 16), word<uint64_t>(bytes + 24)};
+      if (copy) {
+        std::memcpy(copy, lanes, sizeof(lanes));
+        copy += sizeof(lanes);
+      }
+      a = round(a, lanes[0]);
+      b = round(b, lanes[1]);
+      c = round(c, lanes[2]);
+      d = round(d, lanes[3]);
     }
     result = rotated(a, 1) + rotated(b, 7) + rotated(c, 12) + rotated(d, 18);
     for (const uint64_t one : {a, b, c, d}) result = (result ^ round(0, one)) * kPrime1 + kPrime4;
   }
   result += n;
+  if (copy) {  // whose last bytes are digested where they are now
+    std::memcpy(copy, bytes, end - bytes);
+    end = copy + (end - bytes);
+    bytes = copy;
+  }
   for (; end - bytes >= 8; bytes += 8) {
     result = rotated(result ^ round(0, word<uint64_t>(bytes)), 27) * kPrime1 + kPrime4;
   }

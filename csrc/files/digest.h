@@ -9,6 +9,9 @@ namespace fusedstep {
 // XXH64 with seed 0: 64 bits that any change of the bytes changes, but for one in 2^64. It is no
 // signature: whoever wants another file with the same digest can make one.
 // https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
-uint64_t digest(const uint8_t* bytes, size_t n);
+//
+// The bytes are copied where `copy` is given, and read once: of bytes that change meanwhile the digest
+// is the copy's.
+uint64_t digest(const uint8_t* bytes, size_t n, uint8_t* copy = nullptr);
 
 }  // namespace fusedstep

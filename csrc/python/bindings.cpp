@@ -59,21 +59,34 @@ std::vector<uint64_t> digests(const py::buffer& buffer, int64_t size) {
   return result;
 }
 
-// The digest of a contiguous buffer, computed while Python goes on. Not by a thread of Python's: its
-// start() waits without end for one that found no memory as it began.
+// Copies a contiguous buffer into another, and digests the copy, while Python goes on: who writes to
+// the first meanwhile changes nothing in between. Not by a thread of Python's: its start() waits
+// without end for one that found no memory as it began.
 class Digesting {
  public:
-  explicit Digesting(const py::buffer& buffer)
-      : info_(buffer.request()),
-        digest_(elsewhere([data = static_cast<const uint8_t*>(info_.ptr),
-                           n = info_.size * info_.itemsize] { return digest(data, n); })) {}
+  Digesting(const py::buffer& source, const py::buffer& copy)
+      : source_(source.request()), copy_(copy.request(true)) {
+    const auto bytes = [](const py::buffer_info& info) {
+      return info.ndim == 1 && info.strides[0] == info.itemsize ? info.size * info.itemsize : -1;
+    };
+    const int64_t n = bytes(source_);
+    if (n < 0 || bytes(copy_) != n) {
+      throw py::value_error("source and copy must be contiguous, of one dimension and one size");
+    }
+    digest_ = elsewhere([this, n] {
+      return digest(static_cast<const uint8_t*>(source_.ptr), n, static_cast<uint8_t*>(copy_.ptr));
+    });
+  }
+  Digesting(const Digesting&) = delete;
+  Digesting& operator=(const Digesting&) = delete;
+
   uint64_t result() {
     const Unlocked unlocked;
     return digest_.get();
   }
 
  private:
-  py::buffer_info info_;  // outlives the digest, whose end its destructor awaits
+  py::buffer_info source_, copy_;  // outlive the digest, whose end its destructor awaits
   std::future<uint64_t> digest_;
 };
 
@@ -323,7 +336,7 @@ void collected(PyHeapTypeObject* heap_type) {
   m.def("digests", digests, py::arg("buffer"), py::arg("size"));
 
   py::class_<Digesting>(m, "Digesting")
-      .def(py::init<py::buffer>(), py::arg("buffer"))
+      .def(py::init<py::buffer, py::buffer>(), py::arg("source"), py::arg("copy"))
       .def("result", &Digesting::result);
 
   m.def("turn", turn);

@@ -110,12 +110,18 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     tensors = dict(sorted(contents.tensors.items(), key=lambda item: -_SIZES[item[1].code]))
     total = sum(tensor.nbytes for tensor in tensors.values())
     digests = [0] * -(-total // _PIECE)
+    # Each piece is copied and digested while the one before is written, both from the copies: who
+    # writes to an array meanwhile cannot change it between its digest and the disk.
+    copies = [memoryview(bytearray(min(total, _PIECE))) for _ in range(2)]
     with _replacing(path) as file:
         file.write(_header(contents.metadata, tensors, digests))
+        before = b""
         for i, piece in enumerate(_pieces(tensors.values())):
-            digest = _core.Digesting(piece)  # while it is written; both from a copy
-            file.write(piece)
-            digests[i] = digest.result()
+            copy = copies[i % 2][: len(piece)]
+            digest = _core.Digesting(piece, copy)
+            file.write(before)
+            digests[i], before = digest.result(), copy
+        file.write(before)
         file.seek(0)
         file.write(_header(contents.metadata, tensors, digests))
 
@@ -155,26 +161,28 @@ def _json(value: Any) -> bytes:
         raise ValueError(f"named must have text that UTF-8 has: {error}") from None
 
 
-def _pieces(tensors: Any) -> Iterator[memoryview]:
+def _pieces(tensors: Any) -> Iterator[Any]:
     """The bytes of all tensors, in a row, in pieces of which only the last may be shorter.
 
-    Each is a copy, in one memory: who writes to an array meanwhile cannot change it between its
-    digest and the disk.
+    A piece is a tensor's own memory where it lies in one tensor.
     """
-    piece = memoryview(bytearray(_PIECE))
-    n = 0
+    kept = bytearray()
     for tensor in tensors:
         for part in _parts(tensor.values):
             at = 0
             while at < len(part):
-                taken = part[at : at + _PIECE - n]
-                piece[n : n + len(taken)] = taken
-                at, n = at + len(taken), n + len(taken)
-                if n == _PIECE:
-                    yield piece
-                    n = 0
-    if n:
-        yield piece[:n]
+                if not kept and len(part) - at >= _PIECE:
+                    yield part[at : at + _PIECE]
+                    at += _PIECE
+                    continue
+                taken = part[at : at + _PIECE - len(kept)]
+                kept += taken
+                at += len(taken)
+                if len(kept) == _PIECE:
+                    yield kept
+                    kept = bytearray()
+    if kept:
+        yield kept
 
 
 def _parts(values: Any) -> Iterator[memoryview]:

@@ -53,9 +53,9 @@ def save(
     The file is written beside its place, flushed to the disk, and renamed into it: whenever the
     process dies, or the disk is full, the old file or the new one is there, whole. A digest of
     each 4 MiB, and of the header, tells when one byte has changed since. Arrays are written from
-    where they lie, in pieces: a save takes 9 MiB of memory, and that of the largest array on a GPU;
-    complex and conjugated arrays are copied first where they are strided. (On Windows a file cannot
-    be replaced while arrays of it that were loaded are in use.)
+    where they lie, in pieces: a save takes 13 MiB of memory, and that of the largest array on a
+    GPU; complex and conjugated arrays are copied first where they are strided. (On Windows a file
+    cannot be replaced while arrays of it that were loaded are in use.)
 
     Our optimizers, also those in dicts and lists, step in no other thread meanwhile. Other threads
     that write to the arrays must be kept from it: the file would have some of the old values and
