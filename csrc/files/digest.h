@@ -10,8 +10,8 @@ namespace fusedstep {
 // signature: whoever wants another file with the same digest can make one.
 // https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 //
-// The bytes are copied where `copy` is given, and read once: of bytes that change meanwhile the digest
-// is the copy's.
+// The bytes are copied where `copy` is given: of bytes that change meanwhile the
+// digest is the copy's.
 uint64_t digest(const uint8_t* bytes, size_t n, uint8_t* copy = nullptr);
 
 }  // namespace fusedstep
