@@ -229,7 +229,7 @@ def torches(session: nox.Session) -> None:
 
 @nox.session
 def ports(session: nox.Session) -> None:
-    """The core compiled for Windows and macOS, or the targets given; its bits under Wine."""
+    """The core compiled for Windows, macOS and musl, or the targets given; its bits there."""
     session.install("ziglang==0.17.*", "pybind11")
     session.run("python", ".ci/ports.py", *session.posargs)
 

@@ -1,9 +1,10 @@
-"""The core compiled for Windows and macOS, by the Clang in PyPI's `ziglang`, and run under Wine.
+"""The core compiled for Windows, macOS and musl, by the Clang in PyPI's `ziglang`, and run.
 
 What includes no Python header is compiled for each system and set, warnings being errors, and what
-does is read with this Python's headers, which are macOS's but for a few lines. Where there is Wine,
-tests/native's programs must print under Windows' sets what they print here. Arguments are targets,
-all if there are none: `python .ci/ports.py x86_64-windows-gnu`.
+does is read with this Python's headers, which are macOS's but for a few lines. What tests/native's
+programs print here they must print with musl, of which zig links them, and, where there is Wine,
+under Windows. Arguments are targets, all if there are none:
+`python .ci/ports.py x86_64-windows-gnu`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import pybind11
 CSRC = Path("csrc")
 NATIVE = Path("tests/native")
 HERE = "x86_64-linux-gnu"  # by this system's own compiler
+MUSL = "x86_64-linux-musl"  # of Alpine and others; programs for it run here
 WINDOWS = "x86_64-windows-gnu"
-TARGETS = (WINDOWS, "aarch64-windows-gnu", "x86_64-macos", "aarch64-macos")
+TARGETS = (MUSL, WINDOWS, "aarch64-windows-gnu", "x86_64-macos", "aarch64-macos")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")))
 SETS = {
@@ -131,22 +133,21 @@ def usable(isa: str) -> bool:
     return {"scalar": True, "avx2": "avx2" in flags}.get(isa, f"{isa}vl" in flags)
 
 
-def run_windows(objects: Objects, wine: str) -> None:
-    quiet = {"WINEDEBUG": "-all", "FUSEDSTEP_ISA": "scalar"}
-    if (
-        execute(wine, objects.engine(WINDOWS), **quiet).split()
-        != execute(objects.engine(HERE), FUSEDSTEP_ISA="scalar").split()
-    ):
-        sys.exit("the engine steps otherwise under Windows")
-    print("windows, engine: as here")
+def compare(objects: Objects, target: str, *emulator: str) -> None:
+    """The programs print there, under each set, what they print here under the scalar one."""
+    scalar = {"FUSEDSTEP_ISA": "scalar", "WINEDEBUG": "-all"}
+    there = execute(*emulator, objects.engine(target), **scalar).split()
+    if there != execute(objects.engine(HERE), **scalar).split():
+        sys.exit(f"the engine steps otherwise on {target}")
+    print(f"{target}, engine: as here")
     expected = execute(objects.identity(HERE, "scalar")).splitlines()
     for isa in SETS["x86_64"]:
         if not usable(isa):
-            print(f"windows, {isa}: not run, as this processor has it not")
+            print(f"{target}, {isa}: not run, as this processor has it not")
             continue
-        if execute(wine, objects.identity(WINDOWS, isa), **quiet).splitlines() != expected:
-            sys.exit(f"other bits under Windows than here: {isa}")
-        print(f"windows, {isa}: the {len(expected)} hashes of scalar here")
+        if execute(*emulator, objects.identity(target, isa), **scalar).splitlines() != expected:
+            sys.exit(f"other bits on {target} than here: {isa}")
+        print(f"{target}, {isa}: the {len(expected)} hashes of scalar here", flush=True)
 
 
 def main(targets: Sequence[str]) -> None:
@@ -154,12 +155,14 @@ def main(targets: Sequence[str]) -> None:
         objects = Objects(Path(folder))
         compile_everything(objects, targets)
         print(f"compiled for {', '.join(targets)}", flush=True)
+        if MUSL in targets:
+            compare(objects, MUSL)
         if WINDOWS not in targets:
             return
         wine = shutil.which("wine64") or shutil.which("wine64", path="/usr/lib/wine")
         if not wine:
             sys.exit("wine64 is not on PATH: nothing was run")
-        run_windows(objects, wine)
+        compare(objects, WINDOWS, wine)
 
 
 if __name__ == "__main__":
