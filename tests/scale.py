@@ -202,6 +202,8 @@ def tensors(n: int = 100_000) -> None:
         path = Path(folder, "many.safetensors")
         with timed("save"):
             fs.save(path, params=many, optimizer=opt)
+        for array in many:
+            array[...] = 0
         with timed("load"):
             fs.load(path, params=many, optimizer=opt)
     check(many, "a file")
@@ -350,12 +352,13 @@ def _ema(opt: Any, _: Any) -> None:
 def _file(load: bool) -> Situation:
     params, grads, opt = _run()
     opt.step(grads)
-    path = Path(tempfile.mkdtemp(), "run.safetensors")
+    folder = tempfile.TemporaryDirectory()  # until the situation, which holds it, is over
+    path = Path(folder.name, "run.safetensors")
     fs.save(path, params=params, optimizer=opt)
     call = fs.load if load else fs.save
     return Situation(
         lambda: call(path, params=params, optimizer=opt),
-        lambda: (path.read_bytes(), _seen(params, opt)),
+        lambda: (Path(folder.name, path.name).read_bytes(), _seen(params, opt)),
     )
 
 

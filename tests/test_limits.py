@@ -43,7 +43,8 @@ found = [
 ]
 assert all("bytes, more than the system grants" in text for text in found), found
 assert opt.steps == 1 and (params["w"] == 0.5).all()
-path = tempfile.mkdtemp() + "/run.safetensors"
+folder = tempfile.TemporaryDirectory()
+path = folder.name + "/run.safetensors"
 # Saved, or not: but not waited for without end.
 told = limited(lambda: fs.save(path, params=params, optimizer=opt))
 assert told is None or isinstance(told, str)

@@ -684,10 +684,23 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word.rfind("--", 0) == 0) {
-      const double value = ++i < argc ? std::atof(argv[i]) : 0;
-      if (word == "--seconds") seconds = value;
-      if (word == "--elements") wanted = value;
-      if (word == "--seed") seed = static_cast<uint64_t>(value);
+      char* end = nullptr;
+      const double value = ++i < argc ? std::strtod(argv[i], &end) : 0;
+      if (!end || end == argv[i] || *end || value < 0) {
+        std::fprintf(stderr, "%s must have a number >= 0\n", word.c_str());
+        return 2;
+      }
+      if (word == "--seconds") {
+        seconds = value;
+      } else if (word == "--elements") {
+        wanted = value;
+      } else if (word == "--seed") {
+        seed = static_cast<uint64_t>(value);
+      } else {
+        std::fprintf(stderr, "%s is unknown: --seconds, --elements, --seed, or files\n",
+                     word.c_str());
+        return 2;
+      }
       continue;
     }
     std::FILE* file = std::fopen(word.c_str(), "rb");
