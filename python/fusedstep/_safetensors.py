@@ -115,7 +115,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     copies = [memoryview(bytearray(min(total, _PIECE))) for _ in range(2)]
     with _replacing(path) as file:
         file.write(_header(contents.metadata, tensors, digests))
-        before = b""
+        before = memoryview(b"")
         for i, piece in enumerate(_pieces(tensors.values())):
             copy = copies[i % 2][: len(piece)]
             digest = _core.Digesting(piece, copy)
