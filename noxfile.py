@@ -179,7 +179,7 @@ def coverage(session: nox.Session) -> None:
     (where / "cpp").mkdir(exist_ok=True)
     session.run(
         *("gcovr", "--root", ".", "--filter", "csrc/", str(where), "--exclude-throw-branches"),
-        *("--merge-mode-functions", "merge-use-line-0"),
+        *("--merge-lines", "--merge-mode-functions", "merge-use-line-0"),  # templates' are one
         *("--gcov-ignore-parse-errors", "negative_hits.warn"),
         *("--txt", "--print-summary", "--html-nested", str(where / "cpp" / "index.html")),
     )
