@@ -171,9 +171,11 @@ def coverage(session: nox.Session) -> None:
         old.unlink()
     left_out = [f"--ignore=tests/test_{name}.py" for name in ("symbols", "adding", "cross")]
     session.run(
-        *("python", "-m", "pytest", "-q", "--cov", "--cov-report=term-missing:skip-covered"),
+        # Said here, as pytest-cov asks before conftest.py does.
+        *("python", "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile"),
+        *("--cov", "--cov-report=term-missing:skip-covered"),
         *(f"--cov-report=html:{where / 'python'}", *left_out, *session.posargs),
-        env={"PYTHONPATH": str(where / "package")},
+        env={"PYTHONPATH": str(where / "package"), "OMP_NUM_THREADS": "1"},
         success_codes=[0, 1],  # a report is wanted of a suite that fails too
     )
     (where / "cpp").mkdir(exist_ok=True)
