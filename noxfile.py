@@ -175,7 +175,13 @@ def coverage(session: nox.Session) -> None:
         *("python", "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile"),
         *("--cov", "--cov-report=term-missing:skip-covered"),
         *(f"--cov-report=html:{where / 'python'}", *left_out, *session.posargs),
-        env={"PYTHONPATH": str(where / "package"), "OMP_NUM_THREADS": "1"},
+        # Where allocations fail, coverage's own tracer does.
+        *("--deselect", "tests/test_limits.py::test_an_allocation_that_fails_leaves_old_or_new"),
+        env={
+            "PYTHONPATH": str(where / "package"),
+            "OMP_NUM_THREADS": "1",
+            "FUSEDSTEP_COUNTERS": "1",
+        },
         success_codes=[0, 1],  # a report is wanted of a suite that fails too
     )
     (where / "cpp").mkdir(exist_ok=True)
