@@ -9,6 +9,7 @@ reference: rounded to double it would be a fair part of what float64 results may
 
 import inspect
 import itertools
+import math
 
 import pytest
 
@@ -24,6 +25,17 @@ CASES = {
         {"lr": 0.3, "momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05},
         {"lr": 0.3, "momentum": 0.9, "nesterov": True},
         {"lr": 0.3, "momentum": 0.7, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+        {
+            "lr": 0.3,
+            "momentum": 0.8,
+            "dampening": 0.3,
+            "dampen_first": True,
+            "nesterov": True,
+            "dampened_nesterov": True,
+            "lr_in_momentum": True,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+        },
         {"lr": 0.0, "momentum": 0.9},
     ],
     "Lion": [
@@ -39,6 +51,13 @@ CASES = {
         {"lr": 1.0, "lr_decay": 0.1},
         {"lr": 0.5, "initial_accumulator_value": 0.1, "eps": 0.0, "weight_decay": 0.1},
         {"lr": 0.5, "eps": 0.5, "weight_decay": 0.1, "maximize": True},
+        {
+            "lr": 0.5,
+            "eps": 0.1,
+            "eps_root": 0.2,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+        },
         {"lr": 0.0},
     ],
     "RMSprop": [
@@ -50,6 +69,20 @@ CASES = {
         {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.1},
         {"lr": 0.3, "momentum": 0.7, "centered": True, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.3, "eps": 0.0},
+        {"lr": 0.3, "momentum": 0.8, "nesterov": True, "eps_root": 0.1, "bias_correction": True},
+        {
+            "lr": 0.3,
+            "alpha": 0.9,
+            "eps": 0.1,
+            "eps_root": 0.1,
+            "centered": True,
+            "momentum": 0.8,
+            "lr_in_momentum": True,
+            "initial_accumulator_value": 1.0,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+        },
+        {"lr": 0.3, "eps_root": 0.1, "bias_correction": True},
         {"lr": 0.0, "momentum": 0.9},
     ],
     "Adadelta": [
@@ -57,6 +90,7 @@ CASES = {
         {"lr": 0.5, "rho": 0.8, "eps": 1e-3},
         {"lr": 0.5, "weight_decay": 0.1},
         {"lr": 0.5, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
         {"eps": 0.0},
         {"lr": 0.0},
     ],
@@ -79,6 +113,17 @@ CASES = {
         },
         {"lr": 0.1, "bias_correction": False},
         {"lr": 0.1, "bias_correction": False, "amsgrad": True, "weight_decay": 0.1},
+        {
+            "lr": 0.3,
+            "betas": (0.8, 0.9),
+            "eps": 0.1,
+            "eps_root": 0.1,
+            "eps_hat": True,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+            "decay_after": True,
+        },
+        {"lr": 0.3, "amsgrad": True, "amsgrad_corrected": True, "eps_root": 0.1},
         {"lr": 0.0},
     ],
     "AdamW": [
@@ -88,6 +133,15 @@ CASES = {
         {"lr": 0.3, "weight_decay": 0.0, "eps": 0.0},
         {"lr": 0.3, "amsgrad": True},
         {"lr": 0.1, "bias_correction": False, "weight_decay": 0.1},
+        {
+            "lr": 0.3,
+            "eps": 0.1,
+            "eps_root": 0.1,
+            "eps_hat": True,
+            "decay_after": True,
+            "amsgrad": True,
+            "amsgrad_corrected": True,
+        },
         {"lr": 0.0},
     ],
     "Adamax": [
@@ -96,6 +150,13 @@ CASES = {
         {"lr": 0.3, "betas": (0.5, 0.99), "weight_decay": 0.1},
         {"lr": 0.3, "weight_decay": 0.1, "maximize": True},
         {"lr": 0.3, "betas": (0.0, 0.9), "eps": 0.0},
+        {
+            "lr": 0.3,
+            "eps_norm": 0.1,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": True,
+        },
+        {"lr": 0.3, "eps_divisor": 0.1, "bias_correction": False},
         {"lr": 0.0},
     ],
     "NAdam": [
@@ -107,6 +168,7 @@ CASES = {
         {"lr": 0.3, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
         {"lr": 0.3, "betas": (0.0, 0.9)},
         {"lr": 0.3, "eps": 0.0, "momentum_decay": 0.0},
+        {"lr": 0.3, "eps": 0.1, "eps_root": 0.1, "momentum_decay": math.inf},
         {"lr": 0.0},
     ],
     "RAdam": [
@@ -117,6 +179,7 @@ CASES = {
         {"lr": 0.3, "weight_decay": 0.1, "decoupled_weight_decay": True},
         {"lr": 0.3, "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True},
         {"lr": 0.3, "betas": (0.0, 0.9), "eps": 0.0},
+        {"lr": 0.3, "eps": 0.1, "eps_root": 0.1, "eps_hat": False, "threshold": 4.0},
         {"lr": 0.0},
     ],
     "ASGD": [
@@ -124,6 +187,7 @@ CASES = {
         {"lr": 0.5, "lambd": 0.1, "alpha": 0.5, "t0": 1.0},
         {"lr": 0.5, "lambd": 0.2, "t0": 3.0, "weight_decay": 0.1},
         {"lr": 0.5, "alpha": 1.0, "t0": 0.0, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
         {"lr": 0.0, "t0": 2.0},
     ],
     "Rprop": [
@@ -131,6 +195,7 @@ CASES = {
         {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.05, 0.4)},
         {"lr": 0.5, "weight_decay": 0.1},
         {"lr": 0.5, "weight_decay": 0.1, "maximize": True},
+        {"lr": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": True},
         {"lr": 0.0},
     ],
 }

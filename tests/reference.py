@@ -17,11 +17,15 @@ from cases import defaults
 def sgd(p, g, state, t, h):  # Polyak 1964; Sutskever et al. 2013
     if h.momentum == 0:
         return p - h.lr * g, {}
-    b = g
-    if "momentum_buffer" in state:
-        b = h.momentum * state["momentum_buffer"] + (1 - h.dampening) * g
+    rate = h.lr
+    if h.lr_in_momentum:
+        g, rate = h.lr * g, 1
+    first = "momentum_buffer" not in state
+    b = g if first and not h.dampen_first else (1 - h.dampening) * g
+    if not first:
+        b = h.momentum * state["momentum_buffer"] + b
     d = g + h.momentum * b if h.nesterov else b
-    return p - h.lr * d, {"momentum_buffer": b}
+    return p - rate * d, {"momentum_buffer": b}
 
 
 def lion(p, g, state, t, h):  # Chen et al. 2023
@@ -34,19 +38,24 @@ def lion(p, g, state, t, h):  # Chen et al. 2023
 def adagrad(p, g, state, t, h):  # Duchi, Hazan, Singer 2011
     s = state["sum"] + g**2
     rate = h.lr / (1 + (t - 1) * h.lr_decay)
-    return p - rate * g / (np.sqrt(s) + h.eps), {"sum": s}
+    return p - rate * g / (np.sqrt(s + h.eps_root) + h.eps), {"sum": s}
 
 
 def rmsprop(p, g, state, t, h):  # Tieleman & Hinton 2012; centered: Graves 2013
     after = {"square_avg": h.alpha * state["square_avg"] + (1 - h.alpha) * g**2}
-    variance = after["square_avg"]
+    bias = 1 - h.alpha**t if h.bias_correction else 1
+    variance = after["square_avg"] / bias
     if h.centered:
         after["grad_avg"] = h.alpha * state["grad_avg"] + (1 - h.alpha) * g
-        variance = variance - after["grad_avg"] ** 2
-    d = g / (np.sqrt(variance) + h.eps)
-    if h.momentum > 0:
-        d = after["momentum_buffer"] = h.momentum * state["momentum_buffer"] + d
-    return p - h.lr * d, after
+        variance = variance - (after["grad_avg"] / bias) ** 2
+    d = g / (np.sqrt(variance + h.eps_root) + h.eps)
+    if h.momentum == 0:
+        return p - h.lr * d, after
+    rate = h.lr
+    if h.lr_in_momentum:
+        d, rate = h.lr * d, 1
+    b = after["momentum_buffer"] = h.momentum * state["momentum_buffer"] + d
+    return p - rate * (d + h.momentum * b if h.nesterov else b), after
 
 
 def adadelta(p, g, state, t, h):  # Zeiler 2012
@@ -67,25 +76,30 @@ def adam(p, g, state, t, h):  # Kingma & Ba 2015; amsgrad: Reddi et al. 2018
     m, v, after = moments(g, state, h)
     if not h.betas[0]:
         del after["exp_avg"]  # which is the gradient
+    bias1, bias2 = (1 - beta**t for beta in h.betas) if h.bias_correction else (1, 1)
+    if h.amsgrad_corrected:
+        v = v / bias2
     if h.amsgrad:
         v = after["max_exp_avg_sq"] = np.maximum(state["max_exp_avg_sq"], v)
-    if h.bias_correction:
-        m, v = m / (1 - h.betas[0] ** t), v / (1 - h.betas[1] ** t)
-    return p - h.lr * m / (np.sqrt(v) + h.eps), after
+    if not h.amsgrad_corrected:
+        v = v / bias2
+    eps = h.eps / np.sqrt(bias2) if h.eps_hat else h.eps
+    return p - h.lr * m / bias1 / (np.sqrt(v + h.eps_root) + eps), after
 
 
-def adamax(p, g, state, t, h):  # Kingma & Ba 2015, eps as in torch
+def adamax(p, g, state, t, h):  # Kingma & Ba 2015
     beta1, beta2 = h.betas
     m = beta1 * state["exp_avg"] + (1 - beta1) * g
-    u = np.maximum(beta2 * state["exp_inf"], np.abs(g) + h.eps)
-    return p - h.lr / (1 - beta1**t) * m / u, {"exp_avg": m, "exp_inf": u}
+    u = np.maximum(beta2 * state["exp_inf"] + h.eps_norm, np.abs(g) + h.eps)
+    bias1 = 1 - beta1**t if h.bias_correction else 1
+    return p - h.lr / bias1 * m / (u + h.eps_divisor), {"exp_avg": m, "exp_inf": u}
 
 
 def nadam(p, g, state, t, h):  # Dozat 2016
     mu, mu_next = (h.betas[0] * (1 - 0.5 * 0.96 ** (i * h.momentum_decay)) for i in (t, t + 1))
     m, v, after = moments(g, state, h)
     product = after["mu_product"] = (state["mu_product"] if t > 1 else 1) * mu
-    d = np.sqrt(v / (1 - h.betas[1] ** t)) + h.eps
+    d = np.sqrt(v / (1 - h.betas[1] ** t) + h.eps_root) + h.eps
     p = p - h.lr * (1 - mu) / (1 - product) * g / d
     return p - h.lr * mu_next / (1 - product * mu_next) * m / d, after
 
@@ -96,9 +110,11 @@ def radam(p, g, state, t, h):  # Liu et al. 2020
     step = h.lr * m / (1 - beta1**t)
     r_inf = 2 / (1 - beta2) - 1
     r_t = r_inf - 2 * t * beta2**t / (1 - beta2**t)
-    if r_t > 5:
+    if r_t > h.threshold:
         r = np.sqrt((r_t - 4) * (r_t - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r_t))
-        step = step * r * np.sqrt(1 - beta2**t) / (np.sqrt(v) + h.eps)
+        bias = np.sqrt(1 - beta2**t)
+        eps = h.eps / bias if h.eps_hat else h.eps
+        step = step * r / (np.sqrt(v / bias**2 + h.eps_root) + eps)
     return p - step, after
 
 
@@ -140,11 +156,15 @@ def step(name, p, g, state, t, hypers):
     h = SimpleNamespace(**{**getattr(fs, name)._spec.fixed, **defaults(name), **hypers})
     if h.maximize:
         g = -g
-    if getattr(h, "decoupled_weight_decay", False):
-        p = p * (1 - h.lr * h.weight_decay)
+    kept = 1
+    if h.decoupled_weight_decay:
+        kept = 1 - h.lr * h.weight_decay
     else:
         g = g + h.weight_decay * p
-    return RULES[name](p, g, state, t, h)
+    if not getattr(h, "decay_after", False):
+        p, kept = kept * p, 1
+    p, after = RULES[name](p, g, state, t, h)
+    return kept * p, after
 
 
 def carried(name, t, hypers):

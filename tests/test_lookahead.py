@@ -170,3 +170,18 @@ def test_look_ahead_names_a_buffer_of_another_shape():
     with pytest.raises(ValueError, match=wanted), opt.lookahead():
         pass
     assert bits(param) == before
+
+
+def test_look_ahead_of_a_buffer_that_has_the_rate_takes_it_as_it_is():
+    # At a constant rate both forms are one method.
+    found = []
+    for within in (False, True):
+        p = np.array([1.0, -2.0])
+        opt = fs.SGD(p, lr=0.25, momentum=0.5, lr_in_momentum=within)
+        for _ in range(4):
+            with opt.lookahead():
+                g = 2 * p
+            opt.step(g)
+        found.append(p)
+    assert np.array_equal(*found)
+    assert found[0][0] != 1

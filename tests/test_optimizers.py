@@ -678,9 +678,7 @@ def test_state_dict_keys_are_torch_s(name, hypers):
         assert set(found) == set(expected)
         for key, value in expected.items():
             assert np.shape(found[key]) == tuple(torch.as_tensor(value).shape)
-    ours_only = {"bias_correction", "param_names"} | (
-        {"weight_decay"} if name == "Rprop" else set()
-    )
+    ours_only = {"param_names", *getattr(fs, name)._spec.always}
     how_not_what = {"foreach", "fused", "capturable", "differentiable"}
     (mine,), (its,) = ours["param_groups"], theirs["param_groups"]
     assert set(mine) - ours_only == set(its) - how_not_what

@@ -517,12 +517,13 @@ def test_rules_that_do_not_divide_have_no_denominator(name):
 
 def test_divisors_of_the_core_refuse_what_is_no_state():
     one, two = np.ones(1), np.ones(2)
+    adamax = [0.1, 0.9, 0.99, 1e-8, 0.0, 0.0, 1.0]
     for rule, hypers, states, message in (
-        ("sgd", [0.1, 0.9, 0.0, 0.0], [one], "rule must be one that divides, got sgd"),
-        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one], "states must have 2 entries, got 1"),
-        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one, None], "states must have exp_inf"),
-        ("adamax", [0.1, 0.9, 0.99, 1e-8], [one, two], "states must have one size"),
-        ("adamax", [0.1], [one, one], "hypers must have 4 entries, got 1"),
+        ("sgd", [0.1, 0.9, 0.0, 0.0, 0.0, 0.0], [one], "rule must be one that divides, got sgd"),
+        ("adamax", adamax, [one], "states must have 2 entries, got 1"),
+        ("adamax", adamax, [one, None], "states must have exp_inf"),
+        ("adamax", adamax, [one, two], "states must have one size"),
+        ("adamax", [0.1], [one, one], "hypers must have 7 entries, got 1"),
         ("adamax2", [0.1], [one, one], "rule must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

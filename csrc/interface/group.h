@@ -5,9 +5,12 @@
 
 namespace fusedstep {
 
+// Whether weight decay is part of the gradient, or shrinks the parameter before or after the update.
+enum Decoupled { kPartOfGradient, kBeforeUpdate, kAfterUpdate };
+
 // What holds for all tensors of a group in one step.
 struct Group {
-  int maximize, decoupled;  // flags; ints leave no padding, as tables are compared as bytes
+  int maximize, decoupled;  // ints leave no padding, as tables are compared as bytes; see Decoupled
   double weight_decay;
   double hypers[kMaxHypers];  // in the rule's order, lr first
   Stream lr = {};             // in the device's memory, in place of the first hyperparameter

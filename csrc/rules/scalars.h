@@ -32,15 +32,19 @@ FN Row prepare(const Group& group, Clock& clock, double factor, const Options& o
   static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars,
                 "interface/kernels.h: kMaxScalars");
   ++clock.t;
-  row.decay = group.weight_decay != 0 && !group.decoupled ? kCoupled : kScaled;
-  row.variant = Rule::prepare(hypers_of<Rule>(group.hypers), clock, step);
+  auto hypers = hypers_of<Rule>(group.hypers);
+  double kept = 1;  // of the parameter; 1 without decay, even where lr is infinite
+  row.decay = group.weight_decay != 0 && group.decoupled == kPartOfGradient ? kCoupled : kScaled;
+  if (group.weight_decay != 0 && row.decay == kScaled) {
+    kept = 1 - group.hypers[0] * group.weight_decay;
+    // (p - lr*d)*kept = p*kept - (lr*kept)*d: what comes after shrinks the update too.
+    const double rate = group.hypers[0] * kept;
+    if (group.decoupled == kAfterUpdate) __builtin_memcpy(&hypers, &rate, sizeof(rate));
+  }
+  row.variant = Rule::prepare(hypers, clock, step);
   __builtin_memcpy(row.scalars + 2, &step, sizeof(step));
   row.scalars[0] = group.maximize ? -factor : factor;
-  if (row.decay == kCoupled) {
-    row.scalars[1] = group.weight_decay;
-  } else {  // 1 without decay, even where lr is infinite
-    row.scalars[1] = group.weight_decay == 0 ? 1 : 1 - group.hypers[0] * group.weight_decay;
-  }
+  row.scalars[1] = row.decay == kCoupled ? group.weight_decay : kept;
   row.clip = options.clip_value;
   row.ema_decay = options.ema_decay;
   row.zero_grad = options.zero_grad;

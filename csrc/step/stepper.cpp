@@ -43,7 +43,7 @@ Group as_group(const std::vector<double>& values, int rule) {
                                 std::to_string(hypers) + " hyperparameters, got " +
                                 std::to_string(values.size()) + " values");
   }
-  Group group = {values[0] != 0, values[1] != 0, values[2], {}, {}};
+  Group group = {values[0] != 0, static_cast<int>(values[1]), values[2], {}, {}};
   std::copy(values.begin() + 3, values.end(), group.hypers);
   return group;
 }

@@ -199,6 +199,7 @@ class Holder(NamedTuple):
     shapes: Sequence[tuple[int, ...]]
     forms: Sequence[Form]  # of the parameters and their states
     wide: Sequence[str]  # the dtypes that they are computed in
+    quiet: Mapping[str, Any]  # what a whole group of ours leaves out: options at their defaults
 
 
 class Loaded(NamedTuple):
@@ -221,6 +222,11 @@ def heeded(group: Mapping[str, Any]) -> Sequence[str]:
     return names
 
 
+def whole(group: Mapping[str, Any], quiet: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of ours with what it leaves out; one without a rate says nothing of its equation."""
+    return {**(quiet if "lr" in group else {}), **group}
+
+
 def loaded(own: Holder, state_dict: Any) -> Loaded:
     """A checkpoint, all of it checked; TypeError or ValueError where it does not fit."""
     spec = own.spec
@@ -234,6 +240,8 @@ def loaded(own: Holder, state_dict: Any) -> Loaded:
             }
             for group in saved
         ]
+    else:
+        saved = [whole(group, own.quiet) for group in saved]
     members = [members for _, members in own.groups if members]
     names = [[own.names[i] for i in group] for group in members]
     order, saved = arranged([group for group in saved if group["params"]], names, own.named)

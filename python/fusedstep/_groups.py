@@ -95,7 +95,8 @@ class ParamGroup(MutableMapping[str, Any]):
     step, which then raises.
 
     `group["params"]` lists the group's parameters by number and is read-only. Keys that are no
-    hyperparameters come from a checkpoint, and go into the next one.
+    hyperparameters come from a checkpoint, and go into the next one. Options of other libraries'
+    equations are listed where they are not at their defaults; all can be read and set.
     """
 
     def __init__(self, hypers: dict[str, Any], owner: Any, params: list[int]) -> None:
@@ -116,11 +117,16 @@ class ParamGroup(MutableMapping[str, Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Another version's rules may read in another order.
         self.__dict__.update(state, _last_read=(None, []))
+        self._hypers = {**self._owner._quiet, **self._hypers}  # which it may not have known
 
     def __copy__(self) -> ParamGroup:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__, _hypers=dict(self._hypers), _own=dict(self._own))
         return twin
+
+    def _telling(self) -> dict[str, Any]:
+        """The hyperparameters but for options of other libraries' equations at their defaults."""
+        return telling(self._hypers, self._owner._quiet)
 
     def _check(self, name: str, value: Any) -> Any:
         return self._owner._spec.check(name, value, schedules=True)
@@ -143,10 +149,10 @@ class ParamGroup(MutableMapping[str, Any]):
         raise TypeError(f"{name} must stay: a group keeps all its hyperparameters")
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self._hypers, *self._own, "params"))
+        return iter((*self._telling(), *self._own, "params"))
 
     def __len__(self) -> int:
-        return len(self._hypers) + len(self._own) + 1
+        return len(self._telling()) + len(self._own) + 1
 
     def _stored(self) -> dict[str, Any]:
         """The schedules among the hyperparameters, as a checkpoint has them."""
@@ -161,7 +167,12 @@ class ParamGroup(MutableMapping[str, Any]):
         }
 
     def __repr__(self) -> str:
-        return f"ParamGroup({', '.join(assignments(self._hypers))}, params={self._params})"
+        return f"ParamGroup({', '.join(assignments(self._telling()))}, params={self._params})"
+
+
+def telling(hypers: Mapping[str, Any], quiet: Mapping[str, Any]) -> dict[str, Any]:
+    """`hypers` without those that have the value that `quiet` has for them."""
+    return {n: v for n, v in hypers.items() if n not in quiet or v != quiet[n]}
 
 
 def assignments(hypers: Mapping[str, Any]) -> list[str]:

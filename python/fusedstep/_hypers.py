@@ -50,26 +50,38 @@ HYPERS: dict[str, Hyper] = {
     "lr": AT_LEAST_0._replace(doc="learning rate", scheduled=True),
     "betas": FRACTION._replace(doc="decay rates of the two moving averages", scheduled=True),
     "eps": AT_LEAST_0._replace(doc="added to the denominator"),
+    "eps_root": AT_LEAST_0._replace(doc="added under the root in the denominator"),
+    "eps_hat": _flag(
+        "eps stands beside the root of the uncorrected moment, as the paper's eps-hat"
+    ),
+    "eps_norm": AT_LEAST_0._replace(doc="added to the norm so far"),
+    "eps_divisor": AT_LEAST_0._replace(doc="added to the norm where it divides"),
     "weight_decay": AT_LEAST_0._replace(
         doc="weight decay, `g + weight_decay*p` unless decoupled", scheduled=True
     ),
     "momentum": AT_LEAST_0._replace(doc="momentum factor mu", scheduled=True),
     "dampening": FINITE._replace(doc="share tau of each new gradient kept out of the buffer"),
+    "dampen_first": _flag("dampens the first gradient too, which else begins the buffer whole"),
     "nesterov": _flag("steps along the look-ahead gradient; needs momentum > 0, dampening = 0"),
+    "dampened_nesterov": _flag("lets nesterov have a dampened buffer"),
+    "lr_in_momentum": _flag("the rate multiplies what enters the buffer, not what leaves it"),
     "lr_decay": AT_LEAST_0._replace(doc="lr at update t is `lr/(1 + (t-1)*lr_decay)`"),
     "initial_accumulator_value": AT_LEAST_0._replace(doc="the sum of squares to begin with"),
     "alpha": AT_LEAST_0._replace(doc="decay rate of the mean square"),
     "centered": _flag("divides by an estimate of the standard deviation, not of the raw moment"),
     "rho": Hyper("in [0, 1]", lambda x: 0 <= x <= 1, "decay rate of both mean squares"),
     "amsgrad": _flag("divides by the largest second moment so far"),
+    "amsgrad_corrected": _flag("amsgrad takes the largest after bias correction, not before"),
     "bias_correction": _flag("divides the averages by `1 - beta^t`; False is the plain form"),
-    "momentum_decay": AT_LEAST_0._replace(doc="psi, how fast the momentum warms up"),
+    "momentum_decay": AT_LEAST_0._replace(doc="psi, how fast the momentum warms up; inf: at once"),
+    "threshold": AT_LEAST_0._replace(doc="what r_t exceeds where the step is divided"),
     "lambd": FINITE._replace(doc="decay term"),
     "t0": FINITE._replace(doc="update at which averaging begins"),
     "etas": Hyper("as 0 < etas[0] < 1 < etas[1]", math.isfinite, "factors by which steps change"),
     "step_sizes": Hyper("not NaN", lambda x: not math.isnan(x), "smallest and largest step"),
     "maximize": _flag("climbs instead of descending"),
     "decoupled_weight_decay": _flag("shrinks p by `1 - lr*weight_decay` and leaves g alone"),
+    "decay_after": _flag("decoupled weight decay comes after the update, not before"),
 }
 
 # Those of several numbers, each of which the rule has by itself: `betas` are `beta1`, `beta2`, ...

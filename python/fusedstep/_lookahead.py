@@ -39,5 +39,6 @@ def look_ahead(
     table = _core.ArrayTable(
         "lookahead", list(moving), arrays, list(range(len(moving))), device, index
     )
-    rates = [[0.0, 0.0, 0.0, group["lr"], group["momentum"]] for *_, group in moving.values()]
+    reach = [(1.0 if g["lr_in_momentum"] else g["lr"], g["momentum"]) for *_, g in moving.values()]
+    rates = [[0.0, 0.0, 0.0, *factors] for factors in reach]
     table.step(buffers, rates, Options(stream=stream))

@@ -125,6 +125,7 @@ class Optimizer:
     """
 
     _spec: ClassVar[Spec]
+    _quiet: ClassVar[dict[str, Any]] = {}  # what is named only where it is not this: Spec.always
     _ahead: bool | str = False  # whether the parameters stand elsewhere, and where
 
     def __init_subclass__(cls) -> None:
@@ -132,6 +133,11 @@ class Optimizer:
         if hasattr(cls, "_spec"):  # not where it is a base of somebody's own
             signature = _storage.listed(inspect.signature(cls.__init__))
             cls.__init__.__signature__ = signature  # type: ignore[attr-defined]
+            cls._quiet = {
+                name: signature.parameters[name].default
+                for name in cls._spec.beyond_torch
+                if name in signature.parameters and name not in cls._spec.always
+            } or cls._quiet
             docs = cls._spec.argument_docs(signature, schedules=True)
             indent = "\n        "
             text = _ARGS.format(indent.join(docs), indent.join(_storage.how_docs()))
@@ -627,7 +633,9 @@ class Optimizer:
         clocks = self._table.clocks()
         # A hyperparameter that was edited may call for states which only the next step would make.
         uses = [
-            self._spec.uses(self._spec.native({name: stored[name] for name in group._hypers}))
+            self._spec.uses(
+                self._spec.native({n: stored.get(n, v) for n, v in group._hypers.items()})
+            )
             for group, stored in zip(self._groups, groups, strict=True)
         ]
         late, pending = self._spec.late, []
@@ -797,6 +805,7 @@ class Optimizer:
             self._shapes,
             [self._form(i) for i in range(len(self._names))],
             [_wide(dtype) for dtype in self._dtypes],
+            self._quiet,
         )
         found = _checkpoint.loaded(own, state_dict)
         for values, group in zip(found.hypers, self._groups, strict=True):
@@ -861,6 +870,8 @@ class Optimizer:
             self._params = dict(self._buffer.items())
         self._open_table()
         old, clocks, steps, used, *averages = state["_table"]
+        if any(len(native) != len(self._spec.order) for native in used):
+            used = []  # another version's: the groups say it too
         wanted = [
             (s, i) for s, arrays in old.items() for i, a in enumerate(arrays) if a is not None
         ]
@@ -875,5 +886,5 @@ class Optimizer:
         lines = [f"{len(self._names)} parameters, {n} elements, {dtypes}"]
         for k, group in enumerate(self._groups):
             head = f"group {k} ({len(group._params)}): " if len(self._groups) > 1 else ""
-            lines.append(head + ", ".join(assignments(group._hypers)))
+            lines.append(head + ", ".join(assignments(group._telling())))
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"

@@ -30,6 +30,7 @@ class _Declared(NamedTuple):
     fixed: Mapping[str, Any] = MappingProxyType({})
     hypers: Mapping[str, Hyper] = MappingProxyType({})
     beyond_torch: Sequence[str] = ()
+    always: Sequence[str] = ()
     carried: Sequence[str] = ()
     counts_steps: bool = True
     late: str = ""
@@ -49,6 +50,8 @@ class Spec(_Declared):
         hypers: hyperparameters whose meaning is not that of every other optimizer.
         beyond_torch: hyperparameters that torch's class has not. In its groups, where clients put
             what they like, they mean nothing, unless `fusedstep.torch` lists them.
+        always: those of them that checkpoints and representations name at their defaults too. All
+            others only matter to who wants another library's equation.
         carried: the numbers that the rule carries from update to update, by torch's names.
         counts_steps: whether torch keeps `step` in the state. A rule that does not count carries
             whether its state has begun.
@@ -113,6 +116,8 @@ class Spec(_Declared):
             values.update(zip(parts, values.pop(name), strict=True))
         if callable(values["lr"]):
             values["lr"] = 0.0
+        if values.get("decay_after"):  # csrc/interface/group.h: Decoupled
+            values["decoupled_weight_decay"] = 2
         return [float(values.get(name, False)) for name in self.order]
 
     def native_at(self, hypers: Mapping[str, Any], t: int) -> list[float]:

@@ -15,7 +15,7 @@ import numpy as np
 from fusedstep import _lookahead
 from fusedstep._arrays import as_array
 from fusedstep._groups import Group, ParamGroup
-from fusedstep._hypers import FINITE
+from fusedstep._hypers import FINITE, HYPERS
 from fusedstep._optimizer import Optimizer, StepReport, given
 from fusedstep._spec import Spec
 from fusedstep._storage import decoded
@@ -33,11 +33,23 @@ for _public in (Group, Optimizer, ParamGroup, StepReport):  # where pickles look
 
 
 def _check_nesterov(group: Mapping[str, Any]) -> None:
-    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+    dampened = group["dampening"] != 0 and not group["dampened_nesterov"]
+    if group["nesterov"] and (group["momentum"] <= 0 or dampened):
         raise ValueError(
             "nesterov needs momentum > 0 and dampening = 0, got"
             f" momentum={group['momentum']}, dampening={group['dampening']}"
         )
+
+
+def _check_momentum(group: Mapping[str, Any]) -> None:
+    if group["nesterov"] and group["momentum"] <= 0:
+        raise ValueError(f"nesterov needs momentum > 0, got momentum={group['momentum']}")
+
+
+def _check_adam(group: Mapping[str, Any]) -> None:
+    decoupled = group.get("decoupled_weight_decay", True)  # AdamW's always is
+    if group["decay_after"] and group["weight_decay"] != 0 and not decoupled:
+        raise ValueError("decay_after needs decoupled_weight_decay = True, got False")
 
 
 class SGD(Optimizer):
@@ -46,6 +58,9 @@ class SGD(Optimizer):
         b = g                                   at the first update, then
         b = momentum * b + (1 - dampening) * g
         p = p - lr * b                          plain: g for b; nesterov: g + momentum*b for b
+
+    With `lr_in_momentum` the rate stands in the buffer, so that a change of it does not touch what
+    is there: `b = momentum * b + lr * g`, `p = p - b`.
 
     Use:
         vision models and convex problems, mostly with momentum 0.9 and a schedule. The
@@ -70,16 +85,26 @@ class SGD(Optimizer):
         Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html
 
     Differs from:
+        Keras, whose rate is in the momentum; `fusedstep.conventions` says what is where. From
         the original Nesterov method, which takes the gradient at the look-ahead point: this is the
         same method after a change of variables, as in torch; but not with weight_decay, which
         `nesterov` takes at the look-ahead point too, and `lookahead` at p.
     """
 
-    _spec = Spec("sgd", counts_steps=False, check_together=_check_nesterov)
+    _spec = Spec(
+        "sgd",
+        beyond_torch=(
+            *("decoupled_weight_decay", "lr_in_momentum", "dampen_first", "dampened_nesterov"),
+        ),
+        counts_steps=False,
+        check_together=_check_nesterov,
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, momentum: Rate = 0.0, dampening: float = 0.0,
         weight_decay: Rate = 0.0, nesterov: bool = False, *, maximize: bool = False,
+        decoupled_weight_decay: bool = False, lr_in_momentum: bool = False,
+        dampen_first: bool = False, dampened_nesterov: bool = False,
         groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
@@ -182,7 +207,7 @@ class Adagrad(Optimizer):
     """Adagrad: each element's rate falls with the sum of its squared gradients.
 
         s = s + g^2
-        p = p - lr / (1 + (t-1) * lr_decay) * g / (sqrt(s) + eps)
+        p = p - lr / (1 + (t-1) * lr_decay) * g / (sqrt(s + eps_root) + eps)
 
     Use:
         sparse features, such as words: a rare one keeps its large steps. The rate only ever
@@ -209,11 +234,17 @@ class Adagrad(Optimizer):
         torch.
     """
 
-    _spec = Spec("adagrad", initial={"sum": "initial_accumulator_value"}, begins_at_once=True)
+    _spec = Spec(
+        "adagrad",
+        beyond_torch=("decoupled_weight_decay", "eps_root"),
+        initial={"sum": "initial_accumulator_value"},
+        begins_at_once=True,
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lr_decay: float = 0.0, weight_decay: Rate = 0.0,
         initial_accumulator_value: float = 0.0, eps: float = 1e-10, *, maximize: bool = False,
+        decoupled_weight_decay: bool = False, eps_root: float = 0.0,
         groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
@@ -223,9 +254,13 @@ class RMSprop(Optimizer):
     """RMSprop: each element's gradient divided by a running root mean square.
 
         v = alpha * v + (1 - alpha) * g^2
-        d = sqrt(v) + eps                       centered: sqrt(v - m^2) + eps, where
+        d = sqrt(v + eps_root) + eps            centered: v - m^2 for v, where
                                                 m = alpha * m + (1 - alpha) * g
         p = p - lr * g / d                      momentum: p - lr * b, b = momentum * b + g / d
+                                                nesterov: p - lr * (g / d + momentum * b)
+
+    With `lr_in_momentum` the rate stands in the buffer: `b = momentum * b + lr * g / d`,
+    `p = p - b`. With `bias_correction` v and m are divided by `1 - alpha^t` in d.
 
     Use:
         recurrent networks and reinforcement learning, where gradients change their scale:
@@ -253,12 +288,30 @@ class RMSprop(Optimizer):
         number, so a constant gradient cannot turn a parameter into NaN.
     """
 
-    _spec = Spec("rmsprop")
+    _spec = Spec(
+        "rmsprop",
+        hypers={
+            "nesterov": HYPERS["nesterov"]._replace(
+                doc="steps along the look-ahead gradient; needs momentum > 0"
+            ),
+            "initial_accumulator_value": HYPERS["initial_accumulator_value"]._replace(
+                doc="the mean square to begin with"
+            ),
+        },
+        beyond_torch=(
+            *("decoupled_weight_decay", "eps_root", "bias_correction", "nesterov"),
+            *("lr_in_momentum", "initial_accumulator_value"),
+        ),
+        initial={"square_avg": "initial_accumulator_value"},
+        check_together=_check_momentum,
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
         weight_decay: Rate = 0.0, momentum: Rate = 0.0, centered: bool = False, *,
-        maximize: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
+        maximize: bool = False, decoupled_weight_decay: bool = False, eps_root: float = 0.0,
+        bias_correction: bool = False, nesterov: bool = False, lr_in_momentum: bool = False,
+        initial_accumulator_value: float = 0.0, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -297,14 +350,18 @@ class Adadelta(Optimizer):
         whose lr is 1e-3, for a thousandth of these steps, and rho 0.95. Not from torch.
     """
 
-    _spec = Spec("adadelta")
+    _spec = Spec("adadelta", beyond_torch=("decoupled_weight_decay",))
 
     def __init__(
         self, params: Params, lr: Rate = 1.0, rho: float = 0.9, eps: float = 1e-6,
-        weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
-        **how: Unpack[How],
+        weight_decay: Rate = 0.0, *, maximize: bool = False, decoupled_weight_decay: bool = False,
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
+
+
+# Adam's options that torch's classes have not.
+_ADAM = ("bias_correction", "eps_root", "eps_hat", "amsgrad_corrected", "decay_after")
 
 
 class Adam(Optimizer):
@@ -312,9 +369,12 @@ class Adam(Optimizer):
 
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2       amsgrad: vmax = max(vmax, v), used for v below
-        p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t) + eps_root) + eps)
 
-    With `bias_correction=False` both `1 - beta^t` are 1: `p - lr * m / (sqrt(v) + eps)`.
+    With `bias_correction=False` both `1 - beta^t` are 1: `p - lr * m / (sqrt(v) + eps)`. With
+    `eps_hat` the denominator is `(sqrt(v) + eps) / sqrt(1 - beta2^t)`. With `amsgrad_corrected`
+    the maximum is taken of `v / (1 - beta2^t)`. With `decay_after` decoupled weight decay shrinks
+    the new p, not the old.
 
     Use:
         most networks, with little tuning. With weight decay prefer `AdamW`; amsgrad where
@@ -340,17 +400,25 @@ class Adam(Optimizer):
         https://arxiv.org/abs/1904.09237
 
     Differs from:
-        torch, which has no `bias_correction`. AMSGrad's maximum is taken of the uncorrected v, as
-        in torch and in its paper; some libraries correct first.
+        torch, which has none of the last five of its options. AMSGrad's maximum is taken of the
+        uncorrected v, as in torch and in its paper; optax corrects first. Keras and TensorFlow
+        have eps beside the uncorrected root: `fusedstep.conventions` says who has what.
     """
 
-    _spec = Spec("adam", beyond_torch=("bias_correction",), late="exp_avg")
+    _spec = Spec(
+        "adam",
+        beyond_torch=_ADAM,
+        always=("bias_correction",),
+        late="exp_avg",
+        check_together=_check_adam,
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, amsgrad: bool = False, *, maximize: bool = False,
         decoupled_weight_decay: bool = False, bias_correction: bool = True,
-        groups: Iterable[Group] = (), **how: Unpack[How],
+        eps_root: float = 0.0, eps_hat: bool = False, amsgrad_corrected: bool = False,
+        decay_after: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -361,7 +429,9 @@ class AdamW(Optimizer):
         p = p * (1 - lr * weight_decay)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g^2       amsgrad: vmax = max(vmax, v), used for v below
-        p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        p = p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t) + eps_root) + eps)
+
+    With `decay_after` the new p is shrunk, not the old. All other options are `Adam`'s.
 
     Use:
         transformers, and wherever weight decay should not depend on the gradients' scale.
@@ -391,14 +461,18 @@ class AdamW(Optimizer):
     _spec = Spec(
         "adam",
         fixed={"decoupled_weight_decay": True},
-        beyond_torch=("bias_correction",),
+        beyond_torch=_ADAM,
+        always=("bias_correction",),
         late="exp_avg",
+        check_together=_check_adam,
     )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 1e-2, amsgrad: bool = False, *, maximize: bool = False,
-        bias_correction: bool = True, groups: Iterable[Group] = (), **how: Unpack[How],
+        bias_correction: bool = True, eps_root: float = 0.0, eps_hat: bool = False,
+        amsgrad_corrected: bool = False, decay_after: bool = False,
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -409,6 +483,9 @@ class Adamax(Optimizer):
         m = beta1 * m + (1 - beta1) * g
         u = max(beta2 * u, |g| + eps)
         p = p - lr / (1 - beta1^t) * m / u
+
+    With `eps_norm` and `eps_divisor` it is `u = max(beta2 * u + eps_norm, |g| + eps)` and
+    `m / (u + eps_divisor)`; with `bias_correction=False` `1 - beta1^t` is 1.
 
     Use:
         gradients with outliers, as of embeddings: the largest of late, not the mean square,
@@ -432,16 +509,21 @@ class Adamax(Optimizer):
         Kingma & Ba 2015, algorithm 2, https://arxiv.org/abs/1412.6980
 
     Differs from:
-        the paper, which has no eps; inside the maximum as in torch. A NaN leaves `u` with the next
+        the paper, which has no eps; beside the gradient as in torch. Keras and MLX have it in the
+        divisor, Paddle beside the norm, and MLX corrects no bias. A NaN leaves `u` with the next
         number, but never `m`.
     """
 
-    _spec = Spec("adamax")
+    _spec = Spec(
+        "adamax",
+        beyond_torch=("decoupled_weight_decay", "eps_norm", "eps_divisor", "bias_correction"),
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: Rate = 0.0, *, maximize: bool = False, groups: Iterable[Group] = (),
-        **how: Unpack[How],
+        weight_decay: Rate = 0.0, *, maximize: bool = False, decoupled_weight_decay: bool = False,
+        eps_norm: float = 0.0, eps_divisor: float = 0.0, bias_correction: bool = True,
+        groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -450,7 +532,7 @@ class NAdam(Optimizer):
     """NAdam: Adam with Nesterov's look-ahead in the running mean.
 
         mu_t = beta1 * (1 - 0.96^(t * momentum_decay) / 2);  P_t = mu_1 * ... * mu_t
-        m, v as Adam;  d = sqrt(v / (1 - beta2^t)) + eps
+        m, v as Adam;  d = sqrt(v / (1 - beta2^t) + eps_root) + eps
         p = p - lr * (1 - mu_t) / (1 - P_t) * g/d - lr * mu_(t+1) / (1 - P_t * mu_(t+1)) * m/d
 
     Use:
@@ -477,16 +559,18 @@ class NAdam(Optimizer):
     Differs from:
         the paper, whose m decays by mu_t: by beta1 here, as in torch and Keras. In Keras
         momentum_decay is 1: its momentum has warmed up after a hundred steps, this one after some
-        twenty thousand.
+        twenty thousand. In optax it is infinite: mu is beta1 from the start.
     """
 
-    _spec = Spec("nadam", carried=("mu_product",), initial={"mu_product": 1.0})
+    _spec = Spec(
+        "nadam", beyond_torch=("eps_root",), carried=("mu_product",), initial={"mu_product": 1.0}
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 2e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, momentum_decay: float = 4e-3,
         decoupled_weight_decay: bool = False, *, maximize: bool = False,
-        groups: Iterable[Group] = (), **how: Unpack[How],
+        eps_root: float = 0.0, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -495,9 +579,12 @@ class RAdam(Optimizer):
     """RAdam: Adam that leaves out the denominator until its variance is known well enough.
 
         m, v as Adam;  rinf = 2 / (1 - beta2) - 1;  r_t = rinf - 2 * t * beta2^t / (1 - beta2^t)
-        r_t > 5:  r = sqrt((r_t-4) * (r_t-2) * rinf / ((rinf-4) * (rinf-2) * r_t))
+        r_t > threshold:
+                  r = sqrt((r_t-4) * (r_t-2) * rinf / ((rinf-4) * (rinf-2) * r_t))
                   p = p - lr / (1 - beta1^t) * r * sqrt(1 - beta2^t) * m / (sqrt(v) + eps)
         else:     p = p - lr / (1 - beta1^t) * m
+
+    With `eps_hat=False` the divisor is that of Adam, `sqrt(v / (1 - beta2^t) + eps_root) + eps`.
 
     Use:
         Adam without a warm-up to tune: it steps by momentum alone while the denominator is
@@ -522,14 +609,15 @@ class RAdam(Optimizer):
 
     Differs from:
         the paper, which divides from r_t > 4 on and has no eps: 5 as in torch and in its authors'
-        code.
+        code. In optax eps stands beside the corrected root.
     """
 
-    _spec = Spec("radam")
+    _spec = Spec("radam", beyond_torch=("eps_root", "eps_hat", "threshold"))
 
     def __init__(
         self, params: Params, lr: Rate = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: Rate = 0.0, decoupled_weight_decay: bool = False, *, maximize: bool = False,
+        eps_root: float = 0.0, eps_hat: bool = True, threshold: float = 5.0,
         groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
@@ -573,6 +661,7 @@ class ASGD(Optimizer):
     _spec = Spec(
         "asgd",
         hypers={"alpha": FINITE._replace(doc="power by which eta falls")},
+        beyond_torch=("decoupled_weight_decay",),
         carried=("eta", "mu"),
         initial={"eta": "lr", "mu": 1.0},
     )
@@ -580,7 +669,7 @@ class ASGD(Optimizer):
     def __init__(
         self, params: Params, lr: Rate = 1e-2, lambd: float = 1e-4, alpha: float = 0.75,
         t0: float = 1e6, weight_decay: Rate = 0.0, *, maximize: bool = False,
-        groups: Iterable[Group] = (), **how: Unpack[How],
+        decoupled_weight_decay: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 
@@ -620,12 +709,16 @@ class Rprop(Optimizer):
         torch, which has no weight decay here. As in torch a NaN gradient counts as no sign.
     """
 
-    _spec = Spec("rprop", beyond_torch=("weight_decay",))
+    _spec = Spec(
+        "rprop",
+        beyond_torch=("weight_decay", "decoupled_weight_decay"),
+        always=("weight_decay",),
+    )
 
     def __init__(
         self, params: Params, lr: Rate = 1e-2, etas: Pair = (0.5, 1.2),
         step_sizes: Pair = (1e-6, 50.0), *, weight_decay: Rate = 0.0, maximize: bool = False,
-        groups: Iterable[Group] = (), **how: Unpack[How],
+        decoupled_weight_decay: bool = False, groups: Iterable[Group] = (), **how: Unpack[How],
     ) -> None:  # fmt: skip
         super().__init__(**given(locals()))
 

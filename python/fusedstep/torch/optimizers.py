@@ -167,6 +167,7 @@ class Optimizer(torch.optim.Optimizer):
     _given: ClassVar[dict[str, Any]]  # keys of a group, with the constructor's defaults
     _extra: ClassVar[dict[str, Any]]  # keys that a group has only where the constructor got them
     _read: ClassVar[tuple[str, ...]]  # the keys that a step reads
+    _quiet: ClassVar[dict[str, Any]]  # what the neutral class leaves out of its checkpoints
     param_groups: list[dict[str, Any]]
     _stepping_in_backward: set[Any]
     _keys: Sequence[str] = ()  # the parameters' names, when a step last measured gradients
@@ -415,10 +416,14 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"differentiable must be False, got {group['differentiable']!r}: not supported"
             )
+        known = self._known(group)
+        return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
+
+    def _known(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """A group with defaults for what it lacks, and for what it has but does not heed."""
         known = {**self._extra, **self._spec.fixed, **self._given, **group}
         heard = _checkpoint.heeded(group)
-        known |= {n: value for n, value in self._extra.items() if n not in heard}
-        return {n: self._check(n, known[n]) for n in self._read if n not in _FLAGS}
+        return known | {n: value for n, value in self._extra.items() if n not in heard}
 
     def _to_python(self, group: dict[str, Any]) -> None:
         """Puts Python's numbers and tuples where a group has those of other libraries.
@@ -1113,6 +1118,10 @@ class Optimizer(torch.optim.Optimizer):
         groups, required, own_names = [], {}, self._own_names()
         unused: set[torch.Tensor] = set()  # of which a late state begins later
         for k, (loaded, params) in enumerate(zip(saved, own, strict=True)):
+            if beyond:
+                said = _checkpoint.whole(loaded, self._quiet)
+                known = self._known(self.param_groups[k])
+                loaded |= {n: said[n] for n in self._quiet if n in said and said[n] != known[n]}
             where = f"{_checkpoint.GROUPS}[{order[k]}]"
             group = {
                 name: [number[id(param)] for param in params]
@@ -1537,7 +1546,7 @@ class _Helper:
             entry = entries.get(param, {})
             fresh: dict[str, torch.Tensor] = {}
             made.append(fresh)
-            hypers = {**opt._given, **group, "lr": float(_plain(group["lr"], "lr"))}
+            hypers = {**opt._known(group), "lr": float(_plain(group["lr"], "lr"))}
             for name, kept in opt._form(param).states.items():
                 if kept.beside in names and entry.get(name) is not None:
                     opt._stored(param, name, entry)  # refuses codes that lost their exponents
@@ -1795,6 +1804,7 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
                 if n != "params" and n not in extra and n not in added
             },
             "_extra": {n: p.default for n, p in extra.items()},
+            "_quiet": {n: value for n, value in one._quiet.items() if n in extra},
             "_read": tuple(dict.fromkeys([*hypers, *spec.fixed, *_HOW])),
             **{name: _InGroups() for name in (*hypers, *spec.fixed)},
         },
