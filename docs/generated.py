@@ -6,6 +6,7 @@ figure appears in the pages without an edit here.
 
 import hashlib
 import inspect
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +15,9 @@ import numpy as np
 
 import fusedstep as fs
 from fusedstep import _core, bench, gallery, schedules
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import recorded
 
 PACKAGE = Path(fs.__file__).parent
 
@@ -42,6 +46,7 @@ def write(folder):
     """Writes everything, unless the package and this file are as they were the last time."""
     stamp = folder / "stamp"
     sources = [Path(__file__), Path(_core.__file__), *sorted(PACKAGE.rglob("*.py"))]
+    sources += sorted(recorded.GOLDEN.glob("*.json"))
     state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     if stamp.exists() and stamp.read_text() == state:
         return
@@ -50,6 +55,7 @@ def write(folder):
     (folder / "optimizers.md").write_text(optimizer_sections())
     (folder / "optimizer_list.md").write_text(optimizer_list())
     (folder / "bytes.md").write_text(bytes_table())
+    (folder / "conventions.md").write_text(recorded.table())
     (folder / "schedules.md").write_text(schedule_sections(folder))
     write_gallery(folder)
     stamp.write_text(state)

@@ -22,6 +22,7 @@ from fusedstep._version import __version__
 from fusedstep.buffers import FlatBuffer
 
 if _TYPE_CHECKING:
+    import fusedstep.conventions as conventions
     import fusedstep.convergence as convergence
     import fusedstep.schedules as schedules
     from fusedstep.files import Saved, load, save
@@ -38,6 +39,7 @@ __all__ = [
     "Saved",
     "StepReport",
     "__version__",
+    "conventions",
     "convergence",
     "huge_pages",
     "info",
@@ -55,7 +57,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     # What takes as long to import as all that a step needs.
-    if name in ("convergence", "schedules"):
+    if name in ("conventions", "convergence", "schedules"):
         return _importlib.import_module(f"fusedstep.{name}")
     if name in ("Saved", "load", "save"):
         return getattr(_importlib.import_module("fusedstep.files"), name)

@@ -1,0 +1,38 @@
+"""tinygrad's `nn.optim`.
+
+Reference: https://docs.tinygrad.org/nn/#optimizers, run as 0.14.0
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fusedstep._types import Rate
+from fusedstep.conventions._convention import Ours, convention
+
+
+@convention
+def SGD(
+    lr: Rate = 0.001, momentum: Rate = 0.0, weight_decay: Rate = 0.0, nesterov: bool = False,
+    classic: bool = False, **how: Any,
+) -> Ours:  # fmt: skip
+    """Our SGD; `classic` takes the rate into the buffer. Without momentum nesterov is nothing."""
+    hypers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    nesterov = nesterov and bool(momentum)
+    return Ours("SGD", {**hypers, "nesterov": nesterov, "lr_in_momentum": classic, **how})
+
+
+@convention
+def Adam(lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, **how: Any) -> Ours:
+    """Our Adam."""
+    return Ours("Adam", {"lr": lr, "betas": (b1, b2), "eps": eps, **how})
+
+
+@convention
+def AdamW(
+    lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
+    weight_decay: Rate = 0.01, **how: Any,
+) -> Ours:  # fmt: skip
+    """Our AdamW."""
+    hypers = {"lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": weight_decay}
+    return Ours("AdamW", {**hypers, **how})
