@@ -1221,6 +1221,11 @@ class Optimizer(torch.optim.Optimizer):
             *_storage.PARAM_BESIDE,
             *(_storage.in_q8(self._spec, name).beside for name in form.states),
         }
+        # Of a neutral optimizer's checkpoint, or of fusedstep.convert's.
+        known = {*own, *beside, *form.beside} - {*self._scalars()}
+        arrays = {n: entry[n].copy() for n in known if isinstance(entry.get(n), np.ndarray)}
+        if arrays:
+            entry = {**entry, **_arrays.as_tensors(arrays)}
         for name, value in entry.items():
             label = f"{where}[{name!r}]"
             if isinstance(value, torch.Tensor):
