@@ -36,7 +36,10 @@ LAZY = {
 }
 
 # Where torch itself is what is measured, drawn or trained.
-OF_TORCH = ("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery.")
+OF_TORCH = (
+    *("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery."),
+    "fusedstep.convert.torch",
+)
 
 
 def imports_of(node):

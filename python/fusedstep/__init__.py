@@ -24,6 +24,7 @@ from fusedstep.buffers import FlatBuffer
 if _TYPE_CHECKING:
     import fusedstep.conventions as conventions
     import fusedstep.convergence as convergence
+    import fusedstep.convert as convert
     import fusedstep.schedules as schedules
     from fusedstep.files import Saved, load, save
     from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "conventions",
     "convergence",
+    "convert",
     "huge_pages",
     "info",
     "isa",
@@ -57,7 +59,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     # What takes as long to import as all that a step needs.
-    if name in ("conventions", "convergence", "schedules"):
+    if name in ("conventions", "convergence", "convert", "schedules"):
         return _importlib.import_module(f"fusedstep.{name}")
     if name in ("Saved", "load", "save"):
         return getattr(_importlib.import_module("fusedstep.files"), name)

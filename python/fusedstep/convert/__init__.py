@@ -1,0 +1,26 @@
+"""Optimizer states of other libraries, as state_dicts of ours and back.
+
+Each `from_` function reads what a library keeps of an optimizer and returns a state_dict that the
+class of ours takes, with the options in it by which the run goes on with that library's equation:
+
+    state = fs.convert.from_keras("model.keras", {"w": w, "b": b})
+    opt = fs.AdamW({"w": w, "b": b})
+    opt.load_state_dict(state)
+
+What does not fit is refused with what was expected and what was found. See docs/converting.md.
+"""
+
+from fusedstep.convert._common import Converted
+from fusedstep.convert.keras import from_keras, to_keras
+from fusedstep.convert.optax import from_optax, to_optax
+from fusedstep.convert.torch import from_torch, to_torch
+
+__all__ = [
+    "Converted",
+    "from_keras",
+    "from_optax",
+    "from_torch",
+    "to_keras",
+    "to_optax",
+    "to_torch",
+]

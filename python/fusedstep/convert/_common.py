@@ -1,0 +1,392 @@
+"""What the converters share: parameters by name, arrays, and the state_dict that comes out."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedstep import _checkpoint, optimizers
+from fusedstep._arrays import as_values, to_host
+from fusedstep._spec import Spec
+from fusedstep.conventions import Ours
+
+# What a state holds for one parameter, by our names.
+State = dict[str, Any]
+
+
+class Converted(dict[str, Any]):
+    """Another library's optimizer as a state_dict, for `load_state_dict` of the class `optimizer`.
+
+    It is that of a neutral optimizer, and `fusedstep.torch`'s classes take it too. Its groups have
+    every hyperparameter, also the options that make the equation the other library's; but no `lr`
+    where that is a schedule, which your optimizer has.
+
+    Attributes:
+        library: whose checkpoint it was, as "keras".
+        theirs: the optimizer's name there.
+        optimizer: the name of our class, in `fusedstep` and in `fusedstep.torch`.
+        at_step: what every `step` is to be given, as the library clips or averages: `max_norm`,
+            `clip_value`, `ema`.
+        masters: the parameters in float32 that the checkpoint has beside narrower ones, by name, or
+            by number.
+        assumed: the library's arguments that neither the checkpoint nor the caller said, with its
+            defaults, which were taken.
+    """
+
+    library: str
+    theirs: str
+    optimizer: str
+    at_step: dict[str, Any]
+    masters: dict[Any, Any]
+    assumed: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The updates that were taken."""
+        taken: int = self["step"]
+        return taken
+
+    @property
+    def convention(self) -> dict[str, Any]:
+        """The options in which the equation is not torch's, of the first group."""
+        spec, group = spec_of(self.optimizer), self["param_groups"][0]
+        usual = defaults(self.optimizer)
+        names = [name for name in spec.beyond_torch if group.get(name) != usual.get(name)]
+        return {name: group[name] for name in names if name in group}
+
+
+class Wanted(NamedTuple):
+    """The caller's parameters: their names, None where they have none, and shapes."""
+
+    names: list[str] | None
+    shapes: list[tuple[int, ...]]
+
+    def label(self, i: int) -> str:
+        """What errors call a parameter."""
+        return repr(self.names[i]) if self.names else f"parameter {i}"
+
+
+def wanted(params: Any) -> Wanted | None:
+    """`params` in any of the forms that converters take; TypeError for others.
+
+    Arrays, variables of the library, or shapes: in a dict by name, also of dicts, in a list, or as
+    the pairs of torch's `named_parameters()`.
+    """
+    if params is None:
+        return None
+    if isinstance(params, Mapping):
+        found = list(leaves(params))
+        return Wanted([name for name, _ in found], [_shape(*one) for one in found])
+    if hasattr(params, "shape"):
+        return Wanted(None, [_shape("params", params)])
+    if not isinstance(params, Iterable) or isinstance(params, str | bytes):
+        raise TypeError(f"params must be a dict or a list of arrays, got {type(params).__name__}")
+    listed: list[Any] = list(params)
+    if listed and all(_is_pair(one) for one in listed):
+        return Wanted([one[0] for one in listed], [_shape(*one) for one in listed])
+    names = [getattr(one, "path", None) or getattr(one, "name", None) for one in listed]
+    named = bool(listed) and all(isinstance(name, str) for name in names)
+    shapes = [_shape(f"params[{i}]", one) for i, one in enumerate(listed)]
+    return Wanted([str(name) for name in names] if named else None, shapes)
+
+
+def _is_pair(one: Any) -> bool:
+    return isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str)
+
+
+def leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """The arrays and shapes of a tree of dicts and lists, by path: `dense.kernel`."""
+    if isinstance(tree, Mapping):
+        for key, one in tree.items():
+            yield from leaves(one, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple) and not (tree and all(type(n) is int for n in tree)):
+        for i, one in enumerate(tree):
+            yield from leaves(one, f"{path}.{i}" if path else str(i))
+    else:
+        yield path, tree
+
+
+def _shape(label: str, one: Any) -> tuple[int, ...]:
+    shape = getattr(one, "shape", one)
+    try:
+        return tuple(int(n) for n in shape)
+    except TypeError:
+        kind = type(one).__name__
+        raise TypeError(f"params: {label} must be an array or a shape, got {kind}") from None
+
+
+def values(label: str, value: Any) -> NDArray[Any]:
+    """An array of any library as NumPy's; never one that is written to."""
+    if hasattr(value, "detach"):
+        value = value.detach()
+    return as_values(to_host(value), label)
+
+
+def array(label: str, value: Any) -> NDArray[Any]:
+    """An array of any library as NumPy's, of floats."""
+    found = values(label, value)
+    name = found.dtype.name
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        raise TypeError(f"{label} must be of floats, got {name}")
+    return found
+
+
+def number(label: str, value: Any) -> float:
+    """A scalar, also in an array of one element."""
+    found = np.asarray(value if not hasattr(value, "detach") else value.detach().cpu())
+    if found.size != 1:
+        raise ValueError(f"{label} must be a number, got shape {found.shape}")
+    return float(found.reshape(()))
+
+
+def short(value: Any) -> Any:
+    """A hyperparameter in a float32 as the number that it was given as, such as 0.01."""
+    found = np.asarray(value)
+    if found.dtype != np.float32:
+        return found.item() if found.ndim == 0 else value
+    return float(str(found.reshape(-1)[0])) if found.size == 1 else value
+
+
+def count(label: str, value: Any) -> int:
+    """A number of updates."""
+    return _checkpoint.count(label, number(label, value))
+
+
+def check_shapes(source: str, what: str, found: Sequence[Any], params: Wanted) -> None:
+    """Raises ValueError unless there is an array like each parameter."""
+    if len(found) != len(params.shapes):
+        raise ValueError(
+            f"{source} must have {what} of {len(params.shapes)} parameters, got {len(found)}"
+        )
+    for i, (one, shape) in enumerate(zip(found, params.shapes, strict=True)):
+        if tuple(one.shape) != shape:
+            raise ValueError(
+                f"{source}: {what} of {params.label(i)} must have shape {shape}, got"
+                f" {tuple(one.shape)}"
+            )
+
+
+def spec_of(optimizer: str) -> Spec:
+    """The specification of a class of ours."""
+    spec: Spec = getattr(optimizers, optimizer)._spec
+    return spec
+
+
+def defaults(optimizer: str) -> dict[str, Any]:
+    """The hyperparameters of a class of ours with their defaults."""
+    spec, signature = spec_of(optimizer), inspect.signature(getattr(optimizers, optimizer))
+    found = {name: p.default for name, p in signature.parameters.items() if name in spec.table}
+    return {**found, **spec.fixed}
+
+
+def convention(library: str, name: str) -> Any:
+    """Another library's optimizer in `fusedstep.conventions`; ValueError for one that is not."""
+    module = importlib.import_module(f"fusedstep.conventions.{library}")
+    known = conventions(module)
+    if name not in known:
+        raise ValueError(f"optimizer must be one of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def conventions(module: ModuleType) -> dict[str, Any]:
+    """The conventions in a module, by name."""
+    return {
+        name: one
+        for name, one in vars(module).items()
+        if hasattr(one, "ours") and one.__module__ == module.__name__
+    }
+
+
+def arguments(one: Any) -> dict[str, Any]:
+    """The arguments of a convention with their defaults; without one they are None."""
+    parameters = list(inspect.signature(one).parameters.values())[1:]
+    return {
+        p.name: None if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind is not p.VAR_KEYWORD
+    }
+
+
+def called(one: Any, given: Mapping[str, Any]) -> Ours:
+    """A convention called with arguments of which the rate may be missing, or a schedule."""
+    rates = [name for name in ("learning_rate", "lr") if name in arguments(one)]
+    values = dict(given)
+    for name in rates:
+        if values.get(name) is None or callable(values[name]) or isinstance(values[name], Mapping):
+            values[name] = 1.0
+    found = one.ours(**values)
+    hypers = dict(found.hypers)
+    if any(values[name] is not given.get(name) for name in rates):
+        del hypers["lr"]
+    return Ours(found.name, hypers)
+
+
+def group(ours: Ours, members: Sequence[int], params: Wanted | None) -> dict[str, Any]:
+    """A group of a checkpoint, with every hyperparameter but a rate that is not known."""
+    spec = spec_of(ours.name)
+    values = {**defaults(ours.name), **ours.hypers}
+    if "lr" not in ours.hypers:
+        del values["lr"]
+    for name in values:
+        if name not in spec.table:
+            raise TypeError(
+                f"arguments must be of the optimizer's or of {ours.name}'s, got {name!r}"
+            )
+    hypers = {name: spec.check(name, value) for name, value in values.items()}
+    named = {"param_names": [params.names[i] for i in members]} if params and params.names else {}
+    return {**hypers, "params": list(members), **named}
+
+
+def converted(
+    library: str,
+    theirs: str,
+    optimizer: str,
+    groups: list[dict[str, Any]],
+    states: Mapping[int, State],
+    steps: int,
+    *,
+    at_step: Mapping[str, Any] | None = None,
+    assumed: Mapping[str, Any] | None = None,
+) -> Converted:
+    """The checkpoint of `groups` and `states`; a state without a count has `steps`."""
+    spec = spec_of(optimizer)
+    entries = {
+        i: {"step": steps, **state} if spec.counts_steps else dict(state)
+        for i, state in states.items()
+        if state
+    }
+    result = Converted(state=entries, param_groups=groups, step=steps)
+    if any("ema" in state for state in states.values()):
+        result["averages"] = steps
+    result.library, result.theirs, result.optimizer = library, theirs, optimizer
+    result.masters = {}
+    result.at_step, result.assumed = dict(at_step or {}), dict(assumed or {})
+    return result
+
+
+# -- the way back ----------------------------------------------------------------------------------
+
+_EPS = ("eps", "eps_root", "eps_divisor", "eps_norm")
+
+# Other libraries' arguments, by our hyperparameter or a part of one.
+_ARGUMENTS: dict[str, str | Callable[[Mapping[str, Any]], Any]] = {
+    "learning_rate": "lr",
+    **dict.fromkeys(("beta_1", "beta1", "b1"), lambda group: group["betas"][0]),
+    **dict.fromkeys(("beta_2", "beta2", "b2"), lambda group: group["betas"][1]),
+    **dict.fromkeys(("epsilon", "eps"), lambda group: max(group.get(name, 0.0) for name in _EPS)),
+    "eps_in_sqrt": lambda group: group["eps"] == 0,
+    **dict.fromkeys(("rho", "decay"), lambda group: group.get("rho", group.get("alpha"))),
+    "use_nesterov": "nesterov",
+    "initial_scale": "initial_accumulator_value",
+    "learning_rate_range": "step_sizes",
+    "classic": "lr_in_momentum",
+    "adamw_mode": "decoupled_weight_decay",
+}
+
+
+def their_arguments(one: Any, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with which a convention would make a group, if any would."""
+    usual, found = arguments(one), {}
+    for name, value in usual.items():
+        source = _ARGUMENTS.get(name, name)
+        if name == "eps" and "eps_root" in usual:  # which has an argument of its own
+            source = "eps"
+        found[name] = source(group) if callable(source) else group.get(source, value)
+    return found
+
+
+def equal_of(
+    library: str, optimizer: str, state_dict: Any, name: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The library's optimizer, and its arguments, whose equation a checkpoint has.
+
+    Raises:
+        ValueError: none has; the message has what differs from the nearest.
+    """
+    usual = defaults(optimizer)  # which a group may leave out
+    groups = [{**usual, **own} for own in state_dict["param_groups"]]
+    module = importlib.import_module(f"fusedstep.conventions.{library}")
+    known = conventions(module)
+    if name is not None:
+        known = {name: convention(library, name)}
+    nearest: tuple[int, str] | None = None
+    for label, one in known.items():
+        differing: dict[str, str] = {}
+        for own in groups:
+            made = _made(one, own)
+            if made is None or made.name not in _SAME.get(optimizer, (optimizer,)):
+                break
+            theirs = {**defaults(made.name), **made.hypers}
+            ignored = ["lr", "initial_accumulator_value"]  # which begins a run
+            if not own.get("weight_decay"):
+                ignored.append("decoupled_weight_decay")
+            differing |= {
+                key: f"{key}={theirs[key]!r}, not {own[key]!r}"
+                for key in theirs
+                if key in own and own[key] != theirs[key] and key not in ignored
+            }
+        else:
+            if not differing:
+                return label, their_arguments(one, groups[0])
+            why = f"{library}.{label} has {', '.join(differing.values())}"
+            if nearest is None or len(differing) < nearest[0]:
+                nearest = len(differing), why
+    found = nearest[1] if nearest else f"it has no {optimizer}"
+    raise ValueError(f"state_dict must be of an equation that {library} has: {found}")
+
+
+# Adam with decoupled decay is AdamW.
+_SAME = {"Adam": ("Adam", "AdamW"), "AdamW": ("Adam", "AdamW")}
+
+
+def _made(one: Any, group: Mapping[str, Any]) -> Ours | None:
+    try:
+        return called(one, their_arguments(one, group))
+    except (TypeError, ValueError, KeyError):
+        return None
+
+
+def optimizer_of(state_dict: Any, optimizer: str | None) -> str:
+    """The class of ours that a checkpoint is of: as it says, or as the caller does."""
+    found = optimizer or getattr(state_dict, "optimizer", None)
+    if found is None:
+        raise TypeError("optimizer must name our class, as 'AdamW': a state_dict does not say it")
+    if found not in optimizers.NAMES:
+        raise ValueError(f"optimizer must be one of {', '.join(optimizers.NAMES)}, got {found!r}")
+    return str(found)
+
+
+def ordered(state_dict: Any) -> list[tuple[Any, State, Mapping[str, Any]]]:
+    """Each parameter of a checkpoint in order: its number, state and group."""
+    entries, groups = _checkpoint.parts(state_dict)
+    found: list[tuple[Any, State, Mapping[str, Any]]] = []
+    found += [(i, dict(entries.get(i, {})), own) for own in groups for i in own["params"]]
+    return (
+        sorted(found, key=lambda one: one[0]) if all(type(i) is int for i, *_ in found) else found
+    )
+
+
+def steps_of(state_dict: Any) -> int:
+    """The updates that a checkpoint's optimizer took."""
+    if "step" in state_dict:
+        return count("state_dict['step']", state_dict["step"])
+    found = [count("step", one["step"]) for one in state_dict["state"].values() if "step" in one]
+    return max(found, default=0)
+
+
+def need(state: State, name: str, i: Any) -> NDArray[Any]:
+    """A parameter's state; ValueError where it has none, or one in 8 bits."""
+    if state.get(name) is None:
+        raise ValueError(f"state_dict['state'][{i!r}] must have {name!r}, got {sorted(state)}")
+    if f"{name}_exponents" in state:
+        raise ValueError(
+            f"state_dict['state'][{i!r}][{name!r}] must be of floats, got q8:"
+            " optimizer.state_dict(state_dtype='float32') has them so"
+        )
+    return array(name, state[name])

@@ -1,0 +1,503 @@
+"""Checkpoints of other libraries, recorded half way: a run goes on to the library's own end."""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import fusedstep as fs
+from optional import optional
+
+FOLDER = pathlib.Path(__file__).parent / "golden" / "checkpoints"
+RECORDED = {
+    path.parent.name: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*/halfway.json"))
+}
+
+
+def arrays(library, flat):
+    """A case's parameters or gradients by name, of float32."""
+    shapes = RECORDED[library]["shapes"]
+    return {name: np.array(flat[name], np.float32).reshape(shapes[name]) for name in shapes}
+
+
+def stored(case):
+    """Keras' variables by number, as `save_own_variables` stores them."""
+    return {
+        key: np.array(flat, np.int64 if key == "0" else np.float32).reshape(shape)
+        for key, (shape, flat) in case["store"].items()
+    }
+
+
+def from_keras(case, params):
+    how = {"optimizer": case["optimizer"], **case["arguments"]}
+    if case["scheduled"]:
+        how["learning_rate"] = {"class_name": "Table"}
+    return fs.convert.from_keras(stored(case), params, **how)
+
+
+def optax_state(tree):
+    """A recorded state as orbax restores it."""
+    if isinstance(tree, dict) and tree.keys() == {"w", "b"}:
+        flat = arrays("optax", tree)
+        return {"b": flat["b"], "w": flat["w"]}  # as jax sorts them
+    if isinstance(tree, dict):
+        return {key: optax_state(one) for key, one in tree.items()}
+    if isinstance(tree, list):
+        return [optax_state(one) for one in tree]
+    return None if tree is None else np.array(tree, np.float32 if type(tree) is float else np.int32)
+
+
+def from_optax(case, params):
+    how = dict(case["arguments"])
+    if case["how"] == "constant" and case["optimizer"] == "rmsprop":
+        how["step"] = 10
+    state = optax_state(case["state"])
+    return fs.convert.from_optax(state, params, case["optimizer"], **how)
+
+
+def from_torch(case, params):
+    pytest.importorskip("torch")
+    count = 10 if case["optimizer"] == "SGD" else None
+    return fs.convert.from_torch(FOLDER / "torch" / case["file"], params, step=count)
+
+
+CONVERT = {"keras": from_keras, "optax": from_optax, "torch": from_torch}
+
+
+def each_case(accepts=lambda library, case: True):
+    found = [
+        pytest.param(library, case, id=f"{library}-{case['optimizer']}-{k}")
+        for library, recorded in RECORDED.items()
+        for k, case in enumerate(recorded["cases"])
+        if accepts(library, case)
+    ]
+    return pytest.mark.parametrize(("library", "case"), found)
+
+
+def check_end(library, case, ours):
+    for name, end in arrays(library, case["end"]).items():
+        # Ten steps in another order, each off by a few ulp of the parameter and of its update. A
+        # norm to be clipped has 1e-6 added to it, as in torch.
+        update = np.abs(end - arrays(library, case["half"])[name]).max()
+        allowed = 2.0**-23 * (20 * np.abs(end) + 40 * update)
+        allowed += 4e-6 * update if "global_clipnorm" in case["arguments"] else 0
+        error = np.abs(ours[name] - end)
+        assert (error <= allowed).all(), f"{name}: {error.max()} of an update of {update}"
+
+
+def test_every_library_is_recorded():
+    assert RECORDED.keys() == CONVERT.keys()
+
+
+@each_case()
+def test_run_ends_where_the_library_s_does(library, case):
+    params = arrays(library, case["half"])
+    state = CONVERT[library](case, params)
+    assert state.library == library
+    opt = getattr(fs, state.optimizer)(params, lr=0.5)
+    opt.load_state_dict(state)
+    assert opt.steps == state.step == 10
+    for rate, grads in zip(case["rates"], RECORDED[library]["gradients"], strict=True):
+        opt.param_groups[0]["lr"] = rate
+        opt.step(arrays(library, grads), **state.at_step)
+    assert opt.steps == 20
+    check_end(library, case, params)
+
+
+@each_case(lambda library, case: case["optimizer"].lower() in ("sgd", "rmsprop", "adamw"))
+def test_run_ends_there_in_torch_s_layer_too(library, case):
+    torch = optional("torch")
+    import fusedstep.torch
+
+    params = {
+        n: torch.nn.Parameter(torch.tensor(p)) for n, p in arrays(library, case["half"]).items()
+    }
+    state = CONVERT[library](case, dict(params))
+    opt = getattr(fusedstep.torch, state.optimizer)(params.values(), lr=0.5)
+    opt.load_state_dict(state)
+    for rate, grads in zip(case["rates"], RECORDED[library]["gradients"], strict=True):
+        for name, g in arrays(library, grads).items():
+            params[name].grad = torch.tensor(g)
+        opt.param_groups[0]["lr"] = rate
+        opt.step(**state.at_step)
+    check_end(library, case, {name: p.detach().numpy() for name, p in params.items()})
+
+
+# -- Keras -----------------------------------------------------------------------------------------
+
+
+@each_case(lambda library, case: "store" in case)
+def test_keras_variables_come_back(library, case):
+    state = from_keras(case, arrays(library, case["half"]))
+    back = fs.convert.to_keras(state)
+    assert list(back) == list(case["store"])
+    for key, one in stored(case).items():
+        assert np.array_equal(back[key], one)
+
+
+@each_case(lambda library, case: "store" in case and case["file"])
+def test_keras_file_has_what_the_variables_have(library, case):
+    pytest.importorskip("h5py")
+    shapes = RECORDED["keras"]["shapes"]
+    path = FOLDER / "keras" / case["file"]
+    expected = from_keras(case, shapes)
+    if path.suffix == ".keras":  # which has the arguments
+        found = fs.convert.from_keras(path, shapes)
+    else:
+        with pytest.warns(UserWarning, match="SGD.weights.h5 does not say nesterov=False, w"):
+            found = fs.convert.from_keras(path, shapes, momentum=0.8)
+        assert found.assumed == {"nesterov": False, "weight_decay": None}
+        found = fs.convert.from_keras(path, shapes, optimizer="SGD", **case["arguments"])
+    assert not found.assumed
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["step"] == expected["step"] == 10
+    for i, state in expected["state"].items():
+        assert found["state"][i].keys() == state.keys()
+        assert all(np.array_equal(found["state"][i][key], state[key]) for key in state)
+
+
+def adam(**more):
+    """What Keras' Adam keeps of one parameter."""
+    zeros = np.zeros(3, np.float32)
+    return {"0": np.int64(3), "1": np.float32(0.1), "2": zeros, "3": zeros, **more}
+
+
+@pytest.mark.parametrize(
+    ("store", "how", "error", "message"),
+    [
+        (adam(), {}, ValueError, "optimizer must be given: source says '', which is none of SGD"),
+        (adam(), {"optimizer": "Ftrl"}, ValueError, "must have an optimizer of SGD.*, got Ftrl"),
+        (
+            adam(),
+            {"optimizer": "SGD", "momentum": 0.9},
+            ValueError,
+            "variables of SGD: iteration, learning_rate; momentum_buffer of each parameter,"
+            " 3 for 1; got 4: are its options others?",
+        ),
+        (
+            {"0": np.int64(0), "1": np.float32(0.1)},
+            {"optimizer": "Adam"},
+            ValueError,
+            "got 2: the optimizer has not been built",
+        ),
+        (
+            {key: one for key, one in adam().items() if key != "2"},
+            {"optimizer": "Adam"},
+            ValueError,
+            r"must have variables 0 to 2, got missing \[2\], unknown \[\]",
+        ),
+        (
+            adam(**{"3": np.zeros(4, np.float32)}),
+            {"optimizer": "Adam"},
+            ValueError,
+            r"source: exp_avg_sq of 'w' must have shape \(3,\), got \(4,\)",
+        ),
+        (
+            adam(),
+            {"optimizer": "Adam", "beta_3": 0.5},
+            TypeError,
+            "beta_3 must be an argument of Keras' Adam: amsgrad, beta_1",
+        ),
+        (
+            adam(),
+            {"optimizer": "Adam", "beta_1": 1.5},
+            ValueError,
+            r"betas\[0\] must be in \[0, 1\), got 1.5",
+        ),
+        (
+            adam(),
+            {"optimizer": "Adam", "clipnorm": 1.0},
+            ValueError,
+            "clipnorm must be None, got 1.0, which clips each variable by itself",
+        ),
+        (
+            {**adam(), "2": np.ones(3, np.float32), "4": np.ones(3, np.float32)},
+            {"optimizer": "Adam", "gradient_accumulation_steps": 2},
+            ValueError,
+            "must be saved after all 2 of gradient_accumulation_steps, got gradients of 1",
+        ),
+    ],
+)
+def test_keras_variables_that_do_not_fit_are_refused(store, how, error, message):
+    with pytest.raises(error, match=message):
+        fs.convert.from_keras(store, {"w": np.zeros(3, np.float32)}, **how)
+
+
+@pytest.mark.parametrize("name", ["AdamW.keras", "SGD.weights.h5"])
+def test_truncated_keras_file_is_refused(name, tmp_path):
+    pytest.importorskip("h5py")
+    whole = (FOLDER / "keras" / name).read_bytes()
+    for n in (2, 5000, len(whole) - 300):
+        (tmp_path / name).write_bytes(whole[:n])
+        with pytest.raises(ValueError, match=f"{name} must be a whole"):
+            fs.convert.from_keras(tmp_path / name, RECORDED["keras"]["shapes"], optimizer="SGD")
+
+
+def test_to_keras_refuses_what_keras_has_not():
+    w = np.zeros(3, np.float32)
+    opt = fs.AdamW(w)
+    opt.step(np.ones_like(w))
+    with pytest.raises(TypeError, match="optimizer must name our class, as 'AdamW'"):
+        fs.convert.to_keras(opt.state_dict())
+    with pytest.raises(ValueError, match=r"keras.Adam has eps_hat=True, not False"):
+        fs.convert.to_keras(opt.state_dict(), optimizer="AdamW")
+
+
+# -- optax -----------------------------------------------------------------------------------------
+
+
+class ScaleByAdamState(NamedTuple):
+    count: object
+    mu: object
+    nu: object
+
+
+class EmptyState(NamedTuple):
+    pass
+
+
+def test_optax_state_takes_any_of_its_forms():
+    w, b = np.ones((2, 3), np.float32), np.zeros(4, np.float32)
+    nested = {"dense": {"bias": b, "kernel": w}}
+    inner = ScaleByAdamState(np.int32(7), nested, nested)
+    forms = [
+        (inner, EmptyState()),
+        (EmptyState(), (inner, EmptyState())),  # as chain(clip, adam) has it
+        [{"count": np.int32(7), "mu": nested, "nu": nested}, None],  # orbax
+        {"0": {"count": np.int32(7), "mu": nested, "nu": nested}, "1": {}},  # flax
+    ]
+    for state in forms:
+        for params in (
+            nested,
+            {"dense.kernel": w, "dense.bias": b},
+            {"dense/kernel": w, "dense/bias": b},
+        ):
+            found = fs.convert.from_optax(state, params, "adam", learning_rate=0.1)
+            assert found.step == 7
+            names = found["param_groups"][0]["param_names"]
+            shapes = [found["state"][i]["exp_avg"].shape for i in range(2)]
+            assert shapes == [{"kernel": (2, 3), "bias": (4,)}[name[6:]] for name in names]
+    assert fs.convert.from_optax((ScaleByAdamState(1, w, w),), w, "adam")["state"][0]["step"] == 1
+
+
+@each_case(lambda library, case: library == "optax")
+def test_optax_state_comes_back(library, case):
+    params = arrays(library, case["half"])
+    state = optax_state(case["state"])
+    back = fs.convert.to_optax(from_optax(case, params), state)
+    same = json.dumps(state, default=lambda a: a.tolist())
+    assert json.dumps(back, default=lambda a: a.tolist()) == same
+
+
+@pytest.mark.parametrize(
+    ("state", "optimizer", "error", "message"),
+    [
+        (
+            {"count": 1, "mu": {}, "nu": {}},
+            None,
+            ValueError,
+            "mu, nu may be of rmsprop, adam, adamw, ",
+        ),
+        ({}, None, ValueError, "optimizer must be given: nothing may be of sgd"),
+        ({}, "adagrid", ValueError, "optimizer must be one of sgd, .*, got 'adagrid'"),
+        ({}, "rprop", ValueError, "optax's rprop applies each step's update in the next"),
+        (
+            {"count": 1, "mu": {}},
+            "adamw",
+            ValueError,
+            r"state must have mu, nu of adamw\(\), got mu",
+        ),
+        (
+            {"trace": {}},
+            "sgd",
+            ValueError,
+            r"state must have nothing of sgd\(momentum=None\), got trace",
+        ),
+        ([{"trace": {}}, {"trace": {}}], "sgd", ValueError, "got trace more than once"),
+        (
+            {"mini_step": 2, "gradient_step": 4, "inner_opt_state": {}},
+            "adam",
+            ValueError,
+            "state must be between two updates, got mini_step=2",
+        ),
+        ({"sum_of_squares": {"w": 0}}, "adagrad", ValueError, "step must be given: this state of"),
+        (
+            ScaleByAdamState(1, {"w": np.ones(3)}, {"v": np.ones(3)}),
+            "adam",
+            ValueError,
+            "state must have the parameters of mu in nu, got v",
+        ),
+        (
+            ScaleByAdamState(1, {"v": np.ones(3)}, {"v": np.ones(3)}),
+            "adam",
+            ValueError,
+            r"state must be of params, got missing \['w'\], unknown \['v'\]",
+        ),
+        (
+            ScaleByAdamState(1, {"w": np.ones(4)}, {"w": np.ones(4)}),
+            "adam",
+            ValueError,
+            r"state: mu of 'w' must have shape \(3,\), got \(4,\)",
+        ),
+        (
+            ScaleByAdamState(1, {"w": np.ones(3)}, {"w": np.ones(3)}),
+            "amsgrad",
+            ValueError,
+            "state must have mu, nu, nu_max of amsgrad",
+        ),
+    ],
+)
+def test_optax_state_that_does_not_fit_is_refused(state, optimizer, error, message):
+    with pytest.raises(error, match=message):
+        fs.convert.from_optax(state, {"w": np.zeros(3, np.float32)}, optimizer)
+
+
+# -- torch -----------------------------------------------------------------------------------------
+
+
+def half_way(torch, name, **hypers):
+    """An optimizer of torch after three steps, and its parameters."""
+    params = [torch.nn.Parameter(torch.full((3,), float(k + 1))) for k in range(2)]
+    opt = getattr(torch.optim, name)([{"params": [p]} for p in params], **hypers)
+    for t in range(3):
+        for p in params:
+            p.grad = torch.tensor([0.5, -0.25, 2.0]) * (t + 1)
+        opt.step()
+    return opt, params
+
+
+TORCH = [
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.2}),
+    ("RMSprop", {"lr": 0.1, "alpha": 0.8, "centered": True}),
+    ("Adadelta", {"lr": 0.1, "rho": 0.8}),
+    ("Adam", {"lr": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
+    ("AdamW", {"lr": 0.1, "weight_decay": 0.2, "fused": True}),
+    ("Adamax", {"lr": 0.1, "weight_decay": 0.2}),
+    ("NAdam", {"lr": 0.1, "weight_decay": 0.2}),
+    ("RAdam", {"lr": 0.1, "betas": (0.8, 0.9), "decoupled_weight_decay": True}),
+    ("ASGD", {"lr": 0.1, "t0": 1, "maximize": True}),
+    ("Rprop", {"lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "hypers"), TORCH)
+def test_torch_goes_on_and_comes_back(name, hypers):
+    torch = optional("torch")
+    theirs, params = half_way(torch, name, **hypers)
+    state = fs.convert.from_torch(theirs.state_dict(), params)
+    assert (state.optimizer, state.step) == (name, 0 if name == "SGD" else 3)
+    ours = [p.detach().numpy().copy() for p in params]
+    first = [p.copy() for p in ours]
+    opt = getattr(fs, name)(ours, lr=0.5, groups=[fs.Group("1", weight_decay=0.3)])
+    opt.load_state_dict(state)
+    back, others = half_way(torch, name, **hypers)
+    back.load_state_dict(fs.convert.to_torch(state))
+    g = torch.tensor([1.0, 0.5, -3.0])
+    for p in (*params, *others):
+        p.grad = g.clone()  # torch's foreach SGD writes to it under nesterov
+    theirs.step()
+    back.step()
+    opt.step([g.numpy(), g.numpy()])
+    for p, q, mine, before in zip(params, others, ours, first, strict=True):
+        assert torch.equal(p, q)
+        update = np.abs(p.detach().numpy() - before).max()
+        error = np.abs(p.detach().numpy() - mine).max()
+        assert error <= 2.0**-23 * (8 + 40 * update)
+
+
+def test_counts_by_group_are_each_parameter_s():
+    # As Apex and Transformer Engine keep them; their Adam does not say whether it decouples decay.
+    w = np.ones(3, np.float32)
+    hypers = {
+        "lr": 0.1,
+        "bias_correction": 1,
+        "betas": (0.8, 0.9),
+        "eps": 1e-3,
+        "weight_decay": 0.1,
+    }
+    entry = {"exp_avg": w, "exp_avg_sq": w, "master_param": 2 * w}
+    state = {"state": {5: entry}, "param_groups": [{**hypers, "step": 9, "params": [5]}]}
+    with pytest.raises(ValueError, match=r"weight_decay=0.1 is Adam's or AdamW's"):
+        fs.convert.from_torch(state, {"w": w})
+    found = fs.convert.from_torch({"model": {}, "optimizer": state}, {"w": w}, "AdamW")
+    assert found["state"] == {0: {"exp_avg": w, "exp_avg_sq": w, "step": 9}} or found.step == 9
+    assert np.array_equal(found.masters["w"], 2 * w)
+    assert found["param_groups"][0]["bias_correction"] is True
+    assert found["param_groups"][0]["param_names"] == ["w"]
+    opt = fs.AdamW({"w": w.copy()})
+    opt.load_state_dict(found)
+    assert opt.steps == 9
+
+
+def plain(**more):
+    """Adam's state of one parameter as torch keeps it, some of it replaced."""
+    w = np.ones(3, np.float32)
+    entry = {"step": 3.0, "exp_avg": w, "exp_avg_sq": w}
+    group = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "amsgrad": False, "params": [0]}
+    entry |= more.pop("entry", {})
+    return {"state": {0: entry}, "param_groups": [{**group, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ({"model": {}}, ValueError, "state_dict must have the key 'state', got"),
+        ({"a": plain(), "b": plain()}, ValueError, "source must have one optimizer, got 2"),
+        (plain(ns_steps=5), ValueError, "an optimizer of ours, got ns_steps, as of Muon"),
+        (plain(params=[0, 1]), ValueError, "params must be 2, as in param_groups, got 1"),
+        (plain(params=[0, 0]), ValueError, "param_groups must have distinct parameters"),
+        (plain(params=[1]), ValueError, r"state must be of parameters in param_groups, got \[0\]"),
+        (plain(entry={"mom": 1}), ValueError, "must have step, exp_avg, .* of Adam, got 'mom'"),
+        (plain(entry={"step": None}), ValueError, "step must be given: state"),
+        (
+            plain(entry={"exp_avg": np.ones(4, np.float32)}),
+            ValueError,
+            r"state\[0\]\['exp_avg'\] of 'w' must have shape \(3,\), got \(4,\)",
+        ),
+        (plain(betas=(1.5, 0.9)), ValueError, r"betas\[0\] must be in \[0, 1\), got 1.5"),
+    ],
+)
+def test_torch_checkpoint_that_does_not_fit_is_refused(state, error, message):
+    with pytest.raises(error, match=message):
+        fs.convert.from_torch(state, {"w": np.ones(3, np.float32)})
+
+
+class Harmless:
+    """Something that a pickle may name and no converter makes."""
+
+
+def test_torch_file_of_other_things_is_refused(tmp_path):
+    torch = optional("torch")
+    path = tmp_path / "a.pt"
+    torch.save({"optimizer": plain(), "more": Harmless()}, path)
+    with pytest.raises(ValueError, match=r"a.pt must be a whole file of tensors by torch.save"):
+        fs.convert.from_torch(path)
+    path.write_bytes((FOLDER / "torch" / "AdamW.pt").read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"a.pt must be a whole file of tensors by torch.save"):
+        fs.convert.from_torch(path)
+
+
+def test_to_torch_says_what_torch_has_not():
+    torch = optional("torch")
+    import fusedstep.torch
+
+    w = np.ones(3, np.float32)
+    state = fs.convert.from_keras(adam(), {"w": w}, optimizer="Adam")
+    with pytest.raises(
+        ValueError, match=r"ours must be True: torch.optim.Adam has no eps_hat=True"
+    ):
+        fs.convert.to_torch(state)
+    ours = fs.convert.to_torch(state, ours=True)
+    opt = fusedstep.torch.Adam([torch.nn.Parameter(torch.ones(3))])
+    opt.load_state_dict(ours)
+    assert opt.param_groups[0]["eps_hat"] is True
+    del state["param_groups"][0]["lr"]
+    with pytest.raises(ValueError, match=r"\['param_groups'\]\[0\] must have lr: the rate was a"):
+        fs.convert.to_torch(state, ours=True)
+    state = fs.convert.from_optax({"mu": w, "count": 2}, w, "lion", learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"ours must be True: torch.optim has no Lion"):
+        fs.convert.to_torch(state)
