@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
+from fusedstep.__main__ import main
 from optional import optional
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "checkpoints"
@@ -501,3 +502,79 @@ def test_to_torch_says_what_torch_has_not():
     state = fs.convert.from_optax({"mu": w, "count": 2}, w, "lion", learning_rate=0.1)
     with pytest.raises(ValueError, match=r"ours must be True: torch.optim has no Lion"):
         fs.convert.to_torch(state)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def run(capsys, *words):
+    """The exit status of `fusedstep convert`, and what it said."""
+    status = main(["convert", *map(str, words)])
+    said = capsys.readouterr()
+    assert all(len(line) <= 80 for line in said.out.splitlines())
+    return status, said.out + said.err
+
+
+def test_command_tells_and_writes(capsys, tmp_path):
+    pytest.importorskip("h5py")
+    torch = optional("torch")
+    import fusedstep.torch
+
+    path, written = FOLDER / "keras" / "AdamW.keras", tmp_path / "optimizer.pt"
+    status, said = run(capsys, path, "--to", "torch", "-o", written)
+    assert status == 0
+    for line in (
+        "checkpoint  AdamW.keras, of keras",
+        "optimizer   AdamW, our AdamW",
+        "step        10",
+        "tensors     4 of 2 parameters, 80 bytes: exp_avg, exp_avg_sq",
+        "convention  eps_hat=True",
+        "arguments   lr=0.010888698, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1,",
+        "torch.optim has no eps_hat",
+    ):
+        assert line in said
+    params = [torch.nn.Parameter(torch.ones(s)) for s in RECORDED["keras"]["shapes"].values()]
+    opt = fusedstep.torch.AdamW(params)
+    opt.load_state_dict(torch.load(written, weights_only=True))
+    assert opt.param_groups[0]["eps_hat"] is True
+    assert opt.state[params[0]]["step"] == 10
+
+    for target in ("fusedstep", "torch"):
+        file = tmp_path / f"{target}.safetensors"
+        assert run(capsys, path, "--to", target, "-o", file)[0] == 0
+        neutral = fs.AdamW([p.detach().numpy() for p in params])
+        fs.load(file, optimizer=neutral)
+        assert neutral.param_groups[0]["betas"] == (0.8, 0.9)
+        opt = fusedstep.torch.AdamW(params)
+        fusedstep.torch.load(file, optimizer=opt)
+        assert opt.state[params[0]]["step"] == 10
+
+
+def test_command_says_what_it_assumes(capsys, tmp_path):
+    pytest.importorskip("h5py")
+    path = FOLDER / "keras" / "SGD.weights.h5"
+    status, said = run(capsys, path, "--set", "momentum=0.8")
+    assert status == 0
+    assert "assumed     nesterov=False, weight_decay=None; --set NAME=VALUE says others" in said
+    status, said = run(capsys, path, "--optimizer", "SGD", "--set", "momentum=0.8")
+    assert "assumed" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["keras/SGD.weights.h5"], "got 4: are its options others?"),
+        (["keras/none.h5"], "No such file or folder: 'keras/none.h5'"),
+        (["keras/halfway.json"], "--from must say whose keras/halfway.json is, one of keras,"),
+        (["keras/halfway.json", "--from", "keras"], "halfway.json must be a whole HDF5 file"),
+        (["keras/AdamW.keras", "--to", "torch"], "--to needs --output"),
+        (["keras/AdamW.keras", "-o", "none/a.pt"], "cannot write none/a.pt"),
+        (["keras/AdamW.keras", "-o", "a.txt"], "--output must end with .safetensors for --to"),
+    ],
+)
+def test_command_says_what_is_wrong(words, message, capsys, monkeypatch):
+    pytest.importorskip("h5py")
+    monkeypatch.chdir(FOLDER)
+    status, said = run(capsys, *words)
+    assert status == 2
+    assert message in said

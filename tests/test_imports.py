@@ -25,6 +25,7 @@ LAZY = {
             "fusedstep.bench",
             "fusedstep.bench_models",
             "fusedstep.bench_step",
+            "fusedstep.convert._command",
             "fusedstep.demo",
             "fusedstep.gallery",
         )
@@ -38,7 +39,7 @@ LAZY = {
 # Where torch itself is what is measured, drawn or trained.
 OF_TORCH = (
     *("fusedstep.bench", "fusedstep.bench_models", "fusedstep.demo", "fusedstep.gallery."),
-    "fusedstep.convert.torch",
+    *("fusedstep.convert.torch", "fusedstep.convert._command"),
 )
 
 

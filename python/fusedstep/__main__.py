@@ -1,8 +1,12 @@
-"""The command line: `fusedstep info | demo | plot | gallery | bench`, or `python -m fusedstep`."""
+"""The command line: `fusedstep info | demo | plot | gallery | convert | bench`.
+
+Or `python -m fusedstep`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import inspect
 import json
@@ -75,6 +79,44 @@ def _add_plot(commands: Any) -> None:
                       help="where to write the picture (%(default)s)")  # fmt: skip
 
 
+def _assignment(text: str) -> tuple[str, Any]:
+    """`name=value` as the name and a number, word or tuple."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def _add_convert(commands: Any) -> None:
+    from fusedstep.convert import _command
+
+    convert = commands.add_parser("convert", help="an optimizer's checkpoint from another library")
+    convert.add_argument("checkpoint", help="the file, or folder, of the other library")
+    convert.add_argument("--from", dest="library", choices=_command.LIBRARIES,
+                         help="whose it is (as its name says)")  # fmt: skip
+    convert.add_argument("--optimizer", metavar="NAME", help="whose state it is, if it is silent")
+    convert.add_argument(
+        "--set",
+        dest="arguments",
+        action="append",
+        type=_assignment,
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument that it does not have",
+    )
+    convert.add_argument("--to", choices=_command.TARGETS,
+                         help="for whom to write (torch for .pt, else fusedstep)")  # fmt: skip
+    convert.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=".pt, or .safetensors, which fusedstep.load reads (only tell)",
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusedstep",
@@ -96,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     gallery = commands.add_parser("gallery", help="the lecture in figures, as a page to read")
     gallery.add_argument("-o", "--output", default="fusedstep-gallery", metavar="DIR",
                          help="the folder to write into (%(default)s)")  # fmt: skip
+
+    _add_convert(commands)
 
     bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
     bench.add_argument("--optimizers", nargs="+", metavar="NAME", type=str.lower,
@@ -276,6 +320,28 @@ def _measure(
     return rows
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from fusedstep.convert import _command
+
+    if args.to and not args.output:
+        raise _Usage("--to needs --output")
+    _check_output(args.output)
+    given = dict(args.arguments)
+    if args.optimizer:
+        given["optimizer"] = args.optimizer
+    try:
+        state = _command.read(args.checkpoint, args.library, given)
+        for line in _command.told(args.checkpoint, state):
+            print(line)
+        if args.output:
+            torch_s = os.path.splitext(args.output)[1] in (".pt", ".pth")
+            target = args.to or ("torch" if torch_s else "fusedstep")
+            for line in _command.line("written", _command.write(args.output, target, state)):
+                print(line)
+    except (TypeError, ValueError) as error:
+        raise _Usage(str(error)) from None
+
+
 def _check_alone(args: argparse.Namespace, option: str, others: Sequence[str]) -> None:
     """Raises _Usage for options that mean nothing beside `option`."""
     for name in others:
@@ -392,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "plot": _plot,
             "gallery": _gallery,
             "bench": _bench,
+            "convert": _convert,
         }[args.command](args)
     except ModuleNotFoundError as error:
         hint = "" if "pip install" in str(error) else f": pip install 'fusedstep[{args.command}]'"

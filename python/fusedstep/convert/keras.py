@@ -301,9 +301,9 @@ def _states(
     shape = f"{label} must have the variables of {name}: {'; '.join(expected)}"
     if found <= 0 and runs:
         raise ValueError(f"{shape}; got {len(variables)}: the optimizer has not been built")
-    if params is None and not runs:
+    if params is None and not runs and not found:
         raise ValueError(f"params must be given: {name} without momentum keeps nothing of them")
-    n = len(params.shapes) if params else found // each
+    n = len(params.shapes) if params else found // max(each, 1)
     if found != n * each:
         ours = f", {first + last + n * each} for {n}" if params else ""
         raise ValueError(f"{shape}{ours}; got {len(variables)}: are its options others?")

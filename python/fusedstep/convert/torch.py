@@ -170,6 +170,8 @@ def to_torch(
             raise ValueError(f"{where} must have lr: the rate was a schedule, give it the number")
         beyond = {key: own.get(key, usual[key]) for key in spec.beyond_torch}
         other = [f"{key}={value!r}" for key, value in beyond.items() if value != usual[key]]
+        if not own.get("weight_decay"):  # then it is all the same how
+            other = [one for one in other if not one.startswith("decoupled_weight_decay")]
         if other and not ours:
             raise ValueError(
                 f"ours must be True: torch.optim.{name} has no {', '.join(other)}, but"
