@@ -268,7 +268,7 @@ ArrayTable::Taken ArrayTable::step(const py::sequence& grads,
   std::vector<Stream> converted(count);
   py::list written;
   const auto note = [&](py::handle array) {
-    if (!announce.is_none() && is_torch_tensor(array)) written.append(array);
+    if (!announce.is_none() && is_versioned(array)) written.append(array);
   };
   for (size_t i = 0; i < count; ++i) {
     if (!given.grads[i].owner) continue;
@@ -309,7 +309,7 @@ ArrayTable::Taken ArrayTable::step_flat(py::handle grads, const std::vector<int6
   }
   py::list written;
   for (const py::handle array : shadows) {
-    if (!announce.is_none() && is_torch_tensor(array)) written.append(array);
+    if (!announce.is_none() && is_versioned(array)) written.append(array);
   }
   return run(converted, given.shadows, groups, own, states, announce, written);
 }

@@ -46,6 +46,11 @@ char nothing;
   throw py::value_error(label.text() + " must be C-contiguous, got a strided array");
 }
 
+void stands_apart(const Label& label, bool* strided) {
+  if (!strided) not_contiguous(label);
+  *strided = true;
+}
+
 int64_t count(const int64_t* shape, int ndim) {
   int64_t n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[i];
@@ -144,16 +149,21 @@ Format numpy_format(const py::array& array, const Label& label) {
   wrong_dtype(label, text);
 }
 
-View numpy_view(const py::array& array, const Label& label) {
+const int64_t* as_shape(const py::array& array) {
+  return reinterpret_cast<const int64_t*>(py::detail::array_proxy(array.ptr())->dimensions);
+}
+
+// `strided` is null where elements must follow each other; else it becomes true where they do not.
+View numpy_view(const py::array& array, const Label& label, bool* strided) {
   static_assert(sizeof(py::ssize_t) == sizeof(int64_t), "a 64-bit system");
   const auto* proxy = py::detail::array_proxy(array.ptr());
   const Format format = numpy_format(array, label);
-  if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) not_contiguous(label);
+  if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_)) stands_apart(label, strided);
   if (!(proxy->flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
     throw py::value_error(label.text() +
                           " must be aligned to its item size, got an unaligned array");
   }
-  const auto* shape = reinterpret_cast<const int64_t*>(proxy->dimensions);
+  const int64_t* shape = as_shape(array);
   const bool writable = (proxy->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0;
   const int64_t n = count(shape, proxy->nd);
   void* data = memory_at(proxy->data, n, label);
@@ -164,7 +174,8 @@ View numpy_view(const py::array& array, const Label& label) {
 std::pair<int, int> dlpack_device(py::handle object) {
   try {
     const py::tuple device(object.attr("__dlpack_device__")());
-    return {py::int_(device[0]), py::int_(device[1])};
+    const py::object index = device[1];  // None: Paddle's, of the CPU
+    return {py::int_(device[0]), index.is_none() ? 0 : py::int_(index).cast<int>()};
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_ValueError) && !error.matches(PyExc_BufferError)) throw;
     return {0, 0};
@@ -302,8 +313,13 @@ void check_settled(py::handle tensor, const Label& label) {
 }
 
 void check_place(py::handle object, const Label& label, const Place& place) {
+  const py::object deleted = attribute(object, "is_deleted");  // JAX's
+  if (deleted && PyCallable_Check(deleted.ptr()) && py::bool_(deleted())) {
+    throw py::value_error(label.text() + " must have memory for its elements, got a deleted array");
+  }
   const auto [type, index] = dlpack_device(object);
   if (is_in(place, type, index)) return;
+  if (type == 0 && attribute(object, "sharding")) elsewhere(label, place, "a sharded array");
   py::object text = attribute(object, "device");
   if (!text) text = py::str("type {} of DLPack").format(type);
   elsewhere(label, place, "device " + py::str(text).cast<std::string>());
@@ -314,13 +330,13 @@ std::string dtype_text(py::handle object) {
   return dtype ? py::str(dtype).cast<std::string>() : "another type";
 }
 
-View dlpack_view(py::handle object, const Label& label, const Place& place) {
+View dlpack_view(py::handle object, const Label& label, const Place& place, bool* strided) {
   check_place(object, label, place);
   const Exported seen = exported(object, label, place);
   const DLTensor& t = *seen.tensor;
   Format format;
   if (!dlpack_format(t, format)) wrong_dtype(label, dtype_text(object));
-  if (!c_contiguous(t)) not_contiguous(label);
+  if (!c_contiguous(t)) stands_apart(label, strided);
   const int64_t n = count(t.shape, t.ndim);
   check_aligned(seen.data, n, format, label);
   return {seen.data, format, t.ndim, t.shape, n, seen.fixed, seen.capsule};
@@ -328,7 +344,7 @@ View dlpack_view(py::handle object, const Label& label, const Place& place) {
 
 // A tensor as the NumPy array that torch makes of it, several times faster than through DLPack.
 // False for what torch cannot show so: bfloat16, which DLPack can, and what DLPack refuses too.
-bool torch_view(py::handle tensor, const Label& label, View& view) {
+bool torch_view(py::handle tensor, const Label& label, View& view, bool* strided) {
   static const py::handle bf16 =
       py::object(py::module_::import("torch").attr("bfloat16")).release();
   if (py::object(tensor.attr("dtype")).is(bf16)) return false;  // an error of torch's is slow
@@ -339,7 +355,7 @@ bool torch_view(py::handle tensor, const Label& label, View& view) {
     if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_RuntimeError)) throw;
     return false;
   }
-  view = numpy_view(py::reinterpret_borrow<py::array>(array), label);
+  view = numpy_view(py::reinterpret_borrow<py::array>(array), label, strided);
   return true;
 }
 
@@ -482,32 +498,32 @@ std::string place_text(const Place& place) {
   return "cuda:" + std::to_string(place.index);
 }
 
-View view_of(py::handle object, const Label& label, const Place& place) {
+View view_of(py::handle object, const Label& label, const Place& place, bool* strided) {
   const bool here = !place.device || place.device->kind == kCpu;
   static const py::handle ndarray = py::type::of(py::array()).release();
   const bool plain = py::type::handle_of(object).is(ndarray);
   if (plain || py::isinstance<py::array>(object)) {
     if (!plain) check_unmasked(object, label);
     if (!here) elsewhere(label, place, "a NumPy array");
-    return numpy_view(py::reinterpret_borrow<py::array>(object), label);
+    return numpy_view(py::reinterpret_borrow<py::array>(object), label, strided);
   }
   if (is_torch_tensor(object)) {
     View view;
-    if (!here || !torch_view(object, label, view)) {
+    if (!here || !torch_view(object, label, view, strided)) {
       check_settled(object, label);
-      view = dlpack_view(object, label, place);
+      view = dlpack_view(object, label, place, strided);
     }
     check_storage(object, view.n, format_bytes(view.format), label);
     return view;
   }
   if (is_numpy_scalar(object)) {
     if (!here) elsewhere(label, place, "a NumPy scalar");
-    View view = numpy_view(py::array(py::reinterpret_borrow<py::object>(object)), label);
+    View view = numpy_view(py::array(py::reinterpret_borrow<py::object>(object)), label, nullptr);
     view.fixed = kScalar;
     return view;
   }
   if (attribute(object, "__dlpack__") && attribute(object, "__dlpack_device__")) {
-    return dlpack_view(object, label, place);
+    return dlpack_view(object, label, place, strided);
   }
   if (attribute(object, "__cuda_array_interface__")) return interface_view(object, label, place);
   not_an_array(object, label);
@@ -542,7 +558,14 @@ View memory_of(py::handle object, const Label& label, const Place& place, int64_
 }
 
 View grad_of(py::handle object, const Label& label, const Place& place, const View& param) {
-  if (param.ndim > 0 || !is_number(object)) return view_of(object, label, place);
+  if (param.ndim > 0 || !is_number(object)) {
+    bool strided = false;
+    const bool here = !place.device || place.device->kind == kCpu;
+    View view = view_of(object, label, place, here ? &strided : nullptr);
+    if (!strided) return view;
+    py::array copy = array_of(object, label.text()).first.attr("copy")("C");
+    return {copy.mutable_data(), view.format, view.ndim, as_shape(copy), view.n, nullptr, copy};
+  }
   if (place.device && place.device->kind != kCpu) elsewhere(label, place, "a number");
   const double value = PyFloat_AsDouble(object.ptr());
   if (PyErr_Occurred()) {  // an integer beyond all doubles
@@ -625,6 +648,11 @@ uintptr_t address_of(py::handle object) {
 bool is_torch_tensor(py::handle object) {
   static Imported tensor("torch", "Tensor");
   return tensor.has(object);
+}
+
+bool is_versioned(py::handle object) {
+  static Imported paddle("paddle", "Tensor");
+  return is_torch_tensor(object) || paddle.has(object);
 }
 
 bool is_plain_tensor(py::handle object) {

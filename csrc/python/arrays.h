@@ -32,14 +32,17 @@ struct Label {
 // Reads `object`, a NumPy scalar too. Throws TypeError for what exposes no memory or an unsupported
 // dtype, ValueError for memory that is not there, elsewhere, not C-contiguous, not aligned or not in
 // native byte order.
-View view_of(pybind11::handle object, const Label& label, const Place& place = {});
+// `strided`: it may lie apart, with `data` where it begins, and this becomes true then.
+View view_of(pybind11::handle object, const Label& label, const Place& place = {},
+             bool* strided = nullptr);
 
 // The memory of n elements of so many bytes, whatever they are; throws as view_of, and for another
 // number of them. Of format kNone.
 View memory_of(pybind11::handle object, const Label& label, const Place& place, int64_t n,
                int bytes);
 
-// A gradient of `param`: a number of Python's or NumPy's too where that has no dimensions.
+// A gradient of `param`: a number of Python's or NumPy's too where that has no dimensions. One whose
+// elements lie apart is a copy, where it is in the CPU's memory.
 View grad_of(pybind11::handle object, const Label& label, const Place& place, const View& param);
 
 // Throws ValueError for memory of which nobody says that it may be written.
@@ -55,6 +58,10 @@ uintptr_t address_of(pybind11::handle object);
 // code when it is read.
 bool is_torch_tensor(pybind11::handle object);
 bool is_plain_tensor(pybind11::handle object);
+
+// Whether it counts the writes to it, of which automatic differentiation is told: a tensor of torch or
+// Paddle.
+bool is_versioned(pybind11::handle object);
 
 // The device in a capsule of another extension module of this build; null for None.
 const Device* device_of(const pybind11::object& capsule);

@@ -106,14 +106,50 @@ def is_array(thing: Any) -> bool:
     return isinstance(thing, np.ndarray | np.generic) or exports
 
 
+def flattened(arrays: Mapping[Any, Any], label: str) -> Mapping[Any, Any]:
+    """A dict without dicts in it: `{"dense": {"bias": b}}`, Flax' and MLX', as `{"dense.bias": b}`.
+
+    Raises:
+        ValueError: two arrays would have one name.
+    """
+    if not any(isinstance(value, Mapping) for value in arrays.values()):
+        return arrays
+    found: dict[Key, Any] = {}
+
+    def put(inside: Mapping[Key, Any], path: tuple[Key, ...]) -> None:
+        for key, value in inside.items():
+            name = ".".join(map(str, (*path, key))) if path else key
+            if isinstance(value, Mapping):
+                put(value, (*path, key))
+            elif name in found:
+                raise ValueError(f"{label} must have distinct names, got {name!r} twice")
+            else:
+                found[name] = value
+
+    put(arrays, ())
+    return found
+
+
+def check_no_array(things: Any, label: str) -> None:
+    """TypeError for an array that is no memory, of which to iterate would make copies."""
+    if hasattr(things, "dtype") and hasattr(things, "shape"):
+        kind, library = type(things).__name__, type(things).__module__.partition(".")[0]
+        raise TypeError(
+            f"{label} must be an array in memory, or a sequence or dict of them, got {kind} of"
+            f" {library}: read it into a NumPy array, and write that back"
+        )
+
+
 def name_params(params: Params) -> dict[Key, Any]:
     """Parameters in any form that an optimizer takes, by name or number."""
     if isinstance(params, Mapping):
+        params = flattened(params, "params")
         named = dict(params.items())
         _check_lasting(params, named, map(params.__getitem__, named))
     elif is_array(params):
         named = {0: params}
     elif isinstance(params, Iterable) and not isinstance(params, str | bytes):
+        check_no_array(params, "params")
         once = iter(params)
         named = dict(enumerate(once))
         if once is not params:  # an iterator can be asked only once
@@ -149,6 +185,7 @@ def _check_lasting(params: Params, named: Mapping[Key, Any], again: Iterable[Any
 def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Sequence[Any]:
     """Gradients in any form that `step` takes, as a sequence in the parameters' order."""
     if isinstance(grads, Mapping):
+        grads = flattened(grads, name)
         if grads.keys() != params.keys():
             missing = [key for key in params if key not in grads][:8]
             extra = [key for key in grads if key not in params][:8]
@@ -161,6 +198,7 @@ def in_order(params: Mapping[Key, Any], grads: Grads, name: str = "grads") -> Se
     shapes = [getattr(p, "shape", None) for p in params.values()] if len(params) == 1 else []
     if grads is None or is_array(grads) or (type(grads) in (float, int) and shapes == [()]):
         return [grads]
+    check_no_array(grads, name)
     if isinstance(grads, Iterable) and not isinstance(grads, str | bytes):
         return list(grads)
     raise TypeError(
@@ -178,6 +216,12 @@ def is_tensor(thing: Any) -> bool:
     """Whether it is a torch tensor."""
     torch = loaded_torch()
     return torch is not None and isinstance(thing, torch.Tensor)
+
+
+def is_versioned(thing: Any) -> bool:
+    """Whether it counts the writes to it: a tensor of torch or Paddle."""
+    paddle = sys.modules.get("paddle")
+    return is_tensor(thing) or (paddle is not None and isinstance(thing, paddle.Tensor))
 
 
 def as_tensors(entry: dict[str, Any]) -> dict[str, Any]:
@@ -198,12 +242,27 @@ def as_tensors(entry: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@cache
 def announcer() -> Callable[[list[Any]], None]:
-    """torch's function that raises the version of tensors, so that a stale backward raises.
+    """What raises the version of tensors, so that a stale backward raises, and not lies."""
+    if "paddle" not in sys.modules:
+        return _torch_announcer()
 
-    The one in C where there is: no signal's handler runs inside it.
-    """
+    def announce(tensors: list[Any]) -> None:
+        of_torch = []
+        for tensor in tensors:
+            if is_tensor(tensor):
+                of_torch.append(tensor)
+            else:
+                tensor._bump_inplace_version()
+        if of_torch:
+            _torch_announcer()(of_torch)
+
+    return announce
+
+
+@cache
+def _torch_announcer() -> Callable[[list[Any]], None]:
+    """The one in C where there is: no signal's handler runs inside it."""
     torch = loaded_torch()
     public = torch.autograd.graph.increment_version
     for found in (getattr(torch._C, "_increment_version", public), public):
@@ -227,7 +286,7 @@ def index_of(array: Any, label: str = "params") -> int | None:
     if hasattr(array, "__dlpack_device__"):
         try:
             kind, index = array.__dlpack_device__()
-        except (ValueError, BufferError):  # unknown to DLPack, as torch's meta
+        except (ValueError, BufferError, TypeError):  # torch's meta, JAX's deleted: the core says
             return None
         return int(index) if int(kind) in _CUDA else None
     try:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, SupportsFloat, cast
 import numpy as np
 
 from fusedstep import _arrays, _checkpoint, _core, _gpu, _groups, _lookahead, _storage
-from fusedstep._arrays import announcer, in_order, is_tensor, name_params
+from fusedstep._arrays import announcer, in_order, is_tensor, is_versioned, name_params
 from fusedstep._groups import Group, ParamGroup, assignments
 from fusedstep._hypers import (
     ABOVE_0,
@@ -106,8 +106,9 @@ class Optimizer:
     tensors, CuPy arrays, or anything else that exports its memory through DLPack or
     `__cuda_array_interface__`; all in CPU memory, or all on one CUDA device. All must be
     C-contiguous, float32, float64, float16 or bfloat16, and in memory that is known to be writable,
-    which JAX's and TensorFlow's immutable arrays are not. A container must keep its arrays: one
-    that reads them from a file whenever it is asked, as `np.load` of an .npz file, is refused.
+    which JAX's and TensorFlow's immutable arrays are not. What is in dicts in a dict is named by
+    its path. A container must keep its arrays: one that reads them from a file whenever it is
+    asked, as `np.load` of an .npz file, is refused.
     States are float32, or float64 for float64 parameters, unless `state_dtype` says otherwise, in
     flat buffers of their own. docs/narrow.md says what `rounding` and `state_dtype` cost and save.
 
@@ -210,6 +211,7 @@ class Optimizer:
         labels = (f"params[{name}]" for name in self._names)
         self._storage.check_params(zip(labels, self._dtypes, strict=True))
         self._tensors = {i: p for i, p in enumerate(params) if is_tensor(p)}
+        self._versioned = {i: p for i, p in enumerate(params) if is_versioned(p)}
 
     @property
     def _states(self) -> States:
@@ -332,7 +334,8 @@ class Optimizer:
                 parameter is: read as float32, or as float64 under a float64 parameter. A parameter
                 without dimensions takes Python's and NumPy's numbers. None in an array's place
                 leaves that parameter, its states and its count of updates alone. Gradients are
-                read, and never written unless `zero_grad` says so.
+                read, and never written unless `zero_grad` says so. One that is not C-contiguous is
+                copied for the step, and cannot be zeroed.
             max_norm: clips the gradients, all of them together, to this norm:
                 `g * min(1, max_norm / (norm + 1e-6))`, which costs another reading of them.
                 `grad_norm` is then the norm before. A number >= 0, or inf to measure only
@@ -399,11 +402,11 @@ class Optimizer:
             decay = at_step("ema", ema, table.averages, SHARE)
             average = table.averages + 1
             options = (options or PLAIN)._replace(ema_decay=decay, average=average)
-        announce = announcer() if self._tensors else None
+        announce = announcer() if self._versioned else None
         copies = None
         if shadow is not None:
             copies = in_order(self._params, shadow, "shadow")
-            if announce is None and any(map(is_tensor, copies)):
+            if announce is None and any(map(is_versioned, copies)):
                 announce = announcer()
         natives = self._with_rates(natives, table.steps)
         layout = None if self._buffer is None else self._buffer._layout
@@ -490,7 +493,7 @@ class Optimizer:
 
     def _announce(self, written: Iterable[int]) -> None:
         """Tells autograd of tensors that were written to, by number."""
-        if tensors := [self._tensors[i] for i in written]:
+        if tensors := [self._versioned[i] for i in written]:
             announcer()(tensors)
 
     @contextmanager
@@ -525,13 +528,13 @@ class Optimizer:
         try:
             self._turn.run(self._table.swap)
             self._ahead = "ema"
-            self._announce(self._tensors)
+            self._announce(self._versioned)
             yield
         finally:
             if self._table.swapped:
                 self._turn.run(self._table.swap)
                 self._ahead = False
-                self._announce(self._tensors)
+                self._announce(self._versioned)
 
     def masters(self) -> dict[Key, Array]:
         """Copies of the parameters at the precision that they are trained in, by name or number.
@@ -849,7 +852,7 @@ class Optimizer:
         table = self._table
         known = dict(table.states), table.clocks(), table.steps, table.used, table.averages
         state = {**self.__dict__, "_table": known, "_how": self._storage.how}
-        for name in ("_tensors", "_index", "_turn", "_storage"):
+        for name in ("_tensors", "_versioned", "_index", "_turn", "_storage"):
             del state[name]
         if self._buffer is not None:
             del state["_params"]  # views of the buffer

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from fusedstep import _core, _runtime
 from fusedstep._add import add
-from fusedstep._arrays import as_array, as_dtype, as_values, in_order, is_array
+from fusedstep._arrays import as_array, as_dtype, as_values, flattened, in_order, is_array
 from fusedstep._layout import Layout
 from fusedstep._types import Array, Key, Shapes
 
@@ -89,7 +89,9 @@ class FlatBuffer(Mapping[Key, Array]):
         """Copies `arrays` into a new buffer.
 
         Args:
-            arrays: a dict of arrays, which keep their names, or a sequence, numbered from 0.
+            arrays: a dict of arrays, which keep their names, or a sequence, numbered from 0. In
+                dicts inside it they are named by their path: `{"dense": {"bias": b}}` gives
+                "dense.bias".
             dtype: converts them; without it they must all have one dtype, and keep it.
             huge_pages: overrides `fusedstep.huge_pages()` for this buffer.
 
@@ -98,6 +100,8 @@ class FlatBuffer(Mapping[Key, Array]):
         """
         if is_array(arrays):
             raise TypeError("arrays must be a dict or a sequence of arrays, got one array")
+        if isinstance(arrays, Mapping):
+            arrays = flattened(arrays, "arrays")
         items = arrays.items() if isinstance(arrays, Mapping) else enumerate(arrays)
         given: dict[Key, Array] = {k: as_array(a, f"arrays[{k}]") for k, a in items}
         if dtype is None:

@@ -147,7 +147,7 @@ class SGD(Optimizer):
                 stored = self._stored(self._states, "momentum_buffer", i)
                 moving.append((i, decoded(stored) if stored.beside is not None else buffer))
         saved = [(arrays[i], arrays[i].copy()) for i, _ in moving]
-        announced = [i for i, _ in moving if i in self._tensors]
+        announced = [i for i, _ in moving if i in self._versioned]
         try:
             _lookahead.look_ahead(
                 {self._names[i]: (arrays[i], b, numbers[self._group_of[i]]) for i, b in moving}
