@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, cast
@@ -74,10 +75,8 @@ def convention(translate: Callable[P, Ours]) -> Convention[P]:
         return getattr(optimizers, name)(params, **hypers)
 
     def torch(params: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
-        import fusedstep.torch
-
         name, hypers = ours(*args, **kwargs)
-        return getattr(fusedstep.torch, name)(params, **hypers)
+        return getattr(importlib.import_module("fusedstep.torch"), name)(params, **hypers)
 
     signature = inspect.signature(translate)
     first = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
