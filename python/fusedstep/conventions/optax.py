@@ -32,6 +32,12 @@ def sign_sgd(learning_rate: Rate, **how: Any) -> Ours:
 
 
 @convention
+def signum(learning_rate: Rate, beta: Rate = 0.9, **how: Any) -> Ours:
+    """`m = beta*m + (1-beta)*g; p = p - lr * sign(m)`: our Lion, of one decay."""
+    return Ours("Lion", {"lr": learning_rate, "betas": (beta, beta), **how})
+
+
+@convention
 def adagrad(
     learning_rate: Rate, initial_accumulator_value: float = 0.1, eps: float = 1e-7, **how: Any
 ) -> Ours:

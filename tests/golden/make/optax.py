@@ -54,6 +54,8 @@ CASES = [
     ("radam", {**ADAM, "eps_root": 1e-3}),
     ("radam", {**ADAM, "threshold": 9.0}),
     ("lion", {"b1": 0.8, "b2": 0.9, **DECAY}),
+    ("sign_sgd", {}),
+    ("signum", {"beta": 0.8}),
 ]
 # What optax has no argument for is chained: before the rule, or between it and the rate.
 CHAINED = [
