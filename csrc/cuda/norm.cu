@@ -165,13 +165,12 @@ FN void show(const Tally& tally, const Clock& clock) {
   }
 }
 
+// Each rule writes its own row: one that all of them gave would be held in registers.
 template <class... Rule>
-FN Row prepare_numbered(List<Rule...>, int number, const Group& group, Clock& clock,
-                        const Options& options) {
-  Row row = {};
+FN void prepare_numbered(List<Rule...>, int number, const Group& group, Clock& clock,
+                         const Options& options, Row& row) {
   int place = 0;
   ((number == place++ ? void(row = prepare<Rule>(group, clock, 1, options)) : void()), ...);
-  return row;
 }
 
 FN bool same(const Clock& a, const Clock& b) {
@@ -205,7 +204,7 @@ __device__ __noinline__ void count_updates(const Finish& finish) {
       Clock after = clock;
       Group now = finish.groups[tally.group];
       if (now.lr.data) now.hypers[0] = read(now.lr);
-      finish.rows[i] = prepare_numbered(Registry{}, finish.rule, now, after, finish.options);
+      prepare_numbered(Registry{}, finish.rule, now, after, finish.options, finish.rows[i]);
       last = {tally.group, clock, after, i};
     }
     if (tally.averages) {

@@ -32,7 +32,6 @@ struct RmsProp {
     V lr, eps, eps_root, debias, mu, into_buffer, nesterov;
     SquareAverage<V> square_average;
     Average<V> average;
-    V correction;
 
     FN void operator()(V& p, V g, V& v, V& b, V& m) const {
       v = square_average(v, g);
@@ -45,7 +44,7 @@ struct RmsProp {
       }
       p = fnma(lr, d, p);
     }
-    FN V divisor(const V& v, const V&, const V& m) const { return correction * root(v, m); }
+    FN V divisor(const V& v, const V&, const V& m) const { return sqrt(debias) * root(v, m); }
 
    private:
     FN V root(const V& v, const V& m) const {
@@ -75,8 +74,7 @@ struct RmsProp {
          within ? h.lr * bias : bias,
          h.nesterov,
          SquareAverage<double>::of(h.alpha),
-         Average<double>::of(h.alpha),
-         1 / bias};
+         Average<double>::of(h.alpha)};
     return static_cast<int>(options(h));
   }
 

@@ -32,15 +32,14 @@ FN Row prepare(const Group& group, Clock& clock, double factor, const Options& o
   static_assert(sizeof(step) / sizeof(double) + 2 <= kMaxScalars,
                 "interface/kernels.h: kMaxScalars");
   ++clock.t;
-  auto hypers = hypers_of<Rule>(group.hypers);
+  const double lr = group.hypers[0];
   double kept = 1;  // of the parameter; 1 without decay, even where lr is infinite
   row.decay = group.weight_decay != 0 && group.decoupled == kPartOfGradient ? kCoupled : kScaled;
-  if (group.weight_decay != 0 && row.decay == kScaled) {
-    kept = 1 - group.hypers[0] * group.weight_decay;
-    // (p - lr*d)*kept = p*kept - (lr*kept)*d: what comes after shrinks the update too.
-    const double rate = group.hypers[0] * kept;
-    if (group.decoupled == kAfterUpdate) __builtin_memcpy(&hypers, &rate, sizeof(rate));
-  }
+  if (group.weight_decay != 0 && row.decay == kScaled) kept = 1 - lr * group.weight_decay;
+  // (p - lr*d)*kept = p*kept - (lr*kept)*d: what comes after shrinks the update too.
+  const double rate = group.decoupled == kAfterUpdate ? lr * kept : lr;
+  auto hypers = hypers_of<Rule>(group.hypers);
+  __builtin_memcpy(&hypers, &rate, sizeof(rate));  // lr is the first
   row.variant = Rule::prepare(hypers, clock, step);
   __builtin_memcpy(row.scalars + 2, &step, sizeof(step));
   row.scalars[0] = group.maximize ? -factor : factor;
