@@ -532,7 +532,7 @@ def test_command_tells_and_writes(capsys, tmp_path):
         "arguments   lr=0.010888698, betas=(0.8, 0.9), eps=0.01, weight_decay=0.1,",
         "torch.optim has no eps_hat",
     ):
-        assert " ".join(line.split()) in " ".join(said.split())  # it breaks where folders' names end
+        assert " ".join(line.split()) in " ".join(said.split())  # wherever said is broken
     params = [torch.nn.Parameter(torch.ones(s)) for s in RECORDED["keras"]["shapes"].values()]
     opt = fusedstep.torch.AdamW(params)
     opt.load_state_dict(torch.load(written, weights_only=True))
