@@ -580,8 +580,9 @@ View grad_of(py::handle object, const Label& label, const Place& place, const Vi
   if (bf16) {
     const auto rounded = py::array_t<uint16_t>(std::vector<py::ssize_t>{});
     const Stream stream = {const_cast<uint16_t*>(rounded.data()), param.format};
-    kernels().codec[static_cast<int>(param.format)][0].encode(stream, kGrad, 0, 0, 1, array.data(),
-                                                              0);
+    const float row[kBlock] = {
+        *static_cast<const float*>(array.data())};  // read by whole registers
+    kernels().codec[static_cast<int>(param.format)][0].encode(stream, kGrad, 0, 0, 1, row, 0);
     array = rounded;
   }
   return {array.mutable_data(), param.format, 0, nullptr, 1, nullptr, array};
