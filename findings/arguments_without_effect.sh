@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# bitsandbytes 0.50.2: nesterov, dampening, RMSprop's momentum and amsgrad change nothing; Adam is AdamW.
+# bitsandbytes 0.50.2: four of the optimizers' arguments change nothing, and Adam is AdamW.
 #
-# The constructors take torch's arguments and document what they do. On the CPU, in 32 bits, SGD with
-# nesterov or with dampening is bit for bit SGD without, as are RMSprop with momentum (which has no
-# memory for one) and Adam with amsgrad; nothing warns. weight_decay of Adam, which is in the gradient
-# in torch, decays the parameters themselves: Adam(weight_decay=d) is AdamW(weight_decay=d).
+# The constructors take torch's arguments and document what they do. On the CPU, in 32 bits, SGD
+# with nesterov or with dampening is bit for bit SGD without, as are RMSprop with momentum (which
+# has no memory for one) and Adam with amsgrad; nothing warns. weight_decay of Adam, which is in the
+# gradient in torch, decays the parameters themselves: Adam(weight_decay=d) is
+# AdamW(weight_decay=d).
 #
 # Seen:
 #   SGD nesterov=True: differs from the call without by 0, in torch by 1.4e-02
@@ -53,10 +54,11 @@ for name, given, argument, value in CASES:
     assert changed[1] > 1e-3
     assert changed[0] == 0, "bitsandbytes has changed"
 changed = [
-    (after(module.Adam, weight_decay=0.1) - after(module.AdamW, weight_decay=0.1)).abs().max().item()
-    for module in (bitsandbytes.optim, torch.optim)
+    (after(of.Adam, weight_decay=0.1) - after(of.AdamW, weight_decay=0.1)).abs().max().item()
+    for of in (bitsandbytes.optim, torch.optim)
 ]
-print(f"Adam weight_decay=0.1: differs from AdamW by {changed[0]:.0f}, in torch by {changed[1]:.1e}")
+print(f"Adam weight_decay=0.1: differs from AdamW by {changed[0]:.0f},"
+      f" in torch by {changed[1]:.1e}")
 assert changed[1] > 1e-3
 assert changed[0] == 0, "bitsandbytes has changed"
 PYTHON

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # optax 0.2.8: rprop takes each step one call late, and drops it if the gradient has turned since.
 #
-# The update that scale_by_rprop returns is made of the state before the call, not after it (it names
-# the old and the new alike): the first call moves nothing, call t applies the step of call t - 1. Where
-# the sign of the gradient turns, the step that is due is set to zero as well as the one to come, so
-# that a parameter whose gradient changes sign at every call never moves. Its documentation and
-# torch.optim.Rprop, which it cites, step at once.
+# The update that scale_by_rprop returns is made of the state before the call, not after it (it
+# names the old and the new alike): the first call moves nothing, each later one applies the step of
+# the call before. Where the sign of the gradient turns, the step that is due is set to zero as well
+# as the one to come, so that a parameter whose gradient changes sign at every call never moves.
+# torch.optim.Rprop steps at once.
 #
 # Seen (gradients of one parameter, and what each call adds):
 #   gradients +1 +1 +1 +1: optax  0.000 -0.100 -0.120 -0.144, torch -0.100 -0.120 -0.144 -0.173

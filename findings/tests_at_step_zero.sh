@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# onnx 1.23.2: all tests of Adam, Adagrad and Momentum are at T = 0, where most of the equations drop out.
+# onnx 1.23.2: tests of optimizers are all at T = 0, where most of their equations drop out.
 #
-# The seven node tests that a backend of ai.onnx.preview.training has to pass give one update each, all
-# with T = 0. There Adam has no bias correction (R stays as it is), Adagrad's decay_factor is multiplied
-# by 0, and Momentum's beta, the dampening, counts as 1: a backend that has none of the three passes.
-# Nothing after the first step of a training run is tested. That shows in the reference evaluator
-# itself: from T = 1 on its Adam gives X_new as float64 where the model says float32.
+# The seven node tests that a backend of ai.onnx.preview.training has to pass give one update each,
+# all with T = 0. There Adam has no bias correction (R stays as it is), Adagrad's decay_factor is
+# multiplied by 0, and Momentum's beta, the dampening, counts as 1: a backend that has none of the
+# three passes. Nothing after the first step of a training run is tested. That shows in the
+# reference evaluator itself: from T = 1 on its Adam gives X_new as float64 where the model says
+# float32.
 #
 # Seen:
 #   T in the tests: [0]
