@@ -157,7 +157,7 @@ def step(name, p, g, state, t, hypers):
     if h.maximize:
         g = -g
     kept = 1
-    if h.decoupled_weight_decay:
+    if getattr(h, "decoupled_weight_decay", False):
         kept = 1 - h.lr * h.weight_decay
     else:
         g = g + h.weight_decay * p
