@@ -66,15 +66,17 @@ def test_gradient_of_torch_may_lie_apart():
         assert np.array_equal(stepped(START.copy(), grad), AFTER)
 
 
-def test_dicts_in_dicts_are_named_by_their_path():
-    nested = {"dense": {"kernel": START, "bias": START[0]}, "scale": START[:, 0].copy()}
+def test_dicts_and_lists_in_dicts_are_named_by_their_path():
+    nested = {"layers": [{"kernel": START, "bias": START[0]}, {}], "scale": START[:, 0].copy()}
     buffer = fs.FlatBuffer.pack(nested)
-    assert list(buffer) == ["dense.kernel", "dense.bias", "scale"]
-    assert np.array_equal(buffer["dense.kernel"], START)
-    grads = {"dense": {"kernel": GRADIENT, "bias": GRADIENT[0]}, "scale": GRADIENT[:, 0].copy()}
+    assert list(buffer) == ["layers.0.kernel", "layers.0.bias", "scale"]
+    assert np.array_equal(buffer["layers.0.kernel"], START)
+    grads = {"layers": [{"kernel": GRADIENT, "bias": GRADIENT[0]}], "scale": GRADIENT[:, 0].copy()}
     fs.SGD(buffer, lr=0.5, groups=[fs.Group("*.bias", lr=0.0)]).step(grads)
-    assert np.array_equal(buffer["dense.kernel"], AFTER)
-    assert np.array_equal(buffer["dense.bias"], START[0])
+    assert np.array_equal(buffer["layers.0.kernel"], AFTER)
+    assert np.array_equal(buffer["layers.0.bias"], START[0])
+    with pytest.raises(TypeError, match=r"arrays\[w\] must be .* got list"):
+        fs.FlatBuffer.pack({"w": [1.0, 2.0]})
     with pytest.raises(ValueError, match=r"arrays must have distinct names, got 'a\.b' twice"):
         fs.FlatBuffer.pack({"a": {"b": START}, "a.b": START})
 

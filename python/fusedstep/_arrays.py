@@ -107,27 +107,36 @@ def is_array(thing: Any) -> bool:
 
 
 def flattened(arrays: Mapping[Any, Any], label: str) -> Mapping[Any, Any]:
-    """A dict without dicts in it: `{"dense": {"bias": b}}`, Flax' and MLX', as `{"dense.bias": b}`.
+    """A dict without dicts and lists in it: `{"layers": [{"bias": b}]}` as `{"layers.0.bias": b}`.
+
+    Flax' and MLX' trees of parameters are such.
 
     Raises:
         ValueError: two arrays would have one name.
     """
-    if not any(isinstance(value, Mapping) for value in arrays.values()):
+    if not any(map(_is_tree, arrays.values())):
         return arrays
     found: dict[Key, Any] = {}
 
-    def put(inside: Mapping[Key, Any], path: tuple[Key, ...]) -> None:
-        for key, value in inside.items():
+    def put(inside: Iterable[tuple[Key, Any]], path: tuple[Key, ...]) -> None:
+        for key, value in inside:
             name = ".".join(map(str, (*path, key))) if path else key
-            if isinstance(value, Mapping):
-                put(value, (*path, key))
+            if _is_tree(value):
+                put(value.items() if isinstance(value, Mapping) else enumerate(value), (*path, key))
             elif name in found:
                 raise ValueError(f"{label} must have distinct names, got {name!r} twice")
             else:
                 found[name] = value
 
-    put(arrays, ())
+    put(arrays.items(), ())
     return found
+
+
+def _is_tree(thing: Any) -> bool:
+    """Whether it is a dict, or a list of arrays, dicts and lists."""
+    if isinstance(thing, Mapping):
+        return True
+    return isinstance(thing, list | tuple) and all(_is_tree(one) or is_array(one) for one in thing)
 
 
 def check_no_array(things: Any, label: str) -> None:
