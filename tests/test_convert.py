@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import pickle
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,39 @@ def from_torch(case, params):
     return fs.convert.from_torch(FOLDER / "torch" / case["file"], params, step=count)
 
 
-CONVERT = {"keras": from_keras, "optax": from_optax, "torch": from_torch}
+def flat_state(case):
+    """A state that is arrays by name."""
+    return {
+        key: np.array(flat, dtype).reshape(shape)
+        for key, (dtype, shape, flat) in case["arrays"].items()
+    }
+
+
+def from_mlx(case, params):
+    return fs.convert.from_mlx(flat_state(case), params, case["optimizer"], **case["arguments"])
+
+
+def from_tinygrad(case, params):
+    state = flat_state(case)
+    how = {**case["arguments"], **({} if "b1_t" in state else {"step": 10})}
+    return fs.convert.from_tinygrad(state, params, case["optimizer"], **how)
+
+
+def from_paddle(case, params):
+    state = flat_state(case)
+    counts = any(key.endswith(("_pow_acc_0", "_pow_0", "_m_0")) for key in state)
+    how = {**case["arguments"], **({} if counts else {"step": 10})}
+    return fs.convert.from_paddle(state, params, case["optimizer"], **how)
+
+
+CONVERT = {
+    "keras": from_keras,
+    "mlx": from_mlx,
+    "optax": from_optax,
+    "paddle": from_paddle,
+    "tinygrad": from_tinygrad,
+    "torch": from_torch,
+}
 
 
 def each_case(accepts=lambda library, case: True):
@@ -246,6 +279,156 @@ def test_to_keras_refuses_what_keras_has_not():
         fs.convert.to_keras(opt.state_dict(), optimizer="AdamW")
 
 
+# -- MLX, Paddle, tinygrad ---------------------------------------------------------------------
+
+
+@each_case(lambda library, case: "arrays" in case)
+def test_flat_state_comes_back(library, case):
+    params = arrays(library, case["half"])
+    state = CONVERT[library](case, params)
+    if library == "mlx":
+        back = fs.convert.to_mlx(state)
+    elif library == "tinygrad":
+        back = fs.convert.to_tinygrad(state, fused=case["fused"])
+    else:
+        back = fs.convert.to_paddle(state, [Named(name) for name in case["names"].values()])
+    expected = flat_state(case)
+    if case["optimizer"] == "ASGD":  # which is our SGD, and comes back as Paddle's
+        assert back == {}
+        return
+    unread = ["params.0", "params.1"]
+    if not case["arguments"].get("momentum"):  # Paddle and MLX have a buffer without it, too
+        unread += [key for key in expected if key.endswith("_momentum_0")]
+        unread += [key for key in expected if case["optimizer"] == "SGD" and key.endswith(".v")]
+    assert back.keys() | set(unread) == expected.keys() | set(unread)
+    for key in expected.keys() - set(unread):
+        assert back[key].dtype == expected[key].dtype
+        near = 1e-5 if key.endswith("rho_0") else 0
+        np.testing.assert_allclose(back[key], expected[key], near, 0, err_msg=key)
+
+
+W = np.ones(3, np.float32)
+MLX = {"step": np.uint64(3), "learning_rate": np.float32(0.1), "w": {"m": W, "v": W}}
+TINYGRAD = {"params.0": W, "lr": W[:1], "m.0": W, "v.0": W}
+TINYGRAD |= {"b1_t": np.float32([0.729]), "b2_t": np.float32([0.997003])}
+PADDLE = {"w_0_moment1_0": W, "w_0_moment2_0": W}
+PADDLE |= {
+    "w_0_beta1_pow_acc_0": np.float32([0.6561]),
+    "w_0_beta2_pow_acc_0": np.float32([0.996006]),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "state", "params", "how", "error", "message"),
+    [
+        ("mlx", MLX, None, {}, ValueError, "given: m, v may be of Adam, AdamW, A"),
+        ("mlx", MLX, None, {"optimizer": "Lion"}, ValueError, "must have m of Lion, got m, v"),
+        ("mlx", MLX, {"b": W}, {"optimizer": "Adam"}, ValueError, r"\['b'\], unknown \['w'"),
+        ("mlx", MLX, {"w": (4,)}, {"optimizer": "Adam"}, ValueError, r"'w' must have shape \(4,\)"),
+        ("mlx", {"states": [MLX]}, None, {}, ValueError, "got MultiOptimizer's: convert each of"),
+        ("mlx", {"w": {"m": W}}, None, {}, ValueError, "an MLX optimizer's state, got no step"),
+        ("mlx", 3, None, {}, TypeError, "source must be a path or a dict of arrays, got int"),
+        ("mlx", MLX, None, {"optimizer": "Adam", "rho": 1}, TypeError, "Adam's, got 'rho'"),
+        ("tinygrad", TINYGRAD, None, {}, ValueError, "m, v may be of Adam, AdamW"),
+        ("tinygrad", TINYGRAD, None, {"optimizer": "SGD"}, ValueError, "b of SGD, got m, v"),
+        ("tinygrad", TINYGRAD, [W, W], {"optimizer": "Adam"}, ValueError, "2 parameters, got 1"),
+        ("tinygrad", TINYGRAD | {"m.0": W[:2]}, None, {"optimizer": "Adam"}, ValueError,
+         r"m.0 must have 3 elements, got shape \(2,\)"),
+        ("tinygrad", TINYGRAD, None, {"optimizer": "Adam", "b2": 0.99}, ValueError,
+         "b2_t must be a power of b2=0.99, got 0.997.*: was b2 another?"),
+        ("tinygrad", TINYGRAD | {"b1_t": np.float32([0.81])}, None, {"optimizer": "Adam"},
+         ValueError, "must be of one count of updates, got 2 by b1_t, 3 by b2_t"),
+        ("tinygrad", {"params.0": W, "lr": W[:1]}, None, {"optimizer": "SGD", "momentum": 0.9},
+         ValueError, "must have b of SGD|SGD with momentum=0.9, got no b"),
+        ("tinygrad", {"params.0": W, "lr": W[:1]}, None, {"optimizer": "SGD"}, ValueError,
+         "step must be given: source has no count"),
+        ("tinygrad", {"optimizers.0.lr": W}, None, {}, ValueError, "one optimizer, got Optimiz"),
+        ("paddle", PADDLE, None, {}, ValueError, "may be of Adam, AdamW"),
+        ("paddle", PADDLE, None, {"optimizer": "RAdam"}, ValueError, "beta1_pow, .* of RAdam, got"),
+        ("paddle", PADDLE, [W, W], {"optimizer": "Adam"}, ValueError, "2 parameters, got 1: w_0"),
+        ("paddle", PADDLE, [(4,)], {"optimizer": "Adam"}, ValueError, r"must have shape \(4,\)"),
+        ("paddle", PADDLE, None, {"optimizer": "Adam", "amsgrad": True}, ValueError,
+         "amsgrad must be False, as source has it, got True"),
+        ("paddle", {"velocity": W}, None, {}, ValueError, "of Paddle's .*, got 'velocity'"),
+        ("paddle", {"w_velocity_0": W}, None, {"optimizer": "Momentum"}, ValueError,
+         "step must be given: source has no count"),
+        ("paddle", {}, None, {"optimizer": "SGD"}, ValueError, "params must be given: source"),
+    ],
+)  # fmt: skip
+def test_flat_state_that_does_not_fit_is_refused(library, state, params, how, error, message):
+    with pytest.raises(error, match=message):
+        getattr(fs.convert, f"from_{library}")(state, params, **how)
+
+
+def test_flat_states_say_what_was_assumed():
+    with pytest.warns(UserWarning, match=r"source does not say momentum=0.9, .*: Paddle's default"):
+        found = fs.convert.from_paddle({"w_velocity_0": W}, [Named("w", (3,))], step=5)
+    assert found.assumed == {"momentum": 0.9, "use_nesterov": False, "weight_decay": None}
+    assert found.theirs == "Momentum"
+    with pytest.warns(UserWarning, match=r"MLX' defaults"):
+        assert fs.convert.from_mlx({**MLX, "w": {"m": W}}).theirs == "Lion"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 700, 60_000])
+def test_powers_are_counted_to_the_step(steps):
+    # As Paddle multiplies them up, in float32; logarithms are off by whole steps after 38,000.
+    value = {1: np.float32(1), 2: np.float32(1)}
+    for _ in range(steps + 1):
+        value = {1: value[1] * np.float32(0.9), 2: value[2] * np.float32(0.999)}
+    state = PADDLE | {f"w_0_beta{k}_pow_acc_0": value[k].reshape(1) for k in (1, 2)}
+    assert fs.convert.from_paddle(state, [W], "Adam").step == steps
+
+
+def test_powers_that_have_vanished_say_nothing():
+    state = PADDLE | {f"w_0_beta{k}_pow_acc_0": np.zeros(1, np.float32) for k in (1, 2)}
+    with pytest.raises(ValueError, match=r"step must be given: .*beta2_pow_acc no longer say"):
+        fs.convert.from_paddle(state, [W], "Adam")
+    assert fs.convert.from_paddle(state, [W], "Adam", step=10**6).step == 10**6
+
+
+def test_flat_states_are_read_from_files(tmp_path):
+    pytest.importorskip("safetensors")
+    for library in ("mlx", "tinygrad", "paddle"):
+        read = [case for case in RECORDED[library]["cases"] if case["file"]]
+        assert read
+        for case in read:
+            params = arrays(library, case["half"])
+            memory = CONVERT[library](case, params)
+            path = FOLDER / library / case["file"]
+            how = {"optimizer": case["optimizer"], **case["arguments"]}
+            convert = getattr(fs.convert, f"from_{library}")
+            file = convert(path, params, **how)
+            assert file.step == memory.step
+            for i in memory["state"]:
+                for key, one in memory["state"][i].items():
+                    assert np.array_equal(file["state"][i][key], one)
+            cut = tmp_path / case["file"]
+            cut.write_bytes(path.read_bytes()[:-200])
+            with pytest.raises(ValueError, match=f"{case['file']} must be a whole "):
+                convert(cut, params, **how)
+
+
+def test_paddle_file_of_other_things_is_refused(tmp_path):
+    path = tmp_path / "a.pdopt"
+    path.write_bytes(pickle.dumps({"w_0_moment1_0": Harmless()}))
+    with pytest.raises(ValueError, match=r"a.pdopt must be .* of arrays: it names .*Harmless"):
+        fs.convert.from_paddle(path)
+    state = {"master_weights": {"w_0": ("eager_tmp_0", 2 * W)}, "LR_Scheduler": {"last_epoch": 3}}
+    state |= {k.replace("w_0", "w_0_fp32_master_0"): ("eager_tmp_1", v) for k, v in PADDLE.items()}
+    path.write_bytes(pickle.dumps(state | {"StructuredToParameterName@@": {"a": "b"}}, 2))
+    found = fs.convert.from_paddle(path, {"weight": W}, "AdamW")
+    assert found.step == 3
+    assert np.array_equal(found.masters["weight"], 2 * W)
+    assert "lr" not in found["param_groups"][0]
+
+
+class Named:
+    """What a Paddle parameter has, of which only its name is read."""
+
+    def __init__(self, name, shape=()):
+        self.name, self.shape = name, shape
+
+
 # -- optax -----------------------------------------------------------------------------------------
 
 
@@ -328,7 +511,7 @@ def test_optax_state_comes_back(library, case):
             ScaleByAdamState(1, {"w": np.ones(3)}, {"v": np.ones(3)}),
             "adam",
             ValueError,
-            "state must have the parameters of mu in nu, got v",
+            r"state must have nu of each parameter, got missing \['w'\], unknown \['v'\]",
         ),
         (
             ScaleByAdamState(1, {"v": np.ones(3)}, {"v": np.ones(3)}),
@@ -568,6 +751,15 @@ def test_command_says_what_it_assumes(capsys, tmp_path):
         (["keras/halfway.json"], "--from must say whose keras/halfway.json is, one of keras,"),
         (["keras/halfway.json", "--from", "keras"], "halfway.json must be a whole HDF5 file"),
         (["keras/AdamW.keras", "--to", "torch"], "--to needs --output"),
+        (
+            ["mlx/SGD.npz", "--from", "optax"],
+            "StandardCheckpointer().restore(path) gives it, got str",
+        ),
+        (["paddle/AdamW.pdopt", "--optimizer", "Momentum"], "must have velocity of Momentum, got"),
+        (
+            ["mlx/SGD.npz"],
+            "--from must say whose mlx/SGD.npz is, one of keras, mlx, optax, paddle,",
+        ),
         (["keras/AdamW.keras", "-o", "none/a.pt"], "cannot write none/a.pt"),
         (["keras/AdamW.keras", "-o", "a.txt"], "--output must end with .safetensors for --to"),
     ],

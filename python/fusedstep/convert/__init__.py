@@ -12,15 +12,24 @@ What does not fit is refused with what was expected and what was found. See docs
 
 from fusedstep.convert._common import Converted
 from fusedstep.convert.keras import from_keras, to_keras
+from fusedstep.convert.mlx import from_mlx, to_mlx
 from fusedstep.convert.optax import from_optax, to_optax
+from fusedstep.convert.paddle import from_paddle, to_paddle
+from fusedstep.convert.tinygrad import from_tinygrad, to_tinygrad
 from fusedstep.convert.torch import from_torch, to_torch
 
 __all__ = [
     "Converted",
     "from_keras",
+    "from_mlx",
     "from_optax",
+    "from_paddle",
+    "from_tinygrad",
     "from_torch",
     "to_keras",
+    "to_mlx",
     "to_optax",
+    "to_paddle",
+    "to_tinygrad",
     "to_torch",
 ]

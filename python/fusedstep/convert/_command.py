@@ -17,6 +17,7 @@ _ENDINGS = {
     ".keras": "keras",
     ".h5": "keras",
     ".hdf5": "keras",
+    ".pdopt": "paddle",
     ".pt": "torch",
     ".pth": "torch",
     ".bin": "torch",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedstep import _checkpoint, optimizers
-from fusedstep._arrays import as_values, to_host
+from fusedstep._arrays import as_values, is_array, to_host
 from fusedstep._spec import Spec
 from fusedstep.conventions import Ours
 
@@ -33,8 +37,8 @@ class Converted(dict[str, Any]):
         optimizer: the name of our class, in `fusedstep` and in `fusedstep.torch`.
         at_step: what every `step` is to be given, as the library clips or averages: `max_norm`,
             `clip_value`, `ema`.
-        masters: the parameters in float32 that the checkpoint has beside narrower ones, by name, or
-            by number.
+        masters: the parameters themselves, where the optimizer's checkpoint has them, as in float32
+            beside narrower ones; by name, or by number.
         assumed: the library's arguments that neither the checkpoint nor the caller said, with its
             defaults, which were taken.
     """
@@ -125,6 +129,8 @@ def values(label: str, value: Any) -> NDArray[Any]:
     """An array of any library as NumPy's; never one that is written to."""
     if hasattr(value, "detach"):
         value = value.detach()
+    if hasattr(value, "numpy") and not is_array(value):  # tinygrad's
+        value = value.numpy()
     return as_values(to_host(value), label)
 
 
@@ -170,6 +176,175 @@ def check_shapes(source: str, what: str, found: Sequence[Any], params: Wanted) -
                 f"{source}: {what} of {params.label(i)} must have shape {shape}, got"
                 f" {tuple(one.shape)}"
             )
+
+
+def tensors(source: Any, whose: str) -> tuple[str, dict[str, Any]]:
+    """What to call a source, and its arrays by name: of a dict, also of dicts, or of a file.
+
+    Raises:
+        TypeError, ValueError: it is neither, or the file is no whole `.safetensors` or `.npz`.
+    """
+    if isinstance(source, Mapping):
+        return "source", dict(leaves(source))
+    if not isinstance(source, str | bytes | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(f"source must be a path or a dict of arrays, got {kind}")
+    path = os.fsdecode(source)
+    label = os.path.basename(path)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ml_dtypes")  # by which NumPy knows bfloat16
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+        try:
+            if zipped:
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as opened:
+                    return label, {name: _known(opened[name]) for name in opened}
+        except Exception as error:  # zipfile and NumPy have several
+            raise ValueError(f"{label} must be a whole .npz file: {error}") from None
+    try:
+        safetensors = importlib.import_module("safetensors")
+        with safetensors.safe_open(path, "np") as opened:
+            return label, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{whose} files need {error.name}: pip install 'fusedstep[convert]'", name=error.name
+        ) from error
+    except Exception as error:  # a class of its own
+        raise ValueError(f"{label} must be a whole .safetensors or .npz file: {error}") from None
+
+
+def _known(values: NDArray[Any]) -> NDArray[Any]:
+    """Values in bfloat16, of which a file of NumPy's says two bytes alone."""
+    return values.view("bfloat16") if values.dtype.str == "|V2" else values
+
+
+def named(optimizer: str | None, kept: Mapping[str, Any], fields: Iterable[str]) -> str:
+    """The optimizer's name, or the only one that keeps these fields of a parameter."""
+    found = sorted(fields)
+    if optimizer is not None:
+        if optimizer not in kept:
+            raise ValueError(f"optimizer must be one of {', '.join(kept)}, got {optimizer!r}")
+        return optimizer
+    fitting = [name for name, fields in kept.items() if sorted(fields) == found]
+    if len(fitting) != 1 or not found:
+        raise ValueError(
+            f"optimizer must be given: {', '.join(found) or 'nothing'} may be of"
+            f" {', '.join(fitting) or 'none of ' + ', '.join(kept)}"
+        )
+    return fitting[0]
+
+
+def paths_of(
+    source: str, trees: Mapping[str, Mapping[str, Any]], params: Wanted | None
+) -> list[str]:
+    """The parameters' paths with dots, in the order of `params`, or as each field's tree has them.
+
+    Raises:
+        ValueError: they are others.
+    """
+    paths: list[str] = list(next(iter(trees.values()), {}))
+    if not trees and params is None:
+        raise ValueError(f"params must be given: {source} keeps nothing of them")
+    if params is None:
+        return paths
+    names = params.names or [str(i) for i in range(len(params.shapes))]
+    if not trees:
+        return names
+    if paths == [""] and len(names) == 1:
+        return paths
+    if {name.replace("/", ".") for name in names} == set(paths):
+        return [name.replace("/", ".") for name in names]
+    missing = sorted(set(names) - set(paths))[:8]
+    extra = sorted(set(paths) - set(names))[:8]
+    raise ValueError(f"{source} must be of params, got missing {missing}, unknown {extra}")
+
+
+def gathered(
+    source: str,
+    trees: Mapping[str, Mapping[str, Any]],
+    kept: Mapping[str, str],
+    order: Sequence[str],
+    params: Wanted | None,
+) -> dict[int, State]:
+    """The states by number, from each field's arrays by parameter; `kept` has our names.
+
+    Raises:
+        TypeError, ValueError: a parameter has another field or another shape.
+    """
+    states: dict[int, State] = {i: {} for i in range(len(order))}
+    for field, mine in kept.items():
+        tree = trees.get(field, {})
+        if tree.keys() != set(order):
+            missing, extra = sorted(set(order) - tree.keys()), sorted(tree.keys() - set(order))
+            raise ValueError(
+                f"{source} must have {field} of each parameter, got missing {missing[:8]}, unknown"
+                f" {extra[:8]}"
+            )
+        arrays = [array(f"{source}: {field} of {path}", tree[path]) for path in order]
+        if params:
+            check_shapes(source, field, arrays, params)
+        for i, one in enumerate(arrays):
+            states[i][mine] = one
+    return states
+
+
+def powers_to(beta: float, dtype: Any, n: int) -> NDArray[Any]:
+    """`beta`, `beta**2`, ... `beta**n`, each the product of the one before, rounded to `dtype`."""
+    return np.multiply.accumulate(np.full(n, beta, dtype), dtype=dtype)
+
+
+def power_of(label: str, value: Any, name: str, beta: float) -> int | None:
+    """The n of a `beta**n` that was multiplied up step by step; None where it says nothing.
+
+    Errors of the roundings add up, to whole steps after some 10,000; done again they are the same.
+
+    Raises:
+        ValueError: it is no power of `beta`.
+    """
+    given = values(label, value).reshape(-1)[0]
+    known = float(given)
+    if not 0 < given.dtype.type(beta) < 1 or not 1e-30 < known <= 1:  # constant, or vanished
+        return None
+    if known == 1:
+        return 0
+    near = math.log(known) / math.log(beta)
+    if near > 2**24:
+        return None
+    for one in (beta, float(np.float32(beta))):  # which some take in a float64 run too
+        powers = powers_to(one, given.dtype, int(1.1 * near) + 8)
+        n = int(np.abs(powers - given).argmin())
+        if abs(float(powers[n]) / known - 1) <= 2.0**-20:
+            return n + 1
+    raise ValueError(
+        f"{label} must be a power of {name}={beta!r}, got {known!r}: was {name} another?"
+    )
+
+
+def agreed(source: str, counts: Mapping[str, int | None], step: int | None) -> int:
+    """The updates that were taken, as the caller says or all counts that are known."""
+    if step is not None:
+        return count("step", step)
+    found = {name: n for name, n in counts.items() if n is not None}
+    if not found:
+        told = ", ".join(counts)
+        why = f"{told} no longer say" if told else f"{source} has no count"
+        raise ValueError(f"step must be given: {why}")
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{n} by {name}" for name, n in found.items())
+        raise ValueError(f"{source} must be of one count of updates, got {told}")
+    return next(iter(found.values()))
+
+
+def unsaid(
+    source: str, whose: str, usual: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments that nobody said, with the library's defaults, of which it warns."""
+    assumed = {k: v for k, v in usual.items() if k not in (*given, "learning_rate", "lr")}
+    if assumed:
+        told = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
+        warnings.warn(f"{source} does not say {told}: {whose} defaults", stacklevel=3)
+    return assumed
 
 
 def spec_of(optimizer: str) -> Spec:
@@ -230,11 +405,12 @@ def called(one: Any, given: Mapping[str, Any]) -> Ours:
 def group(ours: Ours, members: Sequence[int], params: Wanted | None) -> dict[str, Any]:
     """A group of a checkpoint, with every hyperparameter but a rate that is not known."""
     spec = spec_of(ours.name)
-    values = {**defaults(ours.name), **ours.hypers}
+    usual = defaults(ours.name)
+    values = {**usual, **ours.hypers}
     if "lr" not in ours.hypers:
         del values["lr"]
     for name in values:
-        if name not in spec.table:
+        if name not in usual:
             raise TypeError(
                 f"arguments must be of the optimizer's or of {ours.name}'s, got {name!r}"
             )
@@ -370,6 +546,15 @@ def ordered(state_dict: Any) -> list[tuple[Any, State, Mapping[str, Any]]]:
     return (
         sorted(found, key=lambda one: one[0]) if all(type(i) is int for i, *_ in found) else found
     )
+
+
+def names_of(state_dict: Any) -> dict[Any, str]:
+    """The parameters' names by number, as far as they have any."""
+    return {
+        i: name
+        for own in state_dict["param_groups"]
+        for name, i in zip(own.get("param_names", ()), own["params"], strict=False)
+    }
 
 
 def steps_of(state_dict: Any) -> int:

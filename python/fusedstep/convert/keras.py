@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,14 +105,10 @@ def from_keras(
     for key, why in _NOT_OURS.items():
         if given.get(key):
             raise ValueError(f"{key} must be None, got {given[key]!r}, {why}, and give {key}=None")
-    assumed = {} if is_known else {k: v for k, v in usual.items() if k not in given}
-    assumed.pop("learning_rate", None)
     config = {**usual, **given}
     runs = [run for key, run in (*_BEFORE, *_RUNS[name]) if not key or config.get(key)]
     states, rest = _states(label, name, variables, runs, wanted, has_rate)
-    if assumed:
-        told = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
-        warnings.warn(f"{label} does not say {told}: Keras' defaults", stacklevel=2)
+    assumed = {} if is_known else _common.unsaid(label, "Keras'", usual, given)
     steps = _common.count(f"{label}: iteration", variables[0])
     every = int(config.get("gradient_accumulation_steps") or 1)
     for i, state in states.items():

@@ -7,13 +7,14 @@ its optimizer: those of adam, adamw, adamax, radam and nadam look the same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fusedstep.convert import _common
-from fusedstep.convert._common import Converted, State
+from fusedstep.convert._common import Converted
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq"}
 # What each optimizer keeps of a parameter, by optax's names, ours, and the name of its tuple.
@@ -73,6 +74,12 @@ def from_optax(
         >>> opt.steps, opt.param_groups[0]["betas"]
         (7, (0.8, 0.999))
     """
+    if isinstance(state, str | os.PathLike):
+        kind = type(state).__name__
+        raise TypeError(
+            "state must be a state, as orbax' StandardCheckpointer().restore(path) gives it, got"
+            f" {kind}"
+        )
     wanted = _common.wanted(params)
     nodes = list(_nodes(state))
     found: dict[str, Any] = {}
@@ -101,20 +108,12 @@ def from_optax(
         raise ValueError(f"step must be given: this state of {name} has no count")
     steps = _common.count("step", counts[0] if step is None else step)
     trees = {field: dict(_common.leaves(found[field])) for field in kept}
-    order = _order(trees, wanted)
-    for field, tree in trees.items():
-        if tree.keys() != set(order):
-            other = sorted(tree.keys() ^ set(order))[:8]
-            raise ValueError(
-                f"state must have the parameters of {next(iter(trees))} in {field}, got {other[0]}"
-            )
-    states: dict[int, State] = {i: {} for i in range(len(order))}
-    for field, mine in kept.items():
-        arrays = [_common.array(f"state: {field}.{path}", trees[field][path]) for path in order]
-        if wanted:
-            _common.check_shapes("state", field, arrays, wanted)
-        for i, values in enumerate(arrays):
-            states[i][mine] = -values if (name, field) == ("rmsprop", "trace") else values
+    order = _common.paths_of("state", trees, wanted)
+    states = _common.gathered("state", trees, kept, order, wanted)
+    if name == "rmsprop":
+        for entry in states.values():
+            if "momentum_buffer" in entry:
+                entry["momentum_buffer"] = -entry["momentum_buffer"]
     if wanted is None:
         wanted = _common.Wanted(order, [()] * len(order))
     ours = _common.called(one, given)
@@ -154,11 +153,7 @@ def to_optax(state_dict: Any, like: Any, *, optimizer: str | None = None) -> Any
     if not name:
         raise ValueError(why or f"like must be the state of one optimizer, got {sorted(found)}")
     numbers: dict[str, int] = {}
-    names_of = {
-        n: k
-        for own in state_dict["param_groups"]
-        for n, k in zip(own.get("param_names", ()), own["params"], strict=False)
-    }
+    named = {name: i for i, name in _common.names_of(state_dict).items()}
     for k, (i, _, _) in enumerate(entries):
         numbers[str(k)] = numbers.setdefault("", i)
 
@@ -170,7 +165,7 @@ def to_optax(state_dict: Any, like: Any, *, optimizer: str | None = None) -> Any
                 filled(v, f"{path}.{k}" if path else str(k), field) for k, v in enumerate(tree)
             ]
             return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-        i = names_of.get(path, names_of.get(path.replace(".", "/"), numbers.get(path)))
+        i = named.get(path, named.get(path.replace(".", "/"), numbers.get(path)))
         if i is None:
             raise ValueError(f"like must have the parameters of state_dict, got {path!r}")
         values = _common.need(state_dict["state"].get(i, {}), _KEPT[name][1][field], i)
@@ -245,43 +240,13 @@ def _injected(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _named(optimizer: str | None, found: Mapping[str, Any]) -> str:
     """The optimizer's name, or the only one that has these fields."""
-    if optimizer is not None:
-        if optimizer == "rprop":
-            raise ValueError(
-                "optimizer must be another: optax's rprop applies each step's update in the next"
-                " one, and no run of ours goes on with that"
-            )
-        if optimizer not in _KEPT:
-            raise ValueError(f"optimizer must be one of {', '.join(_KEPT)}, got {optimizer!r}")
-        return optimizer
-    fitting = [
-        name
-        for name, (_, kept) in _KEPT.items()
-        if found.keys() <= kept.keys()
-        and all(field in found or (name, field) in _OPTIONAL for field in kept)
-    ]
-    if len(fitting) != 1 or not found:
+    if optimizer == "rprop":
         raise ValueError(
-            f"optimizer must be given: {', '.join(sorted(found)) or 'nothing'} may be of"
-            f" {', '.join(fitting) or 'none of ' + ', '.join(_KEPT)}"
+            "optimizer must be another: optax's rprop applies each step's update in the next one,"
+            " and no run of ours goes on with that"
         )
-    return fitting[0]
-
-
-def _order(trees: Mapping[str, Mapping[str, Any]], params: _common.Wanted | None) -> list[str]:
-    """The paths of the parameters in the order of `params`."""
-    paths: list[str] = list(next(iter(trees.values()), {}))
-    if not trees and params is None:
-        raise ValueError("params must be given: the state keeps nothing of them")
-    if params is None:
-        return paths
-    names = params.names or [str(i) for i in range(len(params.shapes))]
-    if not trees:
-        return names
-    if paths == [""] and len(names) == 1:
-        return paths
-    if {name.replace("/", ".") for name in names} == set(paths):
-        return [name.replace("/", ".") for name in names]
-    missing = sorted(set(names) - set(paths))[:8]
-    extra = sorted(set(paths) - set(names))[:8]
-    raise ValueError(f"state must be of params, got missing {missing}, unknown {extra}")
+    kept = {
+        name: [f for f in fields if f in found or (name, f) not in _OPTIONAL]
+        for name, (_, fields) in _KEPT.items()
+    }
+    return _common.named(optimizer, kept, found)

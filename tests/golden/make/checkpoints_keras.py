@@ -1,15 +1,17 @@
 """Records Keras' optimizers half way, as files and as what `save_own_variables` stores.
 
-Run outside CI: pip install keras==3.15.1 tensorflow-cpu==2.21.0
+Needs keras==3.15.1 tensorflow-cpu==2.21.0
+Run from the root: python -m tests.golden.make.checkpoints_keras
 """
 
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-import halfway
 import keras
 import numpy as np
+
+from . import halfway
 
 ADAM = {"beta_1": 0.8, "beta_2": 0.9, "epsilon": 1e-2}
 CASES = [

@@ -1,13 +1,15 @@
 """Records the states of optax's optimizers half way, in float32, under a schedule and without.
 
-Run outside CI: pip install optax==0.2.8 jax==0.10.2
+Needs optax==0.2.8 jax==0.10.2
+Run from the root: python -m tests.golden.make.checkpoints_optax
 """
 
-import halfway
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from . import halfway
 
 ADAM = {"b1": 0.8, "b2": 0.9, "eps": 1e-2}
 CASES = [

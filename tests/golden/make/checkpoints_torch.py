@@ -1,10 +1,12 @@
 """Records torch.optim's optimizers half way, in files of torch.save.
 
-Run outside CI: pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+Needs torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+Run from the root: python -m tests.golden.make.checkpoints_torch
 """
 
-import halfway
 import torch
+
+from . import halfway
 
 ADAM = {"betas": (0.8, 0.9), "eps": 1e-2, "weight_decay": 0.1}
 CASES = [

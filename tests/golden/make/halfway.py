@@ -49,6 +49,13 @@ def plain(arrays):
     }
 
 
+def stored(arrays):
+    """A library's arrays by name, whole: of what dtype and shape, and their values."""
+    found = {name: np.asarray(one) for name, one in arrays.items()}
+    flat = plain(found)
+    return {name: [one.dtype.name, one.shape, flat[name]] for name, one in found.items()}
+
+
 def run(step, read, save):
     """Takes both halves: `step(t)`, with `save()` in the middle; `read()` gives the parameters."""
     for t in range(HALF):
