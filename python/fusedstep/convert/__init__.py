@@ -11,6 +11,7 @@ What does not fit is refused with what was expected and what was found. See docs
 """
 
 from fusedstep.convert._common import Converted
+from fusedstep.convert.deepspeed import from_deepspeed
 from fusedstep.convert.keras import from_keras, to_keras
 from fusedstep.convert.mlx import from_mlx, to_mlx
 from fusedstep.convert.optax import from_optax, to_optax
@@ -20,6 +21,7 @@ from fusedstep.convert.torch import from_torch, to_torch
 
 __all__ = [
     "Converted",
+    "from_deepspeed",
     "from_keras",
     "from_mlx",
     "from_optax",

@@ -165,16 +165,16 @@ def count(label: str, value: Any) -> int:
 
 
 def check_shapes(source: str, what: str, found: Sequence[Any], params: Wanted) -> None:
-    """Raises ValueError unless there is an array like each parameter."""
+    """Raises ValueError unless there is an array, or a shape, like each parameter."""
     if len(found) != len(params.shapes):
         raise ValueError(
             f"{source} must have {what} of {len(params.shapes)} parameters, got {len(found)}"
         )
     for i, (one, shape) in enumerate(zip(found, params.shapes, strict=True)):
-        if tuple(one.shape) != shape:
+        found_shape = tuple(getattr(one, "shape", one))
+        if found_shape != shape:
             raise ValueError(
-                f"{source}: {what} of {params.label(i)} must have shape {shape}, got"
-                f" {tuple(one.shape)}"
+                f"{source}: {what} of {params.label(i)} must have shape {shape}, got {found_shape}"
             )
 
 

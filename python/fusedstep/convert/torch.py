@@ -7,7 +7,9 @@ decoupled weight decay before torch 2.7 and in Apex. Apex counts steps by group.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,12 @@ _OTHERS = {
     "history_size": "LBFGS",
     "grad_averaging": "Apex' FusedLAMB or FusedNovoGrad",
     "trust_coefficient": "LARS",
+    "max_coeff": "DeepSpeed's FusedLamb",
+    "use_muon": "DeepSpeed's Muon",
 }
 # How a step is run, which is nothing of its equation.
 _FLAGS = ("foreach", "fused", "capturable", "differentiable", "step", "params", "param_names")
-_MASTER = "master_param"  # Transformer Engine's copy of the parameter in float32
+MASTER = "master_param"  # Transformer Engine's copy of the parameter in float32
 
 
 def from_torch(
@@ -110,9 +114,9 @@ def from_torch(
         for i in own["params"]:
             entry = dict(entries.get(i, {}))
             k = number[i]
-            if entry.pop(_MASTER, None) is not None:
+            if entry.pop(MASTER, None) is not None:
                 label = wanted.names[k] if wanted and wanted.names else k
-                masters[label] = _common.array(f"state[{i!r}]['{_MASTER}']", entries[i][_MASTER])
+                masters[label] = _common.array(f"state[{i!r}]['{MASTER}']", entries[i][MASTER])
             counted = own.get("step", step) if spec.counts_steps else None
             states[k] = _state(name, i, entry, counted)
             for key in spec.states:
@@ -205,13 +209,21 @@ def _loaded(source: Any) -> Any:
     """A file of `torch.save`, of tensors and plain values alone; or what is none."""
     if isinstance(source, Mapping) or not isinstance(source, str | bytes | os.PathLike):
         return source
-    torch, label = _torch("torch's files need"), os.path.basename(os.fsdecode(source))
+    return read(source)
+
+
+def read(path: Any, classes: Sequence[type] = ()) -> Any:
+    """A file of `torch.save`; ValueError where it names more than tensors and `classes`."""
+    torch, label = _torch("torch's files need"), os.path.basename(os.fsdecode(path))
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(classes) if classes else nullcontext():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of zip files and of pickles, with advice to load anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            why = f"it names {named[1]}"
         raise ValueError(f"{label} must be a whole file of tensors by torch.save: {why}") from None
 
 
