@@ -98,7 +98,14 @@ def from_deepspeed(case, params):
     return fs.convert.from_deepspeed(FOLDER / "deepspeed" / case["file"], params, name)
 
 
+def from_bitsandbytes(case, params):
+    pytest.importorskip("torch")
+    path = FOLDER / "bitsandbytes" / case["file"]
+    return fs.convert.from_bitsandbytes(path, params, case["optimizer"])
+
+
 CONVERT = {
+    "bitsandbytes": from_bitsandbytes,
     "deepspeed": from_deepspeed,
     "keras": from_keras,
     "mlx": from_mlx,
@@ -769,7 +776,10 @@ def test_command_says_what_it_assumes(capsys, tmp_path):
     [
         (["keras/SGD.weights.h5"], "got 4: are its options others?"),
         (["keras/none.h5"], "No such file or folder: 'keras/none.h5'"),
-        (["keras/halfway.json"], "--from must say whose keras/halfway.json is, one of deepspeed,"),
+        (
+            ["keras/halfway.json"],
+            "--from must say whose keras/halfway.json is, one of bitsandbytes,",
+        ),
         (["keras/halfway.json", "--from", "keras"], "halfway.json must be a whole HDF5 file"),
         (["keras/AdamW.keras", "--to", "torch"], "--to needs --output"),
         (
@@ -779,7 +789,7 @@ def test_command_says_what_it_assumes(capsys, tmp_path):
         (["paddle/AdamW.pdopt", "--optimizer", "Momentum"], "must have velocity of Momentum, got"),
         (
             ["mlx/SGD.npz"],
-            "--from must say whose mlx/SGD.npz is, one of deepspeed, keras, mlx,",
+            "--from must say whose mlx/SGD.npz is, one of bitsandbytes,",
         ),
         (["keras/AdamW.keras", "-o", "none/a.pt"], "cannot write none/a.pt"),
         (["keras/AdamW.keras", "-o", "a.txt"], "--output must end with .safetensors for --to"),

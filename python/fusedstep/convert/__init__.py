@@ -11,6 +11,7 @@ What does not fit is refused with what was expected and what was found. See docs
 """
 
 from fusedstep.convert._common import Converted
+from fusedstep.convert.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from fusedstep.convert.deepspeed import from_deepspeed
 from fusedstep.convert.keras import from_keras, to_keras
 from fusedstep.convert.mlx import from_mlx, to_mlx
@@ -21,6 +22,7 @@ from fusedstep.convert.torch import from_torch, to_torch
 
 __all__ = [
     "Converted",
+    "from_bitsandbytes",
     "from_deepspeed",
     "from_keras",
     "from_mlx",
@@ -28,6 +30,7 @@ __all__ = [
     "from_paddle",
     "from_tinygrad",
     "from_torch",
+    "to_bitsandbytes",
     "to_keras",
     "to_mlx",
     "to_optax",

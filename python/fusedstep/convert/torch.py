@@ -86,7 +86,7 @@ def from_torch(
         >>> opt.step(np.ones(2, np.float32))
         StepReport(step=2, lr=0.5, elements=2)
     """
-    entries, groups = _checkpoint.parts(_only(_loaded(source)))
+    entries, groups = _checkpoint.parts(held(source))
     wanted = _common.wanted(params)
     order = [i for own in groups for i in own["params"]]
     if len(set(order)) < len(order):
@@ -205,11 +205,10 @@ def to_torch(
     return {"state": state, "param_groups": groups}
 
 
-def _loaded(source: Any) -> Any:
-    """A file of `torch.save`, of tensors and plain values alone; or what is none."""
-    if isinstance(source, Mapping) or not isinstance(source, str | bytes | os.PathLike):
-        return source
-    return read(source)
+def held(source: Any) -> Any:
+    """The state_dict that a source of this layout has; a file's is read."""
+    is_path = isinstance(source, str | bytes | os.PathLike)
+    return _only(read(source) if is_path else source)
 
 
 def read(path: Any, classes: Sequence[type] = ()) -> Any:
