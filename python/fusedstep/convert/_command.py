@@ -107,7 +107,7 @@ def told(path: str, state: Converted) -> Iterator[str]:
     for k, group in enumerate(state["param_groups"]):
         shown = {name: value for name, value in group.items() if name in spec.table}
         shown = {k: v for k, v in shown.items() if k not in spec.beyond_torch}
-        rate = {} if "lr" in group else {"lr": "a schedule's, not in the file"}
+        rate = {} if "lr" in group else {"lr": "not in the file"}
         label = "arguments" if len(state["param_groups"]) == 1 else f"group {k}"
         yield from line(label, options({**shown, **rate}))
     if state.at_step:
