@@ -44,11 +44,10 @@ def configured(session: nox.Session, *settings: str) -> str:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, types, formatting, clang-tidy."""
+    """Style, formatting, clang-tidy."""
     session.install(".[lint]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    session.run("mypy", env={"MYPYPATH": "python"})
     session.run("clang-format", "--dry-run", "--Werror", *files(session, "*.h", "*.cpp", "*.cu"))
     build = configured(session, "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
     # Those in csrc/cuda include no header of CUDA, and CMake has not defined theirs.
@@ -57,6 +56,16 @@ def lint(session: nox.Session) -> None:
         *("--extra-arg=-DFUSEDSTEP_MODULE=_cuda", '--extra-arg=-DFUSEDSTEP_ARCHITECTURES=""'),
         *(name for name in files(session, "csrc/*.cpp") if not name.endswith("_windows.cpp")),
     )
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """The package's own types, what users' checkers take and refuse, and that all is typed."""
+    session.install(".[lint,torch]")
+    for what in ((), ("tests/typed.py",)):
+        session.run("mypy", *what, env={"MYPYPATH": "python"})
+    session.run("basedpyright", "tests/typed.py")
+    session.run("basedpyright", "--ignoreexternal", "--verifytypes", "fusedstep")
 
 
 @nox.session

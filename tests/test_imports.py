@@ -1,6 +1,9 @@
 """Who may import whom in the package, and who may know array libraries: read from the sources."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,29 @@ def test_options_are_in_the_order_that_the_core_reads():
         *("scale", "found_inf", "norm"),
         *("clip_value", "ema_decay", "average", "zero_grad", "seed"),
     )
+
+
+# Those of the reference, and each library's conventions.
+PUBLIC = [
+    *("", ".schedules", ".conventions", ".convert", ".convergence", ".convergence.landscapes"),
+    *(".conventions.keras", ".conventions.optax", ".files", ".buffers", ".gallery", ".torch"),
+]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_modules_show_what_is_public_and_nothing_else(name):
+    if name == ".torch":
+        pytest.importorskip("torch")
+    module = importlib.import_module(f"fusedstep{name}")
+    shown = set(dir(module))
+    assert shown == set(module.__all__) | ({"torch"} if not name else set())
+    if name:
+        assert all(hasattr(module, one) for one in shown)
+
+
+def test_submodules_come_when_they_are_asked_for():
+    pytest.importorskip("torch")
+    code = "import sys, fusedstep as fs; assert 'torch' not in sys.modules; "
+    code += "fs.torch.AdamW; fs.convergence.Quadratic; fs.convert.from_keras; print('all')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "all\n"

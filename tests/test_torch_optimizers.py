@@ -1,5 +1,6 @@
 """What a training script relies on in torch.optim, asked of fusedstep.torch beside torch itself."""
 
+import ast
 import collections.abc
 import copy
 import fractions
@@ -8,7 +9,9 @@ import importlib.abc
 import inspect
 import io
 import math
+import pathlib
 import pickle
+import subprocess
 import sys
 import typing
 
@@ -1964,3 +1967,25 @@ def test_load_names_the_state_that_does_not_fit():
     saved["state"][1]["exp_avg"] = torch.ones(7)
     with pytest.raises(ValueError, match=r"\['state'\]\[1\]\['exp_avg'\] must have shape"):
         opt.load_state_dict(saved)
+
+
+CLASSES = pathlib.Path(__file__).parents[1] / ".ci" / "torch_classes.py"
+
+
+@needs(torch.__version__.startswith("2.13."), "signatures of the torch that the source is for")
+@pytest.mark.skipif(not CLASSES.exists(), reason="the sources are not there")
+def test_classes_stand_in_the_source_as_they_are():
+    done = subprocess.run([sys.executable, CLASSES, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_class
+def test_source_of_a_class_is_found(name):
+    cls = getattr(ft, name)
+    source = inspect.getsource(cls)
+    tree = ast.parse(source).body[0]
+    assert tree.name == name
+    written = tree.body[1].args
+    keywords = {n for n, p in inspect.signature(cls).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    told = {one.arg for one in written.kwonlyargs} | ft.optimizers.How.__annotations__.keys()
+    assert told == keywords

@@ -26,6 +26,7 @@ if _TYPE_CHECKING:
     import fusedstep.convergence as convergence
     import fusedstep.convert as convert
     import fusedstep.schedules as schedules
+    from fusedstep import torch as torch  # not in __all__: `import *` works without torch
     from fusedstep.files import Saved, load, save
     from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
 
@@ -59,7 +60,7 @@ __all__ = [
 
 def __getattr__(name: str) -> _Any:
     # What takes as long to import as all that a step needs.
-    if name in ("conventions", "convergence", "convert", "schedules"):
+    if name in ("conventions", "convergence", "convert", "schedules", "torch"):
         return _importlib.import_module(f"fusedstep.{name}")
     if name in ("Saved", "load", "save"):
         return getattr(_importlib.import_module("fusedstep.files"), name)
@@ -67,4 +68,4 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "torch"})

@@ -31,8 +31,8 @@ class Group:
         strings = isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)
         if not strings or not patterns:
             raise TypeError(f"pattern must be a string or several, got {pattern!r}")
-        self.patterns = list(patterns)
-        self.hypers = hypers
+        self.patterns: list[str] = list(patterns)
+        self.hypers: dict[str, Any] = hypers
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("patterns", "hypers"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, SupportsFloat, TypedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, SupportsFloat, TypedDict, TypeVar, Union
 
 from numpy.typing import NDArray
 
@@ -15,8 +15,40 @@ Shapes = Mapping[Key, tuple[int, ...]]
 Rate = SupportsFloat | Callable[[int], SupportsFloat]
 Betas = tuple[Rate, Rate]
 Pair = tuple[float, float]
-Params = Any  # an array, a sequence or mapping of arrays, or a FlatBuffer
-Grads = Any  # as Params, with None for a tensor that sits the step out
+
+
+class Exporter(Protocol):
+    """An array of any library that exports its memory through DLPack."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class CudaExporter(Protocol):
+    """An array on a GPU, as Numba's."""
+
+    @property
+    def __cuda_array_interface__(self) -> Any: ...
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Several(Protocol[T_co]):
+    """A list or tuple: as `Sequence`, but no str, of which one may only ask for a str."""
+
+    def __contains__(self, value: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+    def __len__(self) -> int: ...
+
+
+# Unions in words, as nothing else may name itself before Python 3.12.
+AnyArray = Union[Array, Exporter, CudaExporter]  # noqa: UP007
+# One array, or several, also nested: a FlatBuffer, a list, an iterator, a dict by name.
+Params = Union[AnyArray, Iterable[AnyArray], Several["Params"], Mapping[Any, "Params"]]  # noqa: UP007
+# As Params, with None for a tensor that sits the step out, and a number for one without axes.
+Grads = Union[  # noqa: UP007
+    AnyArray, float, None, Iterable[AnyArray | None], Several["Grads"], Mapping[Any, "Grads"]
+]
 States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
 Clock = tuple[int, float, float]  # a count of updates, and what the rule carries beside it
 Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over

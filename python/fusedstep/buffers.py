@@ -19,6 +19,10 @@ from fusedstep._types import Array, Key, Shapes
 __all__ = ["FlatBuffer"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def _as_shapes(shapes: Any, name: str) -> Shapes:
     if isinstance(shapes, FlatBuffer):
         return shapes.shapes

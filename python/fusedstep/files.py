@@ -27,6 +27,11 @@ from fusedstep.buffers import FlatBuffer
 
 __all__ = ["Saved", "load", "save"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _VERSION = 1  # of the tree; files of a later one are refused
 _DEEPEST = 64  # levels of a tree
 _BITS = 14_000  # of an integer: Python reads no more than 4300 digits

@@ -67,6 +67,11 @@ __all__ = [
     "from_dict",
 ]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 # Inside a schedule t is an int or an int64 array, and a value a float or an array: the equations
 # below are written for both, and give both the same bits.
 _T = Any
@@ -427,7 +432,7 @@ class Schedule(ABC):
         return min(self.span, LAST)
 
 
-from_dict = Schedule.from_dict
+from_dict: Callable[[Mapping[str, Any]], Schedule] = Schedule.from_dict
 
 
 # -- what other schedules are made into -----------------------------------------------------------

@@ -17,6 +17,8 @@ Example:
     True
 """
 
+from typing import Any
+
 from fusedstep.conventions import (
     bitsandbytes,
     deepspeed,
@@ -47,3 +49,13 @@ __all__ = [
     "tf1",
     "tinygrad",
 ]
+
+
+for _name in __all__[2:]:  # of each library, what its module defines and not what it imports
+    _module: Any = globals()[_name]
+    _module.__all__ = sorted(name for name, one in vars(_module).items() if hasattr(one, "ours"))
+    _module.__dir__ = _module.__all__.copy
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,3 +20,7 @@ __all__ = [
     "safe_lr",
     "trajectory",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,6 +22,11 @@ __all__ = [
     "two_minima",
 ]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _Function = Callable[[Array, Array], Array]
 _Gradient = Callable[[Array, Array], tuple[Array, Array]]
 Point = tuple[float, float]

@@ -93,10 +93,11 @@ class Quadratic:
                 "A must be positive definite, got a matrix whose smallest eigenvalue is"
                 f" {eigenvalues[0]:g}"
             )
-        shift = np.zeros(n) if b is None else as_finite("b", b, (1,))
+        shift: Array = np.zeros(n) if b is None else as_finite("b", b, (1,))
         if shift.shape != (n,):
             raise ValueError(f"b must have shape {(n,)}, got {shift.shape}")
-        self.A, self.b = matrix, shift
+        self.A: Array = matrix
+        self.b: Array = shift
         self.c: float = check("c", c, FINITE)
         self.eigenvalues: Array = eigenvalues
         self.eigenvectors: Array = eigenvectors

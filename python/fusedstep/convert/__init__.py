@@ -38,3 +38,7 @@ __all__ = [
     "to_tinygrad",
     "to_torch",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

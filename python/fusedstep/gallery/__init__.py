@@ -14,6 +14,11 @@ from fusedstep.gallery.figures import FIGURES, Entry
 
 __all__ = ["FIGURES", "Entry", "draw", "write"]
 
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 _NEEDED = ("matplotlib", "ml_dtypes", "pygments", "scipy", "sklearn")
 
 

@@ -12,6 +12,10 @@ from fusedstep.files import Saved
 __all__ = ["load", "save"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def save(
     path: str | os.PathLike[str], /, *, metadata: Mapping[Any, Any] | None = None, **named: Any
 ) -> None:

@@ -11,7 +11,7 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -1708,17 +1708,21 @@ def _copied(value: Any) -> Any:
     return object()  # unlike all others: read again
 
 
-_TYPES: dict[str, Any] = {
-    "rounding": str,
-    "state_dtype": str | dict[str, str] | None,
-    "state_rounding": str,
-    "seed": int,
-    "ema_dtype": str | None,
-    "clip_value": float | None,
-    "ema": float | Callable[[int], float] | None,
-    "shadow": Any,
-    "zero_grad": bool,
-}
+class How(TypedDict, total=False):
+    """What every class takes by keyword: how it stores, and what each step does."""
+
+    rounding: str
+    state_dtype: str | dict[str, str] | None
+    state_rounding: str
+    seed: int
+    ema_dtype: str | None
+    clip_value: float | None
+    ema: float | Callable[[int], float] | None
+    shadow: Any
+    zero_grad: bool
+
+
+_TYPES = get_type_hints(How)
 
 
 def _type_of(spec: Spec, name: str) -> Any:
@@ -1755,8 +1759,22 @@ class _InGroups:
         optimizer.__dict__[self._name] = value
 
 
-def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
-    """The torch class of a neutral one, with torch's signature where torch has such a class."""
+C = TypeVar("C", bound=Optimizer)
+
+
+def drop_in(one: type[neutral.Optimizer]) -> Callable[[type[C]], type[C]]:
+    """Makes a class torch's of a neutral one, with torch's signature where torch has such a class.
+
+    What it decorates has the base, and for type checkers the signature.
+    """
+
+    def made(cls: type[C]) -> type[C]:
+        return _made(one, cls)
+
+    return made
+
+
+def _made(one: type[neutral.Optimizer], cls: type[C]) -> type[C]:
     name, spec = one.__name__, one._spec
     own = dict(inspect.signature(one).parameters)
     for beside in ("groups", *HOW):
@@ -1797,8 +1815,9 @@ def drop_in(one: type[neutral.Optimizer]) -> type[Optimizer]:
     hypers = [n for n in signature.parameters if n in spec.table]
     return type(
         name,
-        (LookAhead if hasattr(one, "lookahead") else Optimizer,),
+        cls.__bases__,
         {
+            **{n: value for n, value in vars(cls).items() if n == "__firstlineno__"},
             "__doc__": _doc(one, signature, peer is not None),
             "__init__": __init__,
             "__module__": "fusedstep.torch",

@@ -1,0 +1,39 @@
+"""What type checkers take, and what they refuse: a comment that ignores nothing is an error.
+
+Checked by `nox -s types`, never run.
+"""
+
+from typing import assert_type
+
+import numpy as np
+import torch
+
+import fusedstep as fs
+import fusedstep.torch as ft
+from fusedstep.torch import AdaamW  # type: ignore[attr-defined]  # noqa: F401
+
+w, g = np.ones(3, np.float32), np.ones(3, np.float32)
+model = torch.nn.Linear(2, 2)
+
+opt = ft.AdamW(model.parameters(), lr=3, rounding="stochastic", eps_root=1e-8, foreach=True)
+assert_type(opt, ft.AdamW)
+ft.AdamW(model.parameters(), learning_rate=3)  # type: ignore[call-arg]
+ft.AdamW(model.parameters(), ema_dtype=3)  # type: ignore[arg-type]
+ft.SGD([("w", torch.ones(3))], 0.1, 0.9).lookahead()
+assert_type(fs.torch.Lion(model.parameters()), ft.Lion)
+
+assert_type(fs.AdamW(w).step(g), fs.StepReport)
+fs.SGD([w, torch.ones(3)], lr=lambda t: 0.1 / (t + 1)).step([g, None])
+fs.SGD(one for one in [w]).step(g)
+fs.SGD({"layers": [{"w": w}], "b": w}).step({"layers": [{"w": g}], "b": None})
+fs.SGD(fs.FlatBuffer.pack({"w": w})).step(fs.FlatBuffer.pack({"w": g}))
+fs.SGD(np.ones((), np.float32)).step(0.5)
+fs.SGD("hello")  # type: ignore[arg-type]
+fs.SGD(3)  # type: ignore[arg-type]
+fs.SGD(["w"])  # type: ignore[arg-type]
+fs.SGD({"w": "w"})  # type: ignore[arg-type]
+fs.SGD(w, learning_rate=3)  # type: ignore[call-arg]
+fs.SGD(w).step("g")  # type: ignore[arg-type]
+fs.SGD(w, lr="3")  # type: ignore[arg-type]
+assert_type(fs.conventions.keras.Adam(w, learning_rate=0.1), fs.Optimizer)
+fs.conventions.keras.Adam(w, beta_3=0.1)  # takes our options, too
