@@ -154,15 +154,18 @@ def test_run_ends_where_the_library_s_does(library, case):
     params = arrays(library, case["half"])
     state = CONVERT[library](case, params)
     assert state.library == library
+    for name, master in state.masters.items():
+        assert np.array_equal(master, params[name])
     groups = [fs.Group(name) for own in state["param_groups"][1:] for name in own["param_names"]]
     opt = getattr(fs, state.optimizer)(params, lr=0.5, groups=groups)
     opt.load_state_dict(state)
-    assert opt.steps == state.step == 10
+    step = case.get("step", 10)
+    assert opt.steps == state.step == step
     for rate, grads in zip(case["rates"], gradients(library, case), strict=True):
         for group in opt.param_groups:
             group["lr"] = rate
         opt.step(grads, **state.at_step)
-    assert opt.steps == 20
+    assert opt.steps == step + 10
     check_end(library, case, state, params)
 
 

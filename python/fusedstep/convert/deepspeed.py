@@ -56,7 +56,7 @@ _STAND_INS = [
 def from_deepspeed(
     folder: Any, params: Any = None, optimizer: str | None = None, *, tag: str | None = None
 ) -> Converted:
-    """The optimizer of a DeepSpeed checkpoint: of ZeRO 1 or 2 on any number of ranks, or without.
+    """The optimizer of a DeepSpeed checkpoint: ZeRO 1 or 2 on any number of ranks, or without ZeRO.
 
     Args:
         folder: what `engine.save_checkpoint` was given, or the folder of a tag in it.
@@ -70,8 +70,8 @@ def from_deepspeed(
 
     Returns:
         The state_dict for `fs.<result.optimizer>`, with names, in the order of the optimizer's
-        groups. `masters` has the parameters in float32 that ZeRO keeps, by name, and `at_step` has
-        `max_norm` where the engine clips.
+        groups. `masters` has the parameters in float32 that the engine keeps, by name, and
+        `at_step` has `max_norm` where the engine clips.
 
     Raises:
         TypeError, ValueError: a file is missing, cut short, of ZeRO 3, of experts or of model
@@ -128,17 +128,14 @@ def _tagged(folder: str, tag: str | None) -> str:
                 tag = file.read().strip()
         except FileNotFoundError:
             tag = ""
-    path = os.path.normpath(os.path.join(folder, str(tag)))
-    if _MODEL not in (found := sorted(os.listdir(path))):
-        told = f"{found[:8]}, of ZeRO 3, or of no DeepSpeed"
-        raise ValueError(f"{os.path.basename(path)} must have {_MODEL}, got {told}")
-    return path
+    return os.path.normpath(os.path.join(folder, str(tag)))
 
 
 def _files(path: str) -> dict[int, str]:
     """The files of the partitions by rank; ValueError for files that are of something else."""
     ranks: dict[int, str] = {}
-    for file in sorted(os.listdir(path)):
+    every = sorted(os.listdir(path))
+    for file in every:
         if not file.endswith("_states.pt") or file == _MODEL:
             continue
         match = _PARTITION.fullmatch(file)
@@ -148,6 +145,8 @@ def _files(path: str) -> dict[int, str]:
         other = ranks.setdefault(int(match[1]), file)
         if other != file:
             raise ValueError(f"rank {match[1]} must have one file, got {other} and {file}")
+    if _MODEL not in every:
+        raise ValueError(f"{os.path.basename(path)} must have {_MODEL}, got {every[:8]}")
     return ranks
 
 
@@ -306,15 +305,23 @@ def _say_decoupled(groups: Sequence[dict[str, Any]], config: Mapping[str, Any]) 
 
 
 def _unpartitioned(label: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict of an optimizer of which no rank has a part: torch's, in float32."""
+    """The state_dict of an optimizer that is whole, torch's, and beside 16 bits its parameters."""
     found = _mapping(model.get("optimizer"))
     if "param_groups" in found:
         return dict(found)
-    got = f"an optimizer of {sorted(found)[:8]} in {_MODEL}" if found else f"{_MODEL} without one"
-    raise ValueError(
-        f"{label} must have zero_pp_rank_0_mp_rank_00_optim_states.pt, or an optimizer in float32"
-        f" without ZeRO, got {got}"
-    )
+    inside, weights = _mapping(found.get("optimizer_state_dict")), found.get("fp32_groups")
+    if "param_groups" not in inside or not isinstance(weights, list):
+        got = f"an optimizer of {sorted(found)[:8]} in it" if found else "it without an optimizer"
+        raise ValueError(
+            f"{label} must have zero_pp_rank_0_mp_rank_00_optim_states.pt, or in {_MODEL} an"
+            f" optimizer that is not flat, got {got}"
+        )
+    entries, groups = _checkpoint.parts(inside)
+    states = {**entries}
+    for own, members in zip(groups, weights, strict=True):
+        for i, weight in zip(own["params"], members, strict=True):
+            states[i] = {**_mapping(entries.get(i)), _WHOLE: weight}
+    return {"state": states, "param_groups": groups}
 
 
 def _steps(model: Mapping[str, Any]) -> int:

@@ -214,6 +214,8 @@ def held(source: Any) -> Any:
 def read(path: Any, classes: Sequence[type] = ()) -> Any:
     """A file of `torch.save`; ValueError where it names more than tensors and `classes`."""
     torch, label = _torch("torch's files need"), os.path.basename(os.fsdecode(path))
+    if classes and not hasattr(torch.serialization, "safe_globals"):
+        raise ModuleNotFoundError(f"{label} needs torch 2.5, got {torch.__version__}", name="torch")
     try:
         with torch.serialization.safe_globals(classes) if classes else nullcontext():
             return torch.load(path, map_location="cpu", weights_only=True)
