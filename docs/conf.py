@@ -9,17 +9,22 @@ import re
 import sys
 from pathlib import Path
 
+import scipy.linalg  # noqa: F401  # it brings a BLAS of its own
+import threadpoolctl
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 HERE = Path(__file__).parent
+LOG = logging.getLogger(__name__)
 sys.path.insert(0, str(HERE))
 
 import generated  # noqa: E402  # beside this file
 
 import fusedstep  # noqa: E402
+
+threadpoolctl.threadpool_limits(1, "blas")  # examples have small matrices, see fusedstep.demo
 
 project = "fusedstep"
 author = "the fusedstep authors"
@@ -119,7 +124,7 @@ def visit_math(self, node):
     try:
         self.body.append(tex2mathml(node.astext(), as_block=node.tagname == "math_block"))
     except MathError as error:
-        logging.getLogger(__name__).warning("%s", error, location=node)
+        LOG.warning("%s", error, location=node)
     raise nodes.SkipNode
 
 
@@ -129,4 +134,4 @@ def setup(app):
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("include-read", without_repository_links)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
-    app.connect("builder-inited", lambda app: generated.write(HERE / "_generated"))
+    app.connect("builder-inited", lambda app: generated.write(HERE / "_generated", LOG.info))

@@ -42,8 +42,11 @@ SHOWN_BY = {
 }
 
 
-def write(folder):
-    """Writes everything, unless the package and this file are as they were the last time."""
+def write(folder, tell=print):
+    """Writes everything, unless the package and this file are as they were the last time.
+
+    `tell` is called with what is drawn, before it is.
+    """
     stamp = folder / "stamp"
     sources = [Path(__file__), Path(_core.__file__), *sorted(PACKAGE.rglob("*.py"))]
     sources += sorted(recorded.GOLDEN.glob("*.json"))
@@ -56,8 +59,8 @@ def write(folder):
     (folder / "optimizer_list.md").write_text(optimizer_list())
     (folder / "bytes.md").write_text(bytes_table())
     (folder / "conventions.md").write_text(recorded.table())
-    (folder / "schedules.md").write_text(schedule_sections(folder))
-    write_gallery(folder)
+    (folder / "schedules.md").write_text(schedule_sections(folder, tell))
+    write_gallery(folder, tell)
     stamp.write_text(state)
 
 
@@ -133,11 +136,12 @@ def schedule_classes():
     return {n: c for n, c in found if inspect.isclass(c) and c is not schedules.Schedule}
 
 
-def schedule_sections(folder):
+def schedule_sections(folder, tell):
     """A section for each class: its docstring, and a picture that its `plot` draws."""
     sections = []
     for name, found in schedule_classes().items():
         shown = example(name, found)
+        tell(f"drawing the schedule {name}")
         draw(shown, folder / f"schedule_{name.lower()}.svg")
         methods = [m for m in vars(found) if not m.startswith("_") and m not in ("span", "momentum")
                    and inspect.isroutine(getattr(found, m))]  # fmt: skip
@@ -173,9 +177,9 @@ def draw(schedule, path):
     figure.savefig(path)
 
 
-def write_gallery(folder):
+def write_gallery(folder, tell):
     """The gallery's figures, and the Markdown that shows each and the code that made it."""
-    gallery.write(folder / "gallery")
+    gallery.write(folder / "gallery", lambda name: tell(f"drawing the figure {name}"))
     for entry in gallery.FIGURES:
         (folder / f"figure_{entry.name}.md").write_text(
             f"**{entry.question}**\n\n"

@@ -4,16 +4,19 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from matplotlib.figure import Figure
 
 import fusedstep as fs
-from fusedstep import bench, bench_models, bench_step, demo, schedules
-from fusedstep.__main__ import main
+from fusedstep import bench, bench_models, bench_step, demo, gallery, schedules
+from fusedstep.__main__ import _parser, main
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -54,6 +57,22 @@ def test_demo_network_gradient_agrees_with_finite_differences():
         assert (above - below) / (2 * step) == pytest.approx(slope, rel=0.02)
 
 
+def test_training_and_drawing_use_one_blas_thread_and_put_the_others_back(monkeypatch):
+    def threads():
+        found = threadpoolctl.threadpool_info()
+        return [pool["num_threads"] for pool in found if pool["user_api"] == "blas"]
+
+    data, seen = demo.Digits.load(), []
+    monkeypatch.setattr(demo, "init", lambda make=demo.init: seen.append(threads()) or make())
+    entry = replace(gallery.FIGURES[0], function=lambda: seen.append(threads()) or Figure())
+    with threadpoolctl.threadpool_limits(3, "blas"):
+        demo.train("SGD", data, epochs=1)
+        entry.draw()
+        assert set(threads()) == {3}
+    assert len(seen) == 2
+    assert set(seen[0] + seen[1]) == {1}
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_demo_reaches_97_percent(name):
     result = demo.train(name, demo.Digits.load())
@@ -61,12 +80,21 @@ def test_demo_reaches_97_percent(name):
     assert result.losses[-1] < 0.05 < 2 < result.losses[0]
 
 
+@pytest.mark.parametrize("command", ["demo", "gallery", "plot"])
+def test_what_is_written_unasked_where_is_ignored_by_git(command):
+    output = _parser().parse_args([command, *(["cosine"] if command == "plot" else [])]).output
+    ignored = (Path(__file__).parents[1] / ".gitignore").read_text().split()
+    assert output in ignored or f"{output}/" in ignored
+
+
 def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys):
     picture = tmp_path / "curves.png"
     assert main(["demo", "-o", str(picture), "--epochs", "2", "--n", "1000"]) == 0
-    out = capsys.readouterr().out
-    for name in demo.OPTIMIZERS:
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    for i, name in enumerate(demo.OPTIMIZERS):
         assert name in out
+        assert f"training with {name} ({i + 1} of {len(demo.OPTIMIZERS)})\n" in err
     for name in bench.OPTIMIZERS:
         assert name in out
     assert picture.read_bytes().startswith(PNG)

@@ -328,7 +328,9 @@ def test_gallery_command_keeps_other_files_and_prints_the_page(tmp_path, capsys,
     monkeypatch.setattr(gallery, "FIGURES", gallery.FIGURES[:1])
     (tmp_path / "notes.txt").write_text("mine")
     assert main(["gallery", "-o", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "index.html")
+    told = capsys.readouterr()
+    assert told.out.strip() == str(tmp_path / "index.html")
+    assert told.err == "drawing rates (1 of 1)\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index.html", "notes.txt", "rates.png"]
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fusedstep as fs
@@ -131,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--output", default="fusedstep-demo.png", metavar="PNG",
                       help="where to write the loss curves (%(default)s)")  # fmt: skip
     demo.add_argument("--epochs", type=_count, default=40, help="per optimizer (%(default)s)")
-    demo.add_argument("--n", type=_count, default=16_000_000, help="benchmark size (%(default)s)")
+    demo.add_argument("--n", type=_count, default=8_000_000, help="benchmark size (%(default)s)")
 
     _add_plot(commands)
 
@@ -179,17 +181,25 @@ def _info() -> None:
         print(f"{key.replace('_', ' '):18} {text}")
 
 
-def _progress(console: Any) -> Any:
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """What to call with a label as each of `total` parts begins: it moves a bar at the foot of the
+    terminal, below what is printed meanwhile, and prints a line where there is no terminal."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    return Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
+    below = sys.stdout.isatty()
+    console, begun = Console(stderr=not below), itertools.count()
+    if not console.is_terminal:
+        yield lambda label: print(f"{label} ({next(begun) + 1} of {total})", file=sys.stderr)
+        return
+    columns = TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, redirect_stdout=below
     )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda label: bar.update(task, description=label, completed=next(begun))
 
 
 def _check_output(path: str | None, picture: bool = False) -> None:
@@ -214,18 +224,17 @@ def _demo(args: argparse.Namespace) -> None:
     from fusedstep import bench, demo
 
     _check_output(args.output, picture=True)
-    out, err = Console(), Console(stderr=True)
+    out = Console()
     data = demo.Digits.load()
     results = []
-    with _progress(err) as progress:
-        task = progress.add_task("", total=len(demo.OPTIMIZERS) * args.epochs)
+    with _progress(len(demo.OPTIMIZERS)) as begin:
         for name in demo.OPTIMIZERS:
-            progress.update(task, description=f"training with {name}")
-            results.append(demo.train(name, data, args.epochs, lambda: progress.advance(task)))
+            begin(f"training with {name}")
+            results.append(demo.train(name, data, args.epochs))
     out.print(demo.table(results))
     demo.plot(results, args.output)
     out.print(f"loss curves: {args.output}\n")
-    out.print(demo.speed_table(_measure(err, bench.OPTIMIZERS, [args.n], rounds=3)))
+    out.print(demo.speed_table(_measure(bench.OPTIMIZERS, [args.n], rounds=3)))
 
 
 def _schedule(name: str, given: dict[str, Any], used: set[str]) -> schedules.Schedule:
@@ -286,37 +295,21 @@ def _draw(drawn: dict[str, schedules.Schedule], steps: int, path: str) -> None:
 
 
 def _gallery(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from fusedstep import gallery
 
     if not args.output:
         raise _Usage("--output must name a folder, got ''")
-    with _progress(Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(gallery.FIGURES))
-        done = iter(range(len(gallery.FIGURES)))
-        page = gallery.write(
-            args.output,
-            lambda name: progress.update(task, description=name, completed=next(done)),
-        )
+    with _progress(len(gallery.FIGURES)) as begin:
+        page = gallery.write(args.output, lambda name: begin(f"drawing {name}"))
     print(page)
 
 
-def _measure(
-    console: Any, names: Any, sizes: Sequence[Any], measure: Any = None, **settings: Any
-) -> list[Any]:
-    """Rows of `measure`, by default bench.measure, for each name at each size, with a bar."""
+def _measure(names: Any, sizes: Sequence[Any], measure: Any = None, **settings: Any) -> list[Any]:
+    """Rows of `measure`, by default bench.measure, for each name at each size."""
     from fusedstep import bench
 
-    with _progress(console) as progress:
-        task = progress.add_task("", total=len(names) * len(sizes))
-        done = iter(range(len(names) * len(sizes)))
-        rows: list[Any] = (measure or bench.measure)(
-            list(names),
-            sizes,
-            progress=lambda label: progress.update(task, description=label, completed=next(done)),
-            **settings,
-        )
+    with _progress(len(names) * len(sizes)) as begin:
+        rows: list[Any] = (measure or bench.measure)(list(names), sizes, progress=begin, **settings)
     return rows
 
 
@@ -352,24 +345,20 @@ def _check_alone(args: argparse.Namespace, option: str, others: Sequence[str]) -
 
 
 def _bench_step(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from fusedstep import bench, bench_step
 
     _check_alone(args, "--step", ("models", "optimizers", "sweep", "plot", "compile", "grad_dtype"))
     sizes = args.n or [1 << 26]
     if len(sizes) > 1:
         raise _Usage(f"--n must be one size with --step, got {len(sizes)}")
-    with _progress(Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(bench_step.CASES))
-        done = iter(range(len(bench_step.CASES)))
+    with _progress(len(bench_step.CASES)) as begin:
         rows = bench_step.measure(
             sizes[0],
             threads=args.threads,
             isa=args.isa,
             rounds=args.rounds,
             torch=False if args.no_torch else None,
-            progress=lambda label: progress.update(task, description=label, completed=next(done)),
+            progress=begin,
         )
     _print(bench_step.table(rows))
     _print(bench_step.projection(rows))
@@ -379,8 +368,6 @@ def _bench_step(args: argparse.Namespace) -> None:
 
 
 def _bench_models(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
     from fusedstep import bench, bench_models
@@ -391,7 +378,6 @@ def _bench_models(args: argparse.Namespace) -> None:
             known = ", ".join(bench_models.MODELS)
             raise _Usage(f"--models must be of {known}, got {model!r}")
     rows = _measure(
-        Console(stderr=True),
         args.optimizers or bench_models.OPTIMIZERS,
         args.models or list(bench_models.MODELS),
         bench_models.measure,
@@ -406,8 +392,6 @@ def _bench_models(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from fusedstep import bench
 
     _check_output(args.json)
@@ -418,7 +402,6 @@ def _bench(args: argparse.Namespace) -> None:
         return _bench_models(args)
     sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
     rows = _measure(
-        Console(stderr=True),
         args.optimizers or list(OPTIMIZERS),
         sizes,
         dtype=args.dtype,

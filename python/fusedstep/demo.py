@@ -6,6 +6,7 @@ one sweep.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,21 @@ def loss_and_gradient(p: fs.FlatBuffer, x: Array, y: Array, grads: fs.FlatBuffer
     return loss
 
 
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """With one thread for NumPy's and SciPy's matrix products.
+
+    On matrices as small as these several wait for each other, busily: beside another program that
+    takes forty times as long.
+    """
+    import scipy.linalg  # noqa: F401  # it brings a BLAS of its own, which then is found too
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+@one_blas_thread()
 def train(
     name: str, data: Digits, epochs: int = EPOCHS, tick: Callable[[], None] = lambda: None
 ) -> Result:

@@ -19,7 +19,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-_NEEDED = ("matplotlib", "ml_dtypes", "pygments", "scipy", "sklearn")
+_NEEDED = ("matplotlib", "ml_dtypes", "pygments", "scipy", "sklearn", "threadpoolctl")
 
 
 def draw(name: str) -> Any:
