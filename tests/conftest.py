@@ -1,11 +1,21 @@
 """What every test file shares: each instruction set, the controls put back, all cores."""
 
+import ast
 import ctypes
+import importlib.util
 import os
 
 import pytest
 
 import fusedstep as fs
+
+# What `pytest -m quick` runs: the core's behaviour, without torch and without long sweeps.
+QUICK = {
+    *("test_buffers", "test_conventions", "test_epilogue", "test_folders", "test_grad_norms"),
+    *("test_imports", "test_limits", "test_metadata", "test_narrow", "test_optimizers"),
+    *("test_readme", "test_resuming", "test_schedules", "test_validation"),
+}
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,6 +38,42 @@ def pytest_configure(config):
     if "FUSEDSTEP_COUNTERS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
         me, leave, at_once = os.getpid(), ctypes.CDLL(None).exit, os._exit
         os._exit = lambda status: leave(status) if os.getpid() == me else at_once(status)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m quick` does not even read the other files, which takes longer than its tests."""
+    name = collection_path.stem
+    left_out = name.startswith("test_") and name not in QUICK and config.option.markexpr == "quick"
+    return True if left_out else None
+
+
+def pytest_itemcollected(item):
+    if item.path.stem in QUICK:
+        item.add_marker("quick")
+
+
+class NeedsTorch(pytest.Module):
+    """A file that imports torch, where there is none."""
+
+    def collect(self):
+        pytest.skip("torch is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """The core's tests run without torch; the files that begin with it say so and are skipped."""
+    if HAS_TORCH:
+        return None
+    found = {
+        name
+        for node in ast.parse(module_path.read_text(encoding="utf-8")).body
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom)
+            else [one.name for one in node.names] if isinstance(node, ast.Import)
+            else []
+        )
+    }  # fmt: skip
+    needs = any(f"{name}.".startswith(("torch.", "fusedstep.torch.")) for name in found)
+    return NeedsTorch.from_parent(parent, path=module_path) if needs else None
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 
 import fusedstep as fs
 from fusedstep import schedules as S
-from fusedstep.torch import LRScheduler
+from optional import optional
+
+torch, ours = optional("torch"), optional("fusedstep.torch")
 
 
 class Neutral:
@@ -38,7 +39,7 @@ class Torch:
 
     def __init__(self, lr):
         self.opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
-        self.scheduler = LRScheduler(self.opt, lr)
+        self.scheduler = ours.LRScheduler(self.opt, lr)
 
     @property
     def steps(self):
