@@ -1,6 +1,7 @@
 """The command line as a user types it: info, demo, plot, bench; what they say of wrong input."""
 
 import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -116,7 +117,12 @@ def test_bench_rows_hold_together(tmp_path, capsys):
     arguments = ["--optimizers", "AdamW", "rprop", "lion", "--n", "1e3", "2^12", "--rounds", "3"]
     outputs = ["--json", str(target), "--plot", str(picture)]
     assert main(["bench", *arguments, *outputs]) == 0
-    assert "adamw" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count("\nadamw ") == out.count("\nlion ") == 2
+    assert "\nn = 1,000: " in out
+    assert "ceiling: the GB/s of a kernel that reads" in " ".join(out.split())
+    assert "adamw, n = 1,000 (1 of 6)\n" in err
     stored = json.loads(target.read_text())
     assert stored["machine"]["isa"] == fs.isa()
     rows = stored["rows"]
@@ -127,6 +133,10 @@ def test_bench_rows_hold_together(tmp_path, capsys):
         assert row["bytes_per_param"] == (20 if row["optimizer"] == "lion" else 28)
         assert row["gbps"] == pytest.approx(row["bytes_per_param"] * row["n"] / row["ms"] / 1e6)
         assert row["threads"] == fs.num_threads()
+        assert row["threads_used"] == 1  # of so few elements
+        for peer in row["torch"].values():
+            low, high = peer["quartiles"]
+            assert low <= peer["ratio"] <= high
         expected = {"adamw": {"for-loop", "foreach", "fused"}, "rprop": {"for-loop", "foreach"}}
         assert set(row["torch"]) == expected.get(row["optimizer"], set())
     assert picture.read_bytes().startswith(PNG)
@@ -147,7 +157,11 @@ def test_bench_models_rows_hold_together(tmp_path, capsys):
     target = tmp_path / "rows.json"
     arguments = ["--models", "mlp", "--optimizers", "adamw", "nadam", "lion", "--rounds", "2"]
     assert main(["bench", *arguments, "--json", str(target)]) == 0
-    assert "51,200" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "mlp: 4 tensors, 51,200 parameters; " in out
+    (head,) = (line.split("  ") for line in out.splitlines() if "plain ms" in line)
+    assert len(set(head)) == len(head)
     rows = json.loads(target.read_text())["rows"]
     assert [row["optimizer"] for row in rows] == ["adamw", "nadam", "lion"]
     peers = [{"for-loop", "foreach", "fused"}, {"for-loop", "foreach"}, set()]
@@ -201,6 +215,94 @@ def test_bench_step_rows_hold_together(tmp_path, capsys, monkeypatch):
     assert skipped["bitsandbytes AdamW"].startswith("AttributeError: module 'torch.optim' has no")
     assert rows[-1]["peers"]["torchao AdamW8bit"]["version"] == torch.__version__
     assert rows[-1]["peers"]["torchao AdamW8bit"]["state_bytes"] == 8
+
+
+KINDS = {
+    "buffer": ["--optimizers", "adamw", "sgd", "--n", "1e3"],
+    "models": ["--models", "mlp", "--optimizers", "adamw", "sgd"],
+    "step": ["--step", "--n", "1e3", "--no-torch"],
+}
+
+
+@pytest.mark.parametrize("arguments", KINDS.values(), ids=KINDS)
+def test_bench_prints_rows_as_they_come_and_keeps_them_when_interrupted(
+    arguments, tmp_path, capsys, monkeypatch
+):
+    calls, outputs, interleave = [], [], bench.interleave
+
+    def interrupted(*args):
+        outputs.append(capsys.readouterr().out)
+        calls.append(args)
+        if len(calls) == (4 if "mlp" in arguments else 2):  # which has two for a row
+            raise KeyboardInterrupt
+        return interleave(*args)
+
+    monkeypatch.setattr(bench, "interleave", interrupted)
+    target = tmp_path / "rows.json"
+    assert main(["bench", *arguments, "--rounds", "2", "--json", str(target)]) == 130
+    assert len(json.loads(target.read_text())["rows"]) == 1
+    assert "adamw " in "".join(outputs).lower()
+    rest = capsys.readouterr().out
+    assert "half of the\nrounds lie between its quartiles" in rest
+    assert max(map(len, rest.splitlines())) <= 80
+
+
+def test_bench_says_where_the_machine_was_busy():
+    calm = bench.Conditions(threads=2, threads_used=1, cores_free=1.9, isa="avx2")
+    assert calm.ran == "1 of 2 threads ran"
+    assert calm.remark([(1.0, 1.2), (400.0, 410.0)]) == []
+    assert replace(calm, cores_free=None).remark([]) == []
+    busy = replace(calm, cores_free=0.9)
+    assert busy.remark([(2.0, 3.0), (1.0, 1.0)]) == [
+        "  ! busy: 0.9 cores free for 2 threads, quartiles 1.50x apart"
+    ]
+
+
+def test_bench_marks_that_torch_is_not_installed(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "torch" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    small = ["--optimizers", "adamw", "--n", "1000", "--rounds", "1"]
+    assert main(["bench", *small]) == 0
+    out = capsys.readouterr().out
+    assert "torch is not installed" in out
+    assert "for-loop" not in out
+    for option in ("--compile", "--models"):
+        assert main(["bench", *small[:2], option]) == 1
+        assert f"{option} needs torch: pip install" in capsys.readouterr().err
+
+
+def test_bench_checks_names_before_it_imports_torch():
+    code = """
+import sys
+from fusedstep.__main__ import main
+print(main(["bench", "--models", "vgg"]), main(["bench", "--threads", "5000"]))
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 2\nFalse\n"
+    assert done.stderr.count("\n") == 2
+
+
+def test_bench_plot_shows_every_line_whole(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: found.append(figure))
+    bench.plot(bench.measure(["adamw", "sgd"], [100, 10_000], rounds=1), tmp_path / "x.png")
+    for axes in found[0].axes:
+        assert {line.get_label() for line in axes.lines} >= {"fusedstep", "torch, fastest"}
+        assert axes.get_yscale() == "log"
+        low, high = axes.get_ylim()
+        for line in axes.lines:
+            assert low < min(line.get_ydata()) <= max(line.get_ydata()) < high
+
+
+@pytest.mark.parametrize("n", ["1e15", "2^1000"])
+def test_demo_refuses_what_does_not_fit_before_it_trains(n, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "train", lambda *_: 1 / 0)
+    assert main(["demo", "--n", n]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fusedstep demo: --n must fit into memory, ")
+    assert err.count("\n") == 1
 
 
 # Bytes per float32 parameter: 12 for gradient and parameter, and 8 for each state.
@@ -263,6 +365,13 @@ def test_bench_leaves_threads_isa_and_random_numbers_as_they_were(run, fails, mo
         (["--models", "vgg"], "got 'vgg'"),
         (["--step", "--sweep"], "--sweep must not be given with --step"),
         (["--step", "--models"], "--models must not be given with --step"),
+        (["--threads", "5000"], "bench: --threads must be from 1 to 4096, got 5000"),
+        (["--models", "--threads", "5000"], "bench: --threads must be from 1 to 4096, got 5000"),
+        (["--n", "1e15"], "bench: --n must fit into memory, "),
+        (["--step", "--n", "1e15"], "bench: --n must fit into memory, "),
+        (["--sweep", "--n", "5"], "--sweep must not be given with --n"),
+        (["--compile", "--no-torch"], "--compile must not be given with --no-torch"),
+        (["--compile", "--grad-dtype", "bfloat16"], "--compile must not be given with another"),
         (["--step", "--n", "5", "6"], "--n must be one size with --step, got 2"),
     ],
 )

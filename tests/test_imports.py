@@ -33,6 +33,7 @@ LAZY = {
             "fusedstep.gallery",
         )
     },
+    "fusedstep.bench_models": {"fusedstep.torch"},
     "fusedstep.gallery": {"fusedstep.gallery.page"},
     "fusedstep._checkpoint": {"fusedstep.schedules"},
     "fusedstep._groups": {"fusedstep.schedules"},

@@ -117,6 +117,19 @@ def test_local_world_size_divides_the_default():
         assert share == max(1, everything // processes)
 
 
+@pytest.mark.parametrize(("n", "most"), [(1000, 1), (BIG, 2)])
+def test_core_tells_how_many_threads_a_step_used(n, most):
+    fs.set_num_threads(2)
+    opt, grads = fs.SGD(np.zeros(n, np.float32)), np.ones(n, np.float32)
+    _core.take_threads_used()
+    used = []
+    for _ in range(200):
+        opt.step(grads)
+        used.append(_core.take_threads_used())
+    assert _core.take_threads_used() == 0
+    assert (min(used), max(used)) == (1, most) if most == 1 else max(used) == most
+
+
 def test_default_threads_is_what_a_new_process_gets():
     assert threads_under() == int(
         python("import fusedstep._core as c; print(c.default_threads())").stdout

@@ -18,16 +18,20 @@
 namespace fusedstep {
 namespace {
 
+std::atomic<int> most_used{0};
+
 // One loop: pieces are handed out by a counter, so a slow core takes fewer of them.
 struct Job {
   const std::function<void(int64_t, int64_t)>& body;
   int64_t n, grain;
   std::atomic<int64_t> next{0};
+  std::atomic<int> used{0};  // threads that got a piece
 
   void work() noexcept {
-    for (;;) {
+    for (bool first = true;; first = false) {
       const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
       if (begin >= n) return;
+      if (first) used.fetch_add(1, std::memory_order_relaxed);
       body(begin, std::min(n, begin + grain));
     }
   }
@@ -190,7 +194,10 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   Job job{body, n, grain};
   const int useful = static_cast<int>(std::min<int64_t>(num_threads(), (n + grain - 1) / grain));
   if (useful <= 1 || !pool->run(job, useful)) job.work();
+  if (job.used > most_used) most_used = job.used.load();  // of two at once either may be told
 }
+
+int take_threads_used() { return most_used.exchange(0); }
 
 std::future<uint64_t> elsewhere(const std::function<uint64_t()>& work) {
   // Copied: what is moved is gone with the thread that libstdc++ could not make (GCC 12).

@@ -34,6 +34,9 @@ double cpu_quota(const std::string& membership, const std::string& root);
 // grain, and work that comes while another thread's is running, stays on the calling thread.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 
+// The most threads that took part in one such loop since the last call.
+int take_threads_used();
+
 // Runs `work` on a thread of its own, or where the system grants none, in get().
 std::future<uint64_t> elsewhere(const std::function<uint64_t()>& work);
 

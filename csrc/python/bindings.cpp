@@ -281,6 +281,7 @@ void collected(PyHeapTypeObject* heap_type) {
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, py::arg("n"));
   m.def("default_threads", default_threads);
+  m.def("take_threads_used", take_threads_used);
   m.def("cpu_quota", cpu_quota, py::arg("membership"), py::arg("root"));
 
   m.attr("ALIGNMENT") = kAlignment;

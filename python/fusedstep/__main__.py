@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import fusedstep as fs
@@ -23,7 +24,7 @@ from fusedstep import schedules
 from fusedstep._arrays import DTYPES
 from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
-from fusedstep.bench import OPTIMIZERS
+from fusedstep.bench import OPTIMIZERS, Refused
 
 # What `plot` draws: every schedule that is a function of the step alone.
 _SCHEDULES: dict[str, type[schedules.Schedule]] = {
@@ -224,6 +225,7 @@ def _demo(args: argparse.Namespace) -> None:
     from fusedstep import bench, demo
 
     _check_output(args.output, picture=True)
+    bench.check_sizes(list(OPTIMIZERS), [args.n])
     out = Console()
     data = demo.Digits.load()
     results = []
@@ -234,7 +236,9 @@ def _demo(args: argparse.Namespace) -> None:
     out.print(demo.table(results))
     demo.plot(results, args.output)
     out.print(f"loss curves: {args.output}\n")
-    out.print(demo.speed_table(_measure(bench.OPTIMIZERS, [args.n], rounds=3)))
+    with _progress(len(OPTIMIZERS)) as begin:
+        rows = bench.measure(sizes=[args.n], rounds=3, progress=begin)
+    out.print(demo.speed_table(rows))
 
 
 def _schedule(name: str, given: dict[str, Any], used: set[str]) -> schedules.Schedule:
@@ -304,15 +308,6 @@ def _gallery(args: argparse.Namespace) -> None:
     print(page)
 
 
-def _measure(names: Any, sizes: Sequence[Any], measure: Any = None, **settings: Any) -> list[Any]:
-    """Rows of `measure`, by default bench.measure, for each name at each size."""
-    from fusedstep import bench
-
-    with _progress(len(names) * len(sizes)) as begin:
-        rows: list[Any] = (measure or bench.measure)(list(names), sizes, progress=begin, **settings)
-    return rows
-
-
 def _convert(args: argparse.Namespace) -> None:
     from fusedstep.convert import _command
 
@@ -344,51 +339,51 @@ def _check_alone(args: argparse.Namespace, option: str, others: Sequence[str]) -
         raise _Usage(f"--dtype must be float32 with {option}, got {args.dtype}")
 
 
-def _bench_step(args: argparse.Namespace) -> None:
-    from fusedstep import bench, bench_step
+def _needs_torch(option: str) -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise ModuleNotFoundError(f"{option} needs torch: pip install 'fusedstep[torch]'")
+
+
+def _bench_step(args: argparse.Namespace) -> tuple[Any, ...]:
+    from fusedstep import bench_step
 
     _check_alone(args, "--step", ("models", "optimizers", "sweep", "plot", "compile", "grad_dtype"))
     sizes = args.n or [1 << 26]
     if len(sizes) > 1:
         raise _Usage(f"--n must be one size with --step, got {len(sizes)}")
-    with _progress(len(bench_step.CASES)) as begin:
-        rows = bench_step.measure(
-            sizes[0],
-            threads=args.threads,
-            isa=args.isa,
-            rounds=args.rounds,
-            torch=False if args.no_torch else None,
-            progress=begin,
-        )
-    _print(bench_step.table(rows))
-    _print(bench_step.projection(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(bench.as_json(rows), file, indent=1)
+    measure = partial(bench_step.measure, sizes[0], torch=False if args.no_torch else None)
+    return bench_step.StepTable(), len(bench_step.CASES), measure
 
 
-def _bench_models(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError("--models needs torch: pip install 'fusedstep[torch]'")
-    from fusedstep import bench, bench_models
+def _bench_models(args: argparse.Namespace) -> tuple[Any, ...]:
+    from fusedstep import bench_models
 
     _check_alone(args, "--models", ("n", "sweep", "plot", "compile", "no_torch", "grad_dtype"))
-    for model in args.models:
-        if model not in bench_models.MODELS:
-            known = ", ".join(bench_models.MODELS)
-            raise _Usage(f"--models must be of {known}, got {model!r}")
-    rows = _measure(
-        args.optimizers or bench_models.OPTIMIZERS,
-        args.models or list(bench_models.MODELS),
-        bench_models.measure,
-        threads=args.threads,
-        isa=args.isa,
-        rounds=args.rounds,
-    )
-    _print(bench_models.table(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(bench.as_json(rows), file, indent=1)
+    names = args.optimizers or bench_models.OPTIMIZERS
+    models = args.models or list(bench_models.MODELS)
+    bench_models.check(names, models, args.rounds, args.threads)
+    _needs_torch("--models")
+    measure = partial(bench_models.measure, names, models)
+    return bench_models.ModelTable(), len(names) * len(models), measure
+
+
+def _bench_buffer(args: argparse.Namespace) -> tuple[Any, ...]:
+    from fusedstep import bench
+
+    if args.n and args.sweep:
+        raise _Usage("--sweep must not be given with --n")
+    torch = not args.no_torch and args.grad_dtype in (None, args.dtype)
+    if args.compile and not torch:
+        other = "--no-torch" if args.no_torch else "another --grad-dtype, which torch has not"
+        raise _Usage(f"--compile must not be given with {other}")
+    if args.compile:
+        _needs_torch("--compile")
+    torch = torch and bench.has_torch()
+    names = args.optimizers or list(OPTIMIZERS)
+    sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
+    dtypes = {"dtype": args.dtype, "grad_dtype": args.grad_dtype}
+    measure = partial(bench.measure, names, sizes, torch=torch, compiled=args.compile, **dtypes)
+    return bench.BufferTable(torch, args.compile), len(names) * len(sizes), measure
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -396,35 +391,20 @@ def _bench(args: argparse.Namespace) -> None:
 
     _check_output(args.json)
     _check_output(args.plot, picture=True)
-    if args.step:
-        return _bench_step(args)
-    if args.models is not None:
-        return _bench_models(args)
-    sizes = args.n or (_SWEEP if args.sweep or args.plot else [1 << 24])
-    rows = _measure(
-        args.optimizers or list(OPTIMIZERS),
-        sizes,
-        dtype=args.dtype,
-        grad_dtype=args.grad_dtype,
-        threads=args.threads,
-        isa=args.isa,
-        rounds=args.rounds,
-        torch=False if args.no_torch else None,
-        compiled=args.compile,
-    )
-    _print(bench.table(rows))
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(bench.as_json(rows), file, indent=1)
-    if args.plot:
-        bench.plot(rows, args.plot)
-    return None
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    kind = _bench_step if args.step else _bench_buffer if args.models is None else _bench_models
+    table, total, measure = kind(args)
+    own = {"threads": args.threads, "isa": args.isa, "rounds": args.rounds}
+    try:
+        with _progress(total) as begin:
+            measure(**own, progress=begin, each=table.add)
+    finally:  # of an interrupted run what there is
+        if table.rows:
+            if args.json:
+                with open(args.json, "w") as file:
+                    json.dump(bench.as_json(table.rows), file, indent=1)
+            if args.plot:
+                bench.plot(table.rows, args.plot)
+            table.close()
 
 
 class _Usage(Exception):
@@ -447,8 +427,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if "pip install" in str(error) else f": pip install 'fusedstep[{args.command}]'"
         print(f"fusedstep {args.command}: {error}{hint}", file=sys.stderr)
         return 1
-    except (OSError, _Usage) as error:
-        print(f"fusedstep {args.command}: {error}", file=sys.stderr)
+    except (OSError, MemoryError, _Usage, Refused) as error:
+        option = "--" if isinstance(error, Refused) else ""
+        print(f"fusedstep {args.command}: {option}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count a signal 2

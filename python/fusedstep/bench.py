@@ -1,6 +1,7 @@
 """Measures a step against the memory ceiling and against torch, side by side in one process.
 
-`measure` returns rows; `fusedstep bench` prints, stores and draws them.
+`measure` returns rows; `fusedstep bench` prints them as they come by a `Table`, stores and draws
+them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -38,8 +41,18 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     for name, hypers in _ROWS.get(cls, {cls.lower(): {}}).items()
 }
 
+NO_TORCH = "torch is not installed, so nothing of it was measured: pip install 'fusedstep[torch]'"
+
 _SETTLE = 2e-3  # seconds that one timing lasts at least, by repeating short steps
+_APART = 1.25  # quartiles of a ratio that are further apart than this are remarked on
 _REST = 1e-2  # seconds before each timing: torch's OpenMP threads spin for a while after their work
+
+
+Quartiles = tuple[float, float]  # the first and the third
+
+
+class Refused(ValueError):
+    """An argument with which nothing is measured."""
 
 
 @dataclass
@@ -48,23 +61,86 @@ class Peer:
 
     ms: float
     ratio: float  # its time over ours: above 1 we are faster
+    quartiles: Quartiles
     compile_s: float | None = None
 
 
+@dataclass(kw_only=True)
+class Conditions:
+    """What a row was measured under."""
+
+    threads: int  # asked for
+    threads_used: int  # the most that took part in one of our sweeps
+    cores_free: float | None  # of this process's, on average; None where the system does not tell
+    isa: str
+
+    @property
+    def ran(self) -> str:
+        """How many threads there really were, in words."""
+        if self.threads == 1:
+            return "1 thread"
+        return f"{self.threads_used} of {self.threads} threads ran"
+
+    def remark(self, quartiles: Sequence[Quartiles]) -> list[str]:
+        """A line on what disturbed the row, if anything did, by the quartiles of its ratios."""
+        told = []
+        if self.cores_free is not None and self.cores_free < self.threads - 0.25:
+            told.append(f"{self.cores_free:.1f} cores free for {self.threads} threads")
+        apart = max((high / low for low, high in quartiles), default=1.0)
+        if apart > _APART:
+            told.append(f"quartiles {times(apart)} apart")
+        return [f"  ! busy: {', '.join(told)}"] if told else []
+
+
+class Watch:
+    """Tells the conditions from its making on."""
+
+    def __init__(self) -> None:
+        self._begin = _clocks()
+        _core.take_threads_used()
+
+    def conditions(self) -> dict[str, Any]:
+        """The fields of `Conditions`."""
+        free = None
+        if (now := _clocks()) and self._begin:
+            _, wall, own, everybody = (b - a for a, b in zip(self._begin, now, strict=True))
+            free = now[0] - max(everybody - own, 0.0) / wall
+        return {
+            "threads": _runtime.num_threads(),
+            "threads_used": max(1, _core.take_threads_used()),
+            "cores_free": free,
+            "isa": _runtime.isa(),
+        }
+
+
+def _clocks() -> tuple[float, ...] | None:
+    """The cores that this process may use, and seconds: of the clock, its own on all of them, and
+    everybody's on these; None where the system does not tell."""
+    try:
+        cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+        with open("/proc/stat") as file:
+            ticks = [line.split() for line in file if line.split(" ", 1)[0] in cores]
+    except (AttributeError, OSError):
+        return None
+    busy = sum(
+        int(n) for words in ticks for n in (*words[1:4], *words[6:9])
+    )  # all but idle, iowait
+    return (len(cores), time.perf_counter(), time.process_time(), busy / os.sysconf("SC_CLK_TCK"))
+
+
 @dataclass
-class Row:
+class Row(Conditions):
     """One optimizer at one size. Times are medians over rounds, ratios medians of neighbours'."""
 
     optimizer: str
     n: int
     dtype: str
-    threads: int
-    isa: str
     ms: float
     bytes_per_param: int
     gbps: float
     ceiling_gbps: float
     share_of_ceiling: float
+    share_quartiles: Quartiles
     mparams_per_s: float
     torch: dict[str, Peer] = field(default_factory=dict)
 
@@ -90,9 +166,20 @@ class Pairs:
     ours: list[float] = field(default_factory=list)
 
     @property
+    def ratios(self) -> list[float]:
+        """Their time over ours in each round."""
+        return [b / a for a, b in zip(self.ours, self.other, strict=True)]
+
+    @property
     def ratio(self) -> float:
-        """The median of their time over ours."""
-        return median(b / a for a, b in zip(self.ours, self.other, strict=True))
+        """The median of the ratios."""
+        return median(self.ratios)
+
+    @property
+    def quartiles(self) -> Quartiles:
+        """The first and the third of the ratios."""
+        low, high = np.percentile(self.ratios, (25, 75))
+        return float(low), float(high)
 
 
 def interleave(
@@ -256,13 +343,46 @@ def _quiet(logger: str) -> Iterator[None]:
         found.setLevel(before)
 
 
-def check(names: Sequence[str], rounds: int) -> None:
-    """Raises ValueError for a name that is not of `OPTIMIZERS`, or no rounds."""
+def check(names: Sequence[str], rounds: int, threads: int | None) -> None:
+    """Refuses a name that is not of `OPTIMIZERS`, no rounds, and threads out of range."""
     for name in names:
         if name not in OPTIMIZERS:
-            raise ValueError(f"optimizers must be of {', '.join(OPTIMIZERS)}, got {name!r}")
+            raise Refused(f"optimizers must be of {', '.join(OPTIMIZERS)}, got {name!r}")
     if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
+        raise Refused(f"rounds must be >= 1, got {rounds}")
+    if threads is not None and not 1 <= threads <= _core.MAX_THREADS:
+        raise Refused(f"threads must be from 1 to {_core.MAX_THREADS}, got {threads}")
+
+
+def check_size(n: int, bytes_per_param: int) -> None:
+    """Refuses a size below 1, and one that this machine's memory does not hold."""
+    if n < 1:
+        raise Refused(f"n must be >= 1, got {n}")
+    memory, needed = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), float(n)
+    needed *= bytes_per_param
+    if needed > memory:
+        raise Refused(
+            f"n must fit into memory, {memory / 1e9:.3g} GB: got {n:.6g}, which takes"
+            f" {needed / 1e9:.3g} GB"
+        )
+
+
+def check_sizes(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    dtype: str = "float32",
+    grad_dtype: str = "float32",
+    torch: bool | None = None,
+) -> None:
+    """Refuses sizes at which one of the optimizers would not fit, torch's beside ours."""
+    for cls, kwargs in (OPTIMIZERS[name] for name in names):
+        params = FlatBuffer.zeros({"flat": 1}, as_dtype(dtype))
+        states = getattr(optimizers, cls)(params, **kwargs).state["flat"].values()
+        kept = params.dtype.itemsize + sum(state.dtype.itemsize for state in states)
+        theirs = len(torch_ways(cls)) if (has_torch() if torch is None else torch) else 0
+        gradients = as_dtype(grad_dtype).itemsize * (2 if theirs else 1)
+        for n in sizes:
+            check_size(n, kept * (1 + theirs) + gradients)
 
 
 def measure(
@@ -277,6 +397,7 @@ def measure(
     torch: bool | None = None,
     compiled: bool = False,
     progress: Callable[[str], None] = lambda label: None,
+    each: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Measures optimizers at sizes, each against the ceiling and torch's implementations.
 
@@ -291,18 +412,18 @@ def measure(
         torch: whether to measure torch; by default if it is installed.
         compiled: whether to measure `torch.compile` of the for-loop step too.
         progress: called with a label before each row.
+        each: called with each row once it is there.
 
     Raises:
-        ValueError: an unknown name, or a size or count below 1.
+        ValueError: an unknown name, or a size or count that is out of range, or does not fit into
+            memory.
     """
-    check(names, rounds)
-    for n in sizes:
-        if n < 1:
-            raise ValueError(f"n must be >= 1, got {n}")
+    check(names, rounds, threads)
     grad_dtype = grad_dtype or dtype
     as_dtype(dtype)
     as_dtype(grad_dtype, "grad_dtype")
     with_torch = (has_torch() if torch is None else torch) and grad_dtype == dtype
+    check_sizes(names, sizes, dtype, grad_dtype, with_torch)
     rows = []
     with _settings(threads, isa, with_torch):
         for name in names:
@@ -312,6 +433,7 @@ def measure(
                 rows.append(
                     _row(name, cls, kwargs, n, dtype, grad_dtype, rounds, with_torch, compiled)
                 )
+                each(rows[-1])
     return rows
 
 
@@ -329,24 +451,26 @@ def _row(
     ours = _ours(cls, kwargs, n, dtype, grad_dtype)
     moved = ours["bytes"]
     peers, seconds = _torch(cls, kwargs, n, dtype, compiled) if with_torch else ({}, None)
+    watch = Watch()
     pairs = interleave(ours["step"], {"ceiling": ours["ceiling"], **peers}, rounds)
     ours_s = median(s for pair in pairs.values() for s in pair.ours)
     return Row(
+        **watch.conditions(),
         optimizer=name,
         n=n,
         dtype=dtype if grad_dtype == dtype else f"{dtype}/{grad_dtype}",
-        threads=_runtime.num_threads(),
-        isa=_runtime.isa(),
         ms=ours_s * 1e3,
         bytes_per_param=moved,
         gbps=moved * n / ours_s / 1e9,
         ceiling_gbps=moved * n / median(pairs["ceiling"].other) / 1e9,
         share_of_ceiling=pairs["ceiling"].ratio,
+        share_quartiles=pairs["ceiling"].quartiles,
         mparams_per_s=n / ours_s / 1e6,
         torch={
             peer: Peer(
                 median(pairs[peer].other) * 1e3,
                 pairs[peer].ratio,
+                pairs[peer].quartiles,
                 seconds if peer == "compile" else None,
             )
             for peer in peers
@@ -359,42 +483,133 @@ def as_json(rows: Sequence[Any]) -> dict[str, Any]:
     return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
 
 
-def table(rows: Sequence[Row]) -> Any:
-    """Rows as a rich table."""
-    from rich.table import Table
+def short(number: float, width: int) -> str:
+    """With as many places, up to four, as that many characters have room for."""
+    for places in range(min(4, width - 2), -1, -1):
+        text = f"{number:.{places}f}"
+        if len(text) <= width:
+            break
+    return text
 
-    result = Table(title=title(rows, rows[0].dtype), title_justify="left", caption_justify="left")
-    result.caption = (
-        "x: torch's time over ours, above 1 we are faster. ceiling: the same streams on the same"
-        " memory with one addition each."
-    )
-    result.add_column("optimizer")
-    for heading in ("n", "ms", "B/param", "GB/s", "ceiling", "share"):
-        result.add_column(heading, justify="right")
-    every = ("for-loop", "foreach", "fused", "compile")
-    peers = [peer for peer in every if any(peer in row.torch for row in rows)]
-    for peer in peers:
-        result.add_column(f"torch {peer}", justify="right")
-    for row in rows:
-        cells = [_peer_cell(row.torch.get(peer)) for peer in peers]
-        result.add_row(
-            row.optimizer,
-            f"{row.n:,}",
-            f"{row.ms:.4g}",
-            str(row.bytes_per_param),
-            f"{row.gbps:.1f}",
-            f"{row.ceiling_gbps:.1f}",
-            f"{row.share_of_ceiling:.2f}",
-            *cells,
+
+def times(ratio: float) -> str:
+    """A ratio in five characters, up to 9999."""
+    return f"{short(ratio, 4)}x"
+
+
+def between(quartiles: Quartiles) -> str:
+    """In nine characters, up to 9999."""
+    return "-".join(short(ratio, 4) for ratio in quartiles)
+
+
+class Table:
+    """Rows as text of at most 80 characters a line, each printed as it comes."""
+
+    widths: tuple[int, ...]
+    heading: Sequence[Sequence[str]]  # its lines, of a cell for each column
+    above = ""  # that, of the last columns
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def dtype(self, row: Any) -> str:
+        """What the title says of the streams."""
+        return "float32"
+
+    def place(self, row: Any) -> str:
+        """What a line of its own says before all rows that have it in common."""
+        return f"n = {row.n:,}: {row.ran}"
+
+    def body(self, row: Any) -> tuple[Sequence[Sequence[str]], list[Quartiles]]:
+        """Lines of cells, and the quartiles of all ratios."""
+        raise NotImplementedError
+
+    def line(self, cells: Sequence[str]) -> str:
+        """The first cell to the left, the others to the right."""
+        left, *rest = zip(cells, self.widths, strict=True)
+        return " ".join([f"{left[0]:{left[1]}}", *(f"{c:>{w}}" for c, w in rest)]).rstrip()
+
+    def add(self, row: Any) -> None:
+        """Prints a row."""
+        lines = []
+        if not self.rows:
+            lines += [*textwrap.wrap(title([row], self.dtype(row)), 80), ""]
+            width = sum(self.widths) + len(self.widths) - 1
+            lines += [f"{self.above:>{width}}"] if self.above else []
+            lines += [*map(self.line, self.heading), "-" * width]
+        if not self.rows or self.place(row) != self.place(self.rows[-1]):
+            lines.append(self.place(row))
+        cells, quartiles = self.body(row)
+        lines += [*map(self.line, cells), *row.remark(quartiles)]
+        self.rows.append(row)
+        print("\n".join(lines), flush=True)
+
+    def notes(self) -> list[str]:
+        """What explains the table, a paragraph each."""
+        return []
+
+    def close(self) -> None:
+        """Prints the notes."""
+        notes = [
+            *self.notes(),
+            "Each ratio is the median over rounds of runs next to each other; half of the rounds"
+            " lie between its quartiles. ! marks a row that was disturbed: other programs left"
+            f" fewer cores than threads, or quartiles are more than {_APART}x apart.",
+        ]
+        if not has_torch():
+            notes.append(NO_TORCH)
+        print("\n" + "\n".join(line for note in notes for line in textwrap.wrap(note, 80)))
+
+
+class BufferTable(Table):
+    """Optimizers against the ceiling and torch's implementations."""
+
+    def __init__(self, torch: bool, compiled: bool) -> None:
+        super().__init__()
+        self.peers = ["for-loop", "foreach", "fused"] if torch else []
+        self.peers += ["compile"] * compiled
+        self.above = "torch's time over ours" if torch else ""
+        self.widths = (9, 5, 6, 7, 9, *(9 for _ in self.peers))
+        self.heading = (
+            ("optimizer", "bytes", "ms", "GB/s", "share", *self.peers),
+            ("", "", "", "ceiling", *("quartiles" for _ in ("share", *self.peers))),
         )
-    return result
 
+    def dtype(self, row: Row) -> str:
+        """Of parameters, and of gradients if it is another."""
+        return row.dtype
 
-def _peer_cell(peer: Peer | None) -> str:
-    if peer is None:
-        return "-"
-    compiled = f" ({peer.compile_s:.0f} s to compile)" if peer.compile_s is not None else ""
-    return f"{peer.ratio:.2f}x{compiled}"
+    def body(self, row: Row) -> tuple[Sequence[Sequence[str]], list[Quartiles]]:
+        """A line of ratios, and below it what is said of them."""
+        peers = [row.torch.get(peer) for peer in self.peers]
+        spread = [row.share_quartiles, *(peer.quartiles for peer in row.torch.values())]
+        first = [
+            *(row.optimizer, str(row.bytes_per_param), short(row.ms, 6), short(row.gbps, 4)),
+            *(
+                short(row.share_of_ceiling, 4),
+                *(times(peer.ratio) if peer else "-" for peer in peers),
+            ),
+        ]
+        second = [
+            *("", "", "", short(row.ceiling_gbps, 4), between(row.share_quartiles)),
+            *(between(peer.quartiles) if peer else "" for peer in peers),
+        ]
+        return [first, second], spread
+
+    def notes(self) -> list[str]:
+        """The columns, and what torch has not or was long in compiling."""
+        ratios = " Above 1x ours is faster; -: torch has no such step." if self.peers else ""
+        seconds = [row.torch["compile"].compile_s for row in self.rows if "compile" in row.torch]
+        return [
+            "bytes: moved in a step for each parameter. ceiling: the GB/s of a kernel that reads"
+            " and writes the same streams and adds one number to each, the most that this memory"
+            " (of a small n, this cache) gives; share: what of it the step reaches." + ratios,
+            *(
+                [f"torch.compile took {min(seconds):.0f} to {max(seconds):.0f} s."]
+                if seconds
+                else []
+            ),
+        ]
 
 
 def title(rows: Sequence[Any], dtype: str) -> str:
@@ -426,8 +641,8 @@ def plot(rows: Sequence[Row], path: str) -> None:
                       label="torch, fastest")  # fmt: skip
         axes.set_title(name, fontsize=10)
         axes.set_xscale("log")
+        axes.set_yscale("log")  # torch's for-loop may be a hundredth of ours
         axes.grid(alpha=0.3)
-    grid[0][0].set_ylim(bottom=0)  # shared, so after all is drawn
     for axes in list(grid.flat)[len(names) :]:
         axes.remove()
     grid[0][0].legend(fontsize=8)

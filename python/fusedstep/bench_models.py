@@ -1,6 +1,6 @@
 """Measures drop-in steps on the parameter shapes of real models, beside torch's.
 
-`measure` returns rows; `fusedstep bench --models` prints and stores them.
+`measure` returns rows; `fusedstep bench --models` prints them by a `ModelTable` and stores them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from math import prod
 from statistics import median
 from typing import Any
 
-import fusedstep.torch
-from fusedstep import _runtime, bench
+from fusedstep import bench
 
 Shapes = list[tuple[int, ...]]
 
@@ -67,25 +66,33 @@ MODELS: dict[str, Callable[[], Shapes]] = {
 
 
 @dataclass
-class Row:
+class Row(bench.Conditions):
     """One optimizer on one model. Times are medians, ratios medians of neighbours'."""
 
     model: str
     optimizer: str
     tensors: int
     n: int
-    threads: int
-    isa: str
     plain_ms: float  # parameters as a list
     flat_ms: float  # after flatten_
     torch_ms: dict[str, float] = field(default_factory=dict)
     plain_ratio: dict[str, float] = field(default_factory=dict)  # torch's time over ours
     flat_ratio: dict[str, float] = field(default_factory=dict)
+    plain_quartiles: dict[str, bench.Quartiles] = field(default_factory=dict)
+    flat_quartiles: dict[str, bench.Quartiles] = field(default_factory=dict)
 
     @property
     def best_torch(self) -> str | None:
         """torch's fastest implementation."""
         return min(self.torch_ms, key=lambda how: self.torch_ms[how], default=None)
+
+
+def check(names: Sequence[str], models: Sequence[str], rounds: int, threads: int | None) -> None:
+    """Refuses what `bench.check` does, and unknown models."""
+    bench.check(names, rounds, threads)
+    for model in models:
+        if model not in MODELS:
+            raise bench.Refused(f"models must be of {', '.join(MODELS)}, got {model!r}")
 
 
 def measure(
@@ -96,6 +103,7 @@ def measure(
     isa: str | None = None,
     rounds: int = 9,
     progress: Callable[[str], None] = lambda label: None,
+    each: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Measures drop-in optimizers on float32 models, plain and flattened, against torch's.
 
@@ -108,23 +116,22 @@ def measure(
         isa: the instruction set of ours.
         rounds: timings of each contender.
         progress: called with a label before each row.
+        each: called with each row once it is there.
 
     Returns:
         A row for each optimizer on each model.
 
     Raises:
-        ValueError: an unknown name, or a count below 1.
+        ValueError: an unknown name, or a count that is out of range.
     """
-    bench.check(names, rounds)
-    for model in models:
-        if model not in MODELS:
-            raise ValueError(f"models must be of {', '.join(MODELS)}, got {model!r}")
+    check(names, models, rounds, threads)
     rows = []
     with bench._settings(threads, isa, True):
         for model in models:
             for name in names:
                 progress(f"{model}, {name}")
                 rows.append(_row(model, name, rounds))
+                each(rows[-1])
     return rows
 
 
@@ -133,26 +140,30 @@ def _row(model: str, name: str, rounds: int) -> Row:
     cls, kwargs = bench.OPTIMIZERS[name]
     steps = {"plain": _ours(shapes, cls, kwargs, False), "flat": _ours(shapes, cls, kwargs, True)}
     peers = _torch(shapes, cls, kwargs)
+    watch = bench.Watch()
     pairs = {
         how: bench.interleave(step, peers or {"ours": step}, rounds) for how, step in steps.items()
     }
+    ms = {
+        how: 1e3 * median(s for pair in found.values() for s in pair.ours)
+        for how, found in pairs.items()
+    }
     return Row(
+        **watch.conditions(),
         model=model,
         optimizer=name,
         tensors=len(shapes),
         n=sum(map(prod, shapes)),
-        threads=_runtime.num_threads(),
-        isa=_runtime.isa(),
-        **{
-            f"{how}_ms": 1e3 * median(s for pair in found.values() for s in pair.ours)
-            for how, found in pairs.items()
-        },
+        plain_ms=ms["plain"],
+        flat_ms=ms["flat"],
         torch_ms={
             peer: 1e3 * median(s for found in pairs.values() for s in found[peer].other)
             for peer in peers
         },
         plain_ratio={peer: pairs["plain"][peer].ratio for peer in peers},
         flat_ratio={peer: pairs["flat"][peer].ratio for peer in peers},
+        plain_quartiles={peer: pairs["plain"][peer].quartiles for peer in peers},
+        flat_quartiles={peer: pairs["flat"][peer].quartiles for peer in peers},
     )
 
 
@@ -168,6 +179,8 @@ def _params(shapes: Shapes, gradients: bool) -> list[Any]:
 
 
 def _ours(shapes: Shapes, cls: str, kwargs: dict[str, Any], flat: bool) -> Callable[[], Any]:
+    import fusedstep.torch  # which takes seconds: after names were checked
+
     params = _params(shapes, True)
     if flat:
         fusedstep.torch.flatten_(params)
@@ -190,31 +203,34 @@ def _torch(shapes: Shapes, cls: str, kwargs: dict[str, Any]) -> dict[str, Callab
     return steps
 
 
-def table(rows: Sequence[Row]) -> Any:
-    """Rows as a rich table."""
-    from rich.table import Table
+class ModelTable(bench.Table):
+    """Optimizers on models, their parameters as they are, "plain", and flattened, "flat"."""
 
-    result = Table(
-        title=bench.title(rows, "float32"),
-        title_justify="left",
-        caption="x: the time of torch's fastest over ours, above 1 we are faster.",
-        caption_justify="left",
+    widths = (9, 8, 8, 8, 8, 11, 10)
+    heading = (
+        ("optimizer", "plain ms", "flat ms", "torch ms", "fastest", "torch/plain", "torch/flat"),
+        ("", "", "", "", "", "quartiles", "quartiles"),
     )
-    result.add_column("model")
-    result.add_column("optimizer")
-    for heading in ("tensors", "parameters", "plain ms", "flat ms", "torch ms", "plain", "flat"):
-        result.add_column(heading, justify="right")
-    for row in rows:
+
+    def place(self, row: Row) -> str:
+        """The model, and the threads."""
+        return f"{row.model}: {row.tensors:,} tensors, {row.n:,} parameters; {row.ran}"
+
+    def body(self, row: Row) -> tuple[Sequence[Sequence[str]], list[bench.Quartiles]]:
+        """A line against torch's fastest, and below it the quartiles."""
+        ours = row.optimizer, bench.short(row.plain_ms, 7), bench.short(row.flat_ms, 7)
         best = row.best_torch
-        result.add_row(
-            row.model,
-            row.optimizer,
-            f"{row.tensors:,}",
-            f"{row.n:,}",
-            f"{row.plain_ms:.3g}",
-            f"{row.flat_ms:.3g}",
-            "-" if best is None else f"{row.torch_ms[best]:.3g} ({best})",
-            "-" if best is None else f"{row.plain_ratio[best]:.2f}x",
-            "-" if best is None else f"{row.flat_ratio[best]:.2f}x",
-        )
-    return result
+        if best is None:
+            return [(*ours, "-", "-", "-", "-")], []
+        spread = [row.plain_quartiles[best], row.flat_quartiles[best]]
+        ratios = bench.times(row.plain_ratio[best]), bench.times(row.flat_ratio[best])
+        first = *ours, bench.short(row.torch_ms[best], 7), best, *ratios
+        return [first, ("", "", "", "", "", *map(bench.between, spread))], spread
+
+    def notes(self) -> list[str]:
+        """The columns."""
+        return [
+            "plain: our step on parameters as they are; flat: after flatten_; torch: the fastest of"
+            " its implementations. torch/plain, torch/flat: its time over ours, above 1x ours is"
+            " faster; -: torch has no such step."
+        ]

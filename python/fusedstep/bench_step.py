@@ -1,6 +1,6 @@
 """Measures all of a training step in one sweep, and narrow streams, beside what others do for it.
 
-`measure` returns rows; `fusedstep bench --step` prints and stores them.
+`measure` returns rows; `fusedstep bench --step` prints them by a `StepTable` and stores them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib import metadata
 from statistics import median
 from typing import Any
 
-from fusedstep import _runtime, bench
+from fusedstep import bench
 from fusedstep._arrays import as_dtype
 from fusedstep.buffers import FlatBuffer
 from fusedstep.optimizers import AdamW
@@ -60,25 +60,25 @@ class Peer:
 
     ms: float
     ratio: float  # its time over ours: above 1 ours is faster
+    quartiles: bench.Quartiles
     bytes_per_param: float | None
     state_bytes: float
     version: str | None = None
 
 
 @dataclass
-class Row:
+class Row(bench.Conditions):
     """One mode. Times are medians over rounds, ratios medians of neighbours'."""
 
     mode: str
     n: int
-    threads: int
-    isa: str
     ms: float
     bytes_per_param: float
     state_bytes: float
     gbps: float
     ceiling_gbps: float
     share_of_ceiling: float
+    share_quartiles: bench.Quartiles
     peers: dict[str, Peer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # peers, and why they are left out
 
@@ -258,6 +258,7 @@ def measure(
     rounds: int = 9,
     torch: bool | None = None,
     progress: Callable[[str], None] = lambda label: None,
+    each: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Measures every case of `CASES`, each against the ceiling and its peers.
 
@@ -269,14 +270,14 @@ def measure(
         rounds: timings of each contender.
         torch: whether to measure torch and libraries on top of it; by default if it is installed.
         progress: called with a label before each row.
+        each: called with each row once it is there.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count that is out of range, or does not fit into memory.
     """
-    bench.check([], rounds)
-    if n < 1:
-        raise ValueError(f"n must be >= 1, got {n}")
+    bench.check([], rounds, threads)
     with_torch = bench.has_torch() if torch is None else torch
+    bench.check_size(n, 48 if with_torch else 32)  # steps of AdamW beside each other
     rows = []
     for case in CASES:
         progress(case.mode.name)
@@ -284,6 +285,7 @@ def measure(
         used = 1 if case.where == "in cache" else threads
         with bench._settings(used, isa, with_torch):
             rows.append(_row(case, size, rounds, with_torch))
+        each(rows[-1])
     return rows
 
 
@@ -307,24 +309,28 @@ def _row(case: Case, n: int, rounds: int, with_torch: bool) -> Row:
         except Exception as error:  # whatever a library raises where it cannot run
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     steps = {name: one.step for name, one in found.items()}
+    watch = bench.Watch()
     pairs = bench.interleave(ours.step, {"the ceiling": ceiling, **steps}, rounds)
     ours_s = median(s for pair in pairs.values() for s in pair.ours)
     moved = ours.bytes_per_param or 0.0
+    scale = moved / ceiling_bytes
+    low, high = pairs["the ceiling"].quartiles
     return Row(
+        **watch.conditions(),
         mode=case.mode.name,
         n=n,
-        threads=_runtime.num_threads(),
-        isa=_runtime.isa(),
         ms=ours_s * 1e3,
         bytes_per_param=moved,
         state_bytes=ours.state_bytes,
         gbps=moved * n / ours_s / 1e9,
         ceiling_gbps=ceiling_bytes * n / median(pairs["the ceiling"].other) / 1e9,
-        share_of_ceiling=pairs["the ceiling"].ratio * moved / ceiling_bytes,
+        share_of_ceiling=pairs["the ceiling"].ratio * scale,
+        share_quartiles=(low * scale, high * scale),
         peers={
             name: Peer(
                 median(pairs[name].other) * 1e3,
                 pairs[name].ratio,
+                pairs[name].quartiles,
                 one.bytes_per_param,
                 one.state_bytes,
                 versions.get(name),
@@ -337,101 +343,64 @@ def _row(case: Case, n: int, rounds: int, with_torch: bool) -> Row:
 
 _CAPTION = (
     "bytes: moved in a step for each parameter; state: kept of the two moments. share: of the"
-    " bandwidth of the ceiling, which adds one number to each of as many float32 streams. time: the"
-    " other's over ours, above 1 ours is faster; by bytes: what it would be if only bytes counted."
-    " torch does the same by clip_grad_norm_, AdamW.step, _foreach_lerp_, _foreach_copy_ and"
-    " zero_grad."
+    " bandwidth of the ceiling, which adds one number to each of as many float32 streams, the most"
+    " that this memory gives. time: the other's over ours, above 1x ours is faster; by bytes: what"
+    " it would be if only bytes counted. torch does the same by clip_grad_norm_, AdamW.step,"
+    " _foreach_lerp_, _foreach_copy_ and zero_grad."
 )
 
 
-def table(rows: Sequence[Row]) -> Any:
-    """Rows as a rich table, at most 80 columns wide."""
-    result = _table("state", "ms", "share", "by\nbytes", "time")
-    result.title = bench.title(rows, "AdamW")
-    versions = {
-        f"{name} {peer.version}": None
-        for row in rows
-        for name, peer in row.peers.items()
-        if peer.version
-    }
-    skipped = {f"{name} ({why})": None for row in rows for name, why in row.skipped.items()}
-    result.caption = _CAPTION
-    for label, names in (("Versions", versions), ("Left out", skipped)):
-        if names:
-            result.caption += f" {label}: {', '.join(names)}."
-    where = (rows[0].n, rows[0].threads)
-    result.add_row(_place(rows[0]))
-    for row in rows:
-        if where != (row.n, row.threads):
-            where = (row.n, row.threads)
-            result.add_section()
-            result.add_row(_place(row))
-        result.add_row(
-            row.mode,
-            _bytes(row.bytes_per_param),
-            f"{row.state_bytes:.2f}",
-            _short(row.ms),
-            f"{row.share_of_ceiling:.2f}",
-        )
+class StepTable(bench.Table):
+    """Modes, each above what it is measured against."""
+
+    widths: tuple[int, ...] = (_NAME, 5, 5, 5, 5, 5, 5, 9)
+    heading = (
+        ("", "", "", "", "", "by", "", ""),
+        ("", "bytes", "state", "ms", "share", "bytes", "time", "quartiles"),
+    )
+
+    def body(self, row: Row) -> tuple[Sequence[Sequence[str]], list[bench.Quartiles]]:
+        """A line for ours, and one for each of the others."""
+        share = bench.short(row.share_of_ceiling, 4)
+        ours = self._cells(row.mode, row)
+        lines = [(*ours, share, "", "", bench.between(row.share_quartiles))]
         for name, peer in row.peers.items():
             moved = peer.bytes_per_param
-            result.add_row(
-                f"  {name}",
-                _bytes(moved),
-                f"{peer.state_bytes:.2f}",
-                _short(peer.ms),
-                "",
-                "" if moved is None else _times(moved / row.bytes_per_param),
-                _times(peer.ratio),
-            )
-    return result
+            by_bytes = "" if moved is None else bench.times(moved / row.bytes_per_param)
+            ratio = bench.times(peer.ratio), bench.between(peer.quartiles)
+            lines.append((*self._cells(f"  {name}", peer), "", by_bytes, *ratio))
+        return lines, [row.share_quartiles, *(peer.quartiles for peer in row.peers.values())]
 
+    def _cells(self, name: str, one: Row | Peer) -> tuple[str, ...]:
+        state = f"{one.state_bytes:.2f}"
+        return name, _bytes(one.bytes_per_param), state, bench.short(one.ms, 5)
 
-def projection(rows: Sequence[Row]) -> Any:
-    """What bytes alone say of each mode at other speeds of memory, as a rich table."""
-    speeds = (100, 300, 600)
-    result = _table(*(f"{gbps} GB/s" for gbps in speeds))
-    result.title = "A projection from bytes alone, nothing measured: ms of a step, 10^9 parameters"
-    told = set()
-    for row in rows:
-        peers = {name: peer.bytes_per_param for name, peer in row.peers.items()}
-        ours = {row.mode: row.bytes_per_param} if row.mode not in told else {}
-        others = {f"  {name}": peers[name] for name in peers if name.startswith("torch")}
-        told.add(row.mode)
-        for name, moved in {**ours, **others}.items():
-            if moved is not None:
-                result.add_row(
-                    name, _bytes(moved), *(f"{1e3 * moved / gbps:.1f}" for gbps in speeds)
-                )
-    return result
+    def notes(self) -> list[str]:
+        """The columns, the libraries' versions, and which are left out, and why."""
+        peers = [item for row in self.rows for item in row.peers.items()]
+        skipped = {f"{name} ({why})" for row in self.rows for name, why in row.skipped.items()}
+        versions = {f"{name} {peer.version}" for name, peer in peers if peer.version}
+        told = (("Versions", versions), ("Left out", skipped))
+        return [_CAPTION, *(f"{label}: {', '.join(sorted(of))}." for label, of in told if of)]
 
-
-def _place(row: Row) -> str:
-    threads = "one thread" if row.threads == 1 else f"{row.threads} threads"
-    return f"n = {row.n:,}, {threads}"
-
-
-def _short(number: float) -> str:
-    """In five characters, up to 99999."""
-    places = 3 if number < 9.9995 else 1 if number < 99.95 else 0
-    return f"{number:.{places}f}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f}x" if ratio < 9.995 else f"{ratio:.0f}x"
+    def close(self) -> None:
+        """Prints the notes, and what bytes alone say of each mode at other speeds of memory."""
+        super().close()
+        speeds = (100, 300, 600)
+        print("\nA projection from bytes alone, nothing measured: ms of a step, 10^9 parameters\n")
+        self.widths = (_NAME, 5, *(8 for _ in speeds))
+        print(self.line(("", "bytes", *(f"{gbps} GB/s" for gbps in speeds))))
+        told = set()
+        for row in self.rows:
+            peers = {name: peer.bytes_per_param for name, peer in row.peers.items()}
+            ours = {row.mode: row.bytes_per_param} if row.mode not in told else {}
+            others = {f"  {name}": peers[name] for name in peers if name.startswith("torch")}
+            told.add(row.mode)
+            for name, moved in {**ours, **others}.items():
+                if moved is not None:
+                    ms = (f"{1e3 * moved / gbps:.1f}" for gbps in speeds)
+                    print(self.line((name, _bytes(moved), *ms)))
 
 
 def _bytes(moved: float | None) -> str:
     return "" if moved is None else f"{moved:.4g}"
-
-
-def _table(*headings: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
-                   title_justify="left", caption_justify="left")  # fmt: skip
-    result.add_column("", min_width=_NAME, no_wrap=True)
-    for heading in ("bytes", *headings):
-        result.add_column(heading, justify="right")
-    return result

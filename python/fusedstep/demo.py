@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 import fusedstep as fs
+from fusedstep import bench
 from fusedstep._hypers import as_integer
 from fusedstep._plot import canvas
 from fusedstep._types import Array
@@ -206,4 +207,5 @@ def speed_table(rows: list[Any]) -> Any:
             f"{row.share_of_ceiling:.0%}",
             f"{best[1].ratio:.2f}x ({best[0]})" if best else "-",
         )
+    result.caption = None if bench.has_torch() else bench.NO_TORCH
     return result
