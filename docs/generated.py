@@ -41,6 +41,19 @@ SHOWN_BY = {
     "CosineRestarts": {"mult": 2},
 }
 
+# Optimizers with a name of their own that are a class with an argument, and what for.
+FORMS = {
+    "SGD": [
+        (
+            "momentum",
+            "momentum=0.9",
+            "ravines, where plain steps jitter: what they agree in adds up",
+        ),
+        ("Nesterov", "momentum=0.9, nesterov=True", "the same, with less beyond the minimum"),
+    ],
+    "Adam": [("AMSGrad", "amsgrad=True", "rare large gradients: an element's rate never rises")],
+}
+
 
 def write(folder, tell=print):
     """Writes everything, unless the package and this file are as they were the last time.
@@ -86,9 +99,11 @@ def own_methods(found):
 
 
 def optimizer_list():
-    """A line for each class: what it is for, as its docstring says under Use."""
-    rows = [f"| {{py:class}}`~fusedstep.{n}` | {use_of(c)} |"
-            for n, c in optimizer_classes().items()]  # fmt: skip
+    """A line for each class: what it is for, as its docstring says under Use; and its forms."""
+    rows = []
+    for name, found in optimizer_classes().items():
+        rows.append(f"| {{py:class}}`~fusedstep.{name}` | {use_of(found)} |")
+        rows += [f"| {known}: `{name}({how})` | {use} |" for known, how, use in FORMS.get(name, ())]
     return "\n".join(["| optimizer | use it for |", "|---|---|", *rows, ""])
 
 

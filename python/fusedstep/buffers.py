@@ -162,6 +162,8 @@ class FlatBuffer(Mapping[Key, Array]):
 
         The buffer starts at the first 64-byte boundary of `memory`, which for `np.memmap` and
         other page-aligned memory is its first element. `np.memmap` keeps a training state on disk.
+        Each array begins at such a boundary: a flat vector of arrays side by side, as other
+        programs have it, is one array to an optimizer, `fs.SGD(vector)`, with the same steps.
 
         Args:
             memory: a contiguous 1-D array of a supported dtype, at least `FlatBuffer.n_for(shapes)`
@@ -194,7 +196,8 @@ class FlatBuffer(Mapping[Key, Array]):
         if memory.size < layout.n + skip:
             raise ValueError(
                 f"memory must have at least {layout.n + skip} elements ({skip} to the first 64-byte"
-                f" boundary), got {memory.size}"
+                f" boundary, and each array begins at one), got {memory.size}: step a vector of"
+                " arrays side by side as one array, or FlatBuffer.pack them"
             )
         return cls._of(layout, memory[skip : skip + layout.n])
 
