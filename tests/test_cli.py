@@ -256,6 +256,8 @@ def test_bench_says_where_the_machine_was_busy():
     assert busy.remark([(2.0, 3.0), (1.0, 1.0)]) == [
         "  ! busy: 0.9 cores free for 2 threads, quartiles 1.50x apart"
     ]
+    (row,) = bench.measure(["sgd"], [100], rounds=1)
+    assert "Disturbed" in demo.speed_table([replace(row, cores_free=0.9, threads=2)]).caption
 
 
 def test_bench_marks_that_torch_is_not_installed(monkeypatch, capsys):

@@ -122,9 +122,8 @@ def _clocks() -> tuple[float, ...] | None:
             ticks = [line.split() for line in file if line.split(" ", 1)[0] in cores]
     except (AttributeError, OSError):
         return None
-    busy = sum(
-        int(n) for words in ticks for n in (*words[1:4], *words[6:9])
-    )  # all but idle, iowait
+    # All but idle and iowait; guests' time is in the users' too.
+    busy = sum(int(n) for words in ticks for n in (*words[1:4], *words[6:9]))
     return (len(cores), time.perf_counter(), time.process_time(), busy / os.sysconf("SC_CLK_TCK"))
 
 
@@ -143,6 +142,11 @@ class Row(Conditions):
     share_quartiles: Quartiles
     mparams_per_s: float
     torch: dict[str, Peer] = field(default_factory=dict)
+
+    @property
+    def quartiles(self) -> list[Quartiles]:
+        """Those of all ratios."""
+        return [self.share_quartiles, *(peer.quartiles for peer in self.torch.values())]
 
     @property
     def best_torch(self) -> tuple[str, Peer] | None:
@@ -582,7 +586,6 @@ class BufferTable(Table):
     def body(self, row: Row) -> tuple[Sequence[Sequence[str]], list[Quartiles]]:
         """A line of ratios, and below it what is said of them."""
         peers = [row.torch.get(peer) for peer in self.peers]
-        spread = [row.share_quartiles, *(peer.quartiles for peer in row.torch.values())]
         first = [
             *(row.optimizer, str(row.bytes_per_param), short(row.ms, 6), short(row.gbps, 4)),
             *(
@@ -594,22 +597,24 @@ class BufferTable(Table):
             *("", "", "", short(row.ceiling_gbps, 4), between(row.share_quartiles)),
             *(between(peer.quartiles) if peer else "" for peer in peers),
         ]
-        return [first, second], spread
+        return [first, second], row.quartiles
 
     def notes(self) -> list[str]:
         """The columns, and what torch has not or was long in compiling."""
-        ratios = " Above 1x ours is faster; -: torch has no such step." if self.peers else ""
-        seconds = [row.torch["compile"].compile_s for row in self.rows if "compile" in row.torch]
-        return [
+        told = [
             "bytes: moved in a step for each parameter. ceiling: the GB/s of a kernel that reads"
             " and writes the same streams and adds one number to each, the most that this memory"
-            " (of a small n, this cache) gives; share: what of it the step reaches." + ratios,
-            *(
-                [f"torch.compile took {min(seconds):.0f} to {max(seconds):.0f} s."]
-                if seconds
-                else []
-            ),
+            " (of a small n, this cache) gives; share: what of it the step reaches."
         ]
+        if self.peers:
+            told[0] += " Above 1x ours is faster; -: torch has no such step."
+        if "/" in self.rows[0].dtype:
+            told.append("torch is left out: its gradients have the type of their parameters.")
+        if seconds := [
+            row.torch["compile"].compile_s for row in self.rows if "compile" in row.torch
+        ]:
+            told.append(f"torch.compile took {min(seconds):.0f} to {max(seconds):.0f} s.")
+        return told
 
 
 def title(rows: Sequence[Any], dtype: str) -> str:

@@ -194,7 +194,7 @@ def speed_table(rows: list[Any]) -> Any:
     from rich.table import Table
 
     result = Table(title=f"one flat buffer of {rows[0].n:,} float32 parameters",
-                   title_justify="left")  # fmt: skip
+                   title_justify="left", caption_justify="left")  # fmt: skip
     result.add_column("optimizer")
     for heading in ("million/s", "GB/s", "of ceiling", "torch's fastest / ours"):
         result.add_column(heading, justify="right")
@@ -207,5 +207,7 @@ def speed_table(rows: list[Any]) -> Any:
             f"{row.share_of_ceiling:.0%}",
             f"{best[1].ratio:.2f}x ({best[0]})" if best else "-",
         )
-    result.caption = None if bench.has_torch() else bench.NO_TORCH
+    busy = [row.optimizer for row in rows if row.remark(row.quartiles)]
+    told = [f"Disturbed, as fusedstep bench explains: {', '.join(busy)}."] if busy else []
+    result.caption = " ".join([*told, *([] if bench.has_torch() else [bench.NO_TORCH])])
     return result
