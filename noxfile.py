@@ -61,7 +61,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """The package's own types, what users' checkers take and refuse, and that all is typed."""
-    session.install(".[lint]", "torch==2.13.0")
+    session.install(".[demo,lint]", "torch==2.13.0")
     for what in ((), ("tests/typed.py",)):
         session.run("mypy", *what, env={"MYPYPATH": "python"})
     session.run("basedpyright", "tests/typed.py")
