@@ -570,11 +570,11 @@ class BufferTable(Table):
 
     def __init__(self, torch: bool, compiled: bool) -> None:
         super().__init__()
-        self.peers = ["for-loop", "foreach", "fused"] if torch else []
+        self.peers: list[str] = ["for-loop", "foreach", "fused"] if torch else []
         self.peers += ["compile"] * compiled
         self.above = "torch's time over ours" if torch else ""
-        self.widths = (9, 5, 6, 7, 9, *(9 for _ in self.peers))
-        self.heading = (
+        self.widths: tuple[int, ...] = (9, 5, 6, 7, 9, *(9 for _ in self.peers))
+        self.heading: Sequence[Sequence[str]] = (
             ("optimizer", "bytes", "ms", "GB/s", "share", *self.peers),
             ("", "", "", "ceiling", *("quartiles" for _ in ("share", *self.peers))),
         )

@@ -206,8 +206,8 @@ def _torch(shapes: Shapes, cls: str, kwargs: dict[str, Any]) -> dict[str, Callab
 class ModelTable(bench.Table):
     """Optimizers on models, their parameters as they are, "plain", and flattened, "flat"."""
 
-    widths = (9, 8, 8, 8, 8, 11, 10)
-    heading = (
+    widths: tuple[int, ...] = (9, 8, 8, 8, 8, 11, 10)
+    heading: Sequence[Sequence[str]] = (
         ("optimizer", "plain ms", "flat ms", "torch ms", "fastest", "torch/plain", "torch/flat"),
         ("", "", "", "", "", "quartiles", "quartiles"),
     )

@@ -354,7 +354,7 @@ class StepTable(bench.Table):
     """Modes, each above what it is measured against."""
 
     widths: tuple[int, ...] = (_NAME, 5, 5, 5, 5, 5, 5, 9)
-    heading = (
+    heading: Sequence[Sequence[str]] = (
         ("", "", "", "", "", "by", "", ""),
         ("", "bytes", "state", "ms", "share", "bytes", "time", "quartiles"),
     )
