@@ -298,6 +298,18 @@ def test_bench_plot_shows_every_line_whole(tmp_path, monkeypatch):
             assert low < min(line.get_ydata()) <= max(line.get_ydata()) < high
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 byte")]
+)
+def test_bench_says_in_a_line_that_memory_is_short(error, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(bench, "_row", fails)
+    assert main(["bench", "--optimizers", "sgd", "--n", "1e3"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == ["fusedstep bench: out of memory"]
+
+
 @pytest.mark.parametrize("n", ["1e15", "2^1000"])
 def test_demo_refuses_what_does_not_fit_before_it_trains(n, monkeypatch, capsys):
     monkeypatch.setattr(demo, "train", lambda *_: 1 / 0)

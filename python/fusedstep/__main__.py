@@ -429,7 +429,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (OSError, MemoryError, _Usage, Refused) as error:
         option = "--" if isinstance(error, Refused) else ""
-        print(f"fusedstep {args.command}: {option}{error}", file=sys.stderr)
+        print(f"fusedstep {args.command}: {option}{str(error) or 'out of memory'}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's, which has no class of its own for it
+            raise
+        print(f"fusedstep {args.command}: out of memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as shells count a signal 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import os
 import textwrap
 import time
@@ -362,8 +363,9 @@ def check_size(n: int, bytes_per_param: int) -> None:
     """Refuses a size below 1, and one that this machine's memory does not hold."""
     if n < 1:
         raise Refused(f"n must be >= 1, got {n}")
-    memory, needed = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), float(n)
-    needed *= bytes_per_param
+    needed, memory = float(n) * bytes_per_param, math.inf
+    if hasattr(os, "sysconf"):  # Windows has none
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if needed > memory:
         raise Refused(
             f"n must fit into memory, {memory / 1e9:.3g} GB: got {n:.6g}, which takes"

@@ -208,6 +208,10 @@ def speed_table(rows: list[Any]) -> Any:
             f"{best[1].ratio:.2f}x ({best[0]})" if best else "-",
         )
     busy = [row.optimizer for row in rows if row.remark(row.quartiles)]
-    told = [f"Disturbed, as fusedstep bench explains: {', '.join(busy)}."] if busy else []
-    result.caption = " ".join([*told, *([] if bench.has_torch() else [bench.NO_TORCH])])
+    told = ["ceiling: a kernel that reads and writes the same streams and adds one number to each."]
+    if busy:
+        told.append(f"Disturbed, as fusedstep bench explains: {', '.join(busy)}.")
+    if not bench.has_torch():
+        told.append(bench.NO_TORCH)
+    result.caption = "\n".join(told)
     return result
