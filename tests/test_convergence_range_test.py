@@ -119,6 +119,41 @@ def test_range_test_finds_the_steepest_fall_and_stops_where_told():
     assert found.losses.tolist() == losses[:9]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("blows_up", [False, True])
+@pytest.mark.parametrize(("center", "width"), [(0.095, 0.2), (0.095, 1.0), (0.7, 0.5)])
+def test_range_test_steepest_does_not_lag(smoothing, blows_up, center, width):
+    def loss(lr):
+        fall = 2 / (1 + np.exp(-np.log(lr / center) / width))
+        return 2.3 - fall + (100 * (lr - 8) if blows_up and lr > 8 else 0)
+
+    found = lr_range_test(loss, np.ones(1), start=1e-4, end=30.0, steps=150, smoothing=smoothing)
+    assert (found.divergence is not None) == blows_up
+    assert abs(np.log(found.steepest / center)) < 1.05 * np.log(found.lrs[1] / found.lrs[0])
+
+
+def test_range_test_steepest_is_no_accident_of_the_first_losses():
+    for seed in range(10):  # of which a running average holds one, then two
+        noise = 0.1 * np.random.default_rng(seed).standard_normal(150)
+        losses = iter(2.3 - 2 / (1 + (0.095 / np.geomspace(1e-4, 30.0, 150))) + noise)
+        found = lr_range_test(lambda lr, it=losses: next(it), np.ones(1), start=1e-4, end=30.0,
+                              steps=150, stop=100)  # fmt: skip
+        assert 0.03 < found.steepest < 0.3
+
+
+def test_range_test_shows_itself_in_three_lines():
+    x = np.array([1.0, -2.0])
+    found = lr_range_test(parabola(fs.SGD(x), x), x, start=1e-4, end=100.0, steps=200)
+    first, second, third = repr(found).split("\n")
+    assert first == (f"RangeTest of {found.lrs.size} rates, 0.0001 to {found.lrs[-1]:.3g}, "
+                     f"of losses 10 to {found.losses[-1]:.3g}")  # fmt: skip
+    assert second.split()[:2] == ["steepest", f"{found.steepest:.2g}"]
+    assert third.split()[:2] == ["divergence", f"{found.divergence:.2g}"]
+    assert repr(lr_range_test(lambda lr: np.nan, x)).split("\n")[1:] == [
+        "  steepest    none  the loss never falls", "  divergence  1e-07  from where on it blew up"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_range_test_stops_at_a_loss_that_is_no_number(bad):
     given = iter([2.0, 1.0, bad, 5.0])

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,34 @@ from fusedstep.buffers import FlatBuffer
 from fusedstep.convergence.arrays import Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RangeTest:
     """What a range test has seen; arrays hold one entry for each rate that was tried.
+
+        slope_i = sum_j w_ij (j - m_i) l_j / sum_j w_ij (j - m_i)^2     m_i the mean of j under w_i
+        w_ij    = smoothing^(2 (|j - i| - 1)),  1 at i itself           l_j the losses
+
+    The slope of the straight line that fits the losses around the i-th rate best: it looks as far
+    ahead as back, and so lags behind by nothing, which the running average does by some
+    smoothing/(1 - smoothing) steps.
 
     Attributes:
         lrs: the rates, increasing by a constant factor, float64 (k,).
         losses: what each step returned, float64 (k,); the last may be NaN or infinite.
         smoothed: their bias-corrected running average, float64 (k,).
-        steepest: the rate at which the smoothed loss falls fastest against log lr; None if it
-            never falls.
+        steepest: the rate at which the loss falls fastest against log lr, where the slope above is
+            least, of those below `divergence`; None if it never falls.
         divergence: the rate from which on the loss rose until it blew up, each above the mean of
             the three before it; None if it never blew up.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusedstep.convergence import lr_range_test
+        >>> fall = lambda lr: 1 / (1 + 10 * lr)  # falls fastest against log lr at 0.1
+        >>> lr_range_test(fall, np.zeros(1), start=1e-4, end=100.0, steps=121)
+        RangeTest of 121 rates, 0.0001 to 100, of losses 0.999 to 0.000999
+          steepest    0.1   where the loss falls fastest
+          divergence  none  the loss never blew up
     """
 
     lrs: Array
@@ -37,6 +54,21 @@ class RangeTest:
     smoothed: Array
     steepest: float | None
     divergence: float | None
+
+    def __repr__(self) -> str:
+        """Three lines: what was tried, and both points."""
+        ends = [f"{values[0]:.3g} to {values[-1]:.3g}" for values in (self.lrs, self.losses)]
+        points = [
+            ("steepest", self.steepest, "where the loss falls fastest", "the loss never falls"),
+            ("divergence", self.divergence, "from where on it blew up", "the loss never blew up"),
+        ]
+        told = [
+            f"  {name:10}  {'none' if rate is None else f'{rate:.2g}':4}  "
+            + (missing if rate is None else found)
+            for name, rate, found, missing in points
+        ]
+        rates = "1 rate" if self.lrs.size == 1 else f"{self.lrs.size} rates"
+        return "\n".join([f"RangeTest of {rates}, {ends[0]}, of losses {ends[1]}", *told])
 
     def plot(self, ax: Any = None) -> Any:
         """Draws losses against rates, with both points; needs matplotlib. Returns the Axes."""
@@ -87,7 +119,8 @@ def lr_range_test(
         start, end: the first and the last rate; finite, 0 < start < end.
         steps: how many rates; an integer >= 2. Their number decides how finely the points are
             found: ten for each factor of 10 is little, a hundred plenty.
-        smoothing: of the running average of the loss, in [0, 1); 0 is none.
+        smoothing: of the running average of the loss, and of its slope, which is centred (see
+            `RangeTest`); in [0, 1); 0 is none.
         stop: ends the test where the smoothed loss exceeds `stop` times the lowest so far, or the
             loss is not finite; > 1. With losses below 0 it exceeds it by `stop - 1` times its size.
 
@@ -150,35 +183,49 @@ def lr_range_test(
     finally:
         _put_back(restore)
     tried = lrs[: len(losses)]
+    turn = _turn(losses) if blew_up else None
+    steepest = _steepest(losses[:turn], smoothing)
     return RangeTest(
         tried,
         np.array(losses),
         np.array(smoothed),
-        _steepest(tried, smoothed),
-        _turn(tried, losses) if blew_up else None,
+        None if steepest is None else float(tried[steepest]),
+        None if turn is None else float(tried[turn]),
     )
 
 
-def _turn(lrs: Array, losses: list[float]) -> float:
-    """The rate from which on the loss rises: the averages that stop the test come too late."""
+def _turn(losses: list[float]) -> int:
+    """The place from which on the loss rises: the averages that stop the test come too late."""
     last = len(losses) - 1
     while last > 1:
         before = losses[max(last - 4, 0) : last - 1]
         if losses[last - 1] <= sum(one / len(before) for one in before):
             break
         last -= 1
-    return float(lrs[last])
+    return last
 
 
-def _steepest(lrs: Array, smoothed: list[float]) -> float | None:
-    """Where the smoothed loss falls fastest against log lr."""
-    finite = np.isfinite(smoothed)
-    values, rates = np.array(smoothed)[finite], np.log(lrs[finite])
-    if not (np.diff(values) < 0).any():
-        return None
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # of equal rates
-        slope = np.gradient(values, rates)
-    return float(np.exp(rates[slope.argmin()])) if slope.min() < 0 else None
+def _steepest(losses: list[float], smoothing: float) -> int | None:
+    """Where the straight line that fits the finite losses around a place best falls fastest."""
+    if not any(later < before for before, later in pairwise(losses)):
+        return None  # what rounding makes of equal ones is no fall
+    size = max(map(abs, losses)) or 1.0
+    y = np.array(losses) / size  # of which no square overflows
+    # One sum over j for each i is a convolution. Squared, the weights of both sides together
+    # average over as many losses as the running average does over those of its one.
+    far = max(len(losses) - 1, 1)
+    k = np.arange(-far, far + 1)
+    weight = (smoothing**2) ** np.maximum(np.abs(k) - 1.0, 0.0)
+    here = slice(far, far + len(losses))
+    ones = np.ones(len(losses))
+
+    def total(values: Array, power: int) -> Array:
+        """The weighted sum of (j - i)^power * values_j, for each i."""
+        return np.convolve(values, (weight * k**power)[::-1])[here]
+
+    w, wk, wkk, wy, wky = (total(*one) for one in ((ones, 0), (ones, 1), (ones, 2), (y, 0), (y, 1)))
+    slope = (wky - wk / w * wy) / (wkk - wk**2 / w)
+    return int(slope.argmin()) if slope.min() < 0 else None
 
 
 # -- what is put back -----------------------------------------------------------------------------
