@@ -35,6 +35,7 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     """Lets a build with counters write them, as processes of xdist end by `_exit`."""
+    config.addinivalue_line("markers", "quick: the core, in a minute and without torch")
     if "FUSEDSTEP_COUNTERS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
         me, leave, at_once = os.getpid(), ctypes.CDLL(None).exit, os._exit
         os._exit = lambda status: leave(status) if os.getpid() == me else at_once(status)
