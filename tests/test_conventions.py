@@ -120,6 +120,46 @@ def test_convention_survives_a_checkpoint():
             "nesterov must be False, got True: bitsandbytes ignores it on a CPU; our class has it",
         ),
         (
+            lambda p: fs.conventions.bitsandbytes.Adagrad(p, lr_decay="x"),
+            ValueError,
+            "lr_decay must be 0.0, got 'x': bitsandbytes ignores it on a CPU; our class has it",
+        ),
+        (
+            lambda p: fs.conventions.deepspeed.DeepSpeedCPUAdam(p, amsgrad=True),
+            ValueError,
+            "amsgrad must be False, got True: DeepSpeed has none on a CPU",
+        ),
+        (
+            lambda p: fs.conventions.optax.adamw(p, 0.1, mask=str),
+            TypeError,
+            "mask must be given as groups=[fusedstep.Group(...)], got mask=<class 'str'>",
+        ),
+        (
+            lambda p: fs.conventions.keras.SGD(p, momentum=0.9, nesterov=3),
+            TypeError,
+            "nesterov must be True or False, got 3",
+        ),
+        (
+            lambda p: fs.conventions.keras.SGD(p, weight_decay=np.ones(2)),
+            TypeError,
+            "weight_decay must be a number >= 0, got array([1., 1.])",
+        ),
+        (
+            lambda p: fs.conventions.onnx.Adagrad(p, "x", T=1),
+            TypeError,
+            "R must be a number >= 0, got 'x'",
+        ),
+        (
+            lambda p: fs.conventions.onnx.Adam(p, lambda t: 0.0, norm_coefficient_post=0.1).step(p),
+            ValueError,
+            "R beside norm_coefficient_post must be > 0, got 0.0",
+        ),
+        (
+            lambda p: fs.RAdam(p, threshold=3.0),
+            ValueError,
+            "threshold must be >= 4, got 3.0",
+        ),
+        (
             lambda p: fs.conventions.paddle.ASGD(p, batch_num=2),
             ValueError,
             "batch_num must be 1, got 2: a mean over the gradients of all batches is another"
@@ -151,6 +191,73 @@ def test_convention_names_what_is_wrong(call, error, message):
     with pytest.raises(error) as caught:
         call(np.ones(3))
     assert str(caught.value) == message
+
+
+# What each library's constructor takes beside what its equation needs, at its defaults: all of
+# `inspect.signature` in the versions that the modules name.
+DEFAULTS = {
+    fs.conventions.keras.SGD: {
+        **dict.fromkeys(["clipnorm", "clipvalue", "global_clipnorm", "ema_overwrite_frequency"]),
+        **dict.fromkeys(["loss_scale_factor", "gradient_accumulation_steps", "name"]),
+        "use_ema": False,
+        "ema_momentum": 0.99,
+    },
+    fs.conventions.optax.nadamw: {"mu_dtype": None, "mask": None, "nesterov": True},
+    fs.conventions.optax.nadam: {"mu_dtype": None, "nesterov": True},
+    fs.conventions.optax.amsgrad: {"bias_correction_mu": True, "bias_correction_nu": True},
+    fs.conventions.optax.radam: {"nesterov": False},
+    fs.conventions.optax.sgd: {"accumulator_dtype": None},
+    fs.conventions.optax.adadelta: {"weight_decay_mask": None},
+    fs.conventions.paddle.Momentum: {
+        "grad_clip": None,
+        "multi_precision": False,
+        "rescale_grad": 1.0,
+        "use_multi_tensor": False,
+        "name": None,
+    },
+    fs.conventions.paddle.AdamW: {
+        "use_lowprecision_moment": False,
+        "lr_ratio": None,
+        "apply_decay_param_fun": None,
+        "lazy_mode": False,
+    },
+    fs.conventions.tinygrad.SGD: {"device": None},
+    fs.conventions.tf1.AdamOptimizer: {
+        "use_locking": False,
+        "name": "Adam",
+        "use_own_namescope_for_non_slot_vars": False,
+    },
+    fs.conventions.sklearn.SGDOptimizer: {"lr_schedule": "constant", "power_t": 0.5},
+    fs.conventions.bitsandbytes.Adam: {
+        "optim_bits": 32,
+        "min_8bit_size": 4096,
+        "is_paged": False,
+    },
+    fs.conventions.deepspeed.DeepSpeedCPUAdam: {"amsgrad": False, "fp32_optimizer_states": True},
+}
+
+
+@pytest.mark.parametrize("one", DEFAULTS, ids=lambda one: f"{one.__module__}.{one.__name__}")
+def test_convention_takes_all_arguments_of_the_library(one):
+    import inspect
+
+    needed = {n: v for n, v in NEEDED.items() if n in inspect.signature(one).parameters}
+    assert one.ours(**needed, **DEFAULTS[one]) == one.ours(**needed)
+
+
+def test_momentum_of_onnx_without_momentum_dampens_the_gradient():
+    g = np.array([1.0, -2.0])
+    for T, mode, shares in ((0, "standard", [1, 0.5]), (1, "standard", [0.5, 0.5]),
+                            (0, "nesterov", [1, 1]), (1, "nesterov", [1, 1])):  # fmt: skip
+        p = np.zeros(2)
+        opt = fs.conventions.onnx.Momentum(p, 0.25, alpha=0.0, beta=0.5, mode=mode, T=T)
+        opt.step(g)
+        opt.step(g)
+        assert p.tolist() == (-0.25 * sum(shares) * g).tolist()
+
+
+def test_default_momentum_of_deepspeeds_lion():
+    assert fs.conventions.deepspeed.DeepSpeedCPULion.ours().hypers["betas"] == (0.9, 0.999)
 
 
 def test_momentum_decay_may_be_infinite():

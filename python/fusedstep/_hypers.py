@@ -74,7 +74,7 @@ HYPERS: dict[str, Hyper] = {
     "amsgrad_corrected": _flag("amsgrad takes the largest after bias correction, not before"),
     "bias_correction": _flag("divides the averages by `1 - beta^t`; False is the plain form"),
     "momentum_decay": AT_LEAST_0._replace(doc="psi, how fast the momentum warms up; inf: at once"),
-    "threshold": AT_LEAST_0._replace(doc="what r_t exceeds where the step is divided"),
+    "threshold": Hyper(">= 4", lambda x: x >= 4, "what r_t exceeds where the step is divided"),
     "lambd": FINITE._replace(doc="decay term"),
     "t0": FINITE._replace(doc="update at which averaging begins"),
     "etas": Hyper("as 0 < etas[0] < 1 < etas[1]", math.isfinite, "factors by which steps change"),

@@ -8,15 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep._types import Betas, Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, refuse
 
-
-def _refuse(**options: Any) -> None:
-    """Raises ValueError for an option that the library takes and ignores."""
-    for name, value in options.items():
-        if value:
-            raise ValueError(f"{name} must be {type(value)()!r}, got {value!r}: bitsandbytes"
-                             " ignores it on a CPU; our class has it")  # fmt: skip
+_IGNORED = "bitsandbytes ignores it on a CPU; our class has it"
 
 
 @convention
@@ -25,7 +19,7 @@ def SGD(
     nesterov: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our SGD with momentum; dampening and nesterov are ignored there."""
-    _refuse(dampening=dampening, nesterov=nesterov)
+    refuse(_IGNORED, dampening=dampening, nesterov=nesterov)
     return Ours("SGD", {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, **how})
 
 
@@ -35,7 +29,7 @@ def Adagrad(
     initial_accumulator_value: float = 0.0, eps: float = 1e-10, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our Adagrad; it refuses lr_decay and initial_accumulator_value."""
-    _refuse(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
+    refuse(_IGNORED, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
     return Ours("Adagrad", {"lr": lr, "weight_decay": weight_decay, "eps": eps, **how})
 
 
@@ -45,7 +39,7 @@ def RMSprop(
     momentum: Rate = 0.0, centered: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our RMSprop without momentum, which is ignored there, and not centered."""
-    _refuse(momentum=momentum, centered=centered)
+    refuse(_IGNORED, momentum=momentum, centered=centered)
     return Ours(
         "RMSprop", {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, **how}
     )
@@ -57,7 +51,7 @@ def Adam(
     amsgrad: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our AdamW: weight decay is decoupled in its Adam too. amsgrad is ignored there."""
-    _refuse(amsgrad=amsgrad)
+    refuse(_IGNORED, amsgrad=amsgrad)
     hypers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return Ours("Adam", {**hypers, "decoupled_weight_decay": True, **how})
 
@@ -68,7 +62,7 @@ def AdamW(
     amsgrad: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our AdamW. amsgrad is ignored there."""
-    _refuse(amsgrad=amsgrad)
+    refuse(_IGNORED, amsgrad=amsgrad)
     hypers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     return Ours("AdamW", {**hypers, **how})
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, or_zero, with_momentum
 
 
 def _decay(weight_decay: Rate | None) -> dict[str, Any]:
-    return {"weight_decay": weight_decay or 0.0, "decoupled_weight_decay": True}
+    return {"weight_decay": or_zero(weight_decay), "decoupled_weight_decay": True}
 
 
 @convention
@@ -31,7 +31,8 @@ def SGD(
     """
     hypers = {"lr": learning_rate, "momentum": momentum, "lr_in_momentum": True}
     return Ours(
-        "SGD", {**hypers, "nesterov": nesterov and bool(momentum), **_decay(weight_decay), **how}
+        "SGD",
+        {**hypers, "nesterov": with_momentum(nesterov, momentum), **_decay(weight_decay), **how},
     )
 
 
@@ -85,7 +86,7 @@ def AdamW(
 ) -> Ours:  # fmt: skip
     """Keras' Adam with weight decay: there both are decoupled."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "eps": epsilon, "amsgrad": amsgrad}
-    return Ours("AdamW", {**hypers, "eps_hat": True, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("AdamW", {**hypers, "eps_hat": True, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
@@ -114,5 +115,5 @@ def Lion(
     weight_decay: Rate | None = None, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our Lion."""
-    hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "weight_decay": weight_decay or 0.0}
+    hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "weight_decay": or_zero(weight_decay)}
     return Ours("Lion", {**hypers, **how})

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fusedstep._arrays import as_float
+from fusedstep._hypers import ABOVE_0, FINITE, FRACTION, as_number, as_whole
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, scaled
+from fusedstep.conventions._convention import Ours, convention, is_plain, scaled
 
 
 def _check_count(T: int) -> None:
-    if T not in (0, 1):
+    if as_whole(T) not in (0, 1):
         raise ValueError(f"T must be 0 or 1 at the first step, got {T!r}")
 
 
@@ -30,7 +32,9 @@ def Adagrad(
     hypers = {"eps": epsilon, "weight_decay": norm_coefficient, **how}
     if T == 0:
         return Ours("Adagrad", {"lr": R, "lr_decay": decay_factor, **hypers})
-    return Ours("Adagrad", {"lr": scaled(R, lambda t: 1 / (1 + (t + 1) * decay_factor)), **hypers})
+    return Ours(
+        "Adagrad", {"lr": scaled("R", R, lambda t: 1 / (1 + (t + 1) * decay_factor)), **hypers}
+    )
 
 
 @convention
@@ -50,18 +54,23 @@ def Adam(
     hypers: dict[str, Any] = {"betas": (alpha, beta), "eps": epsilon, **how}
     rate = R
     if T == 0:
-        rate = scaled(R, lambda t: math.sqrt(1 - beta**t) / (1 - alpha**t) if t > 0 else 1.0)
+        rate = scaled("R", R, lambda t: math.sqrt(1 - beta**t) / (1 - alpha**t) if t > 0 else 1.0)
         hypers["bias_correction"] = False
     else:
         hypers["eps_hat"] = True
-    if norm_coefficient and norm_coefficient_post:
+    both = not is_plain(norm_coefficient, 0) and not is_plain(norm_coefficient_post, 0)
+    if both:
         raise ValueError(
             "norm_coefficient_post must be 0 beside norm_coefficient, got"
             f" {norm_coefficient_post!r} and {norm_coefficient!r}"
         )
-    if norm_coefficient_post:
-        lost = norm_coefficient_post
-        decay = (lambda t: lost / float(rate(t))) if callable(rate) else lost / float(rate)
+    if not is_plain(norm_coefficient_post, 0):
+        lost = as_number("norm_coefficient_post", norm_coefficient_post, FRACTION)
+
+        def share(rate: Any) -> float:
+            return lost / as_number("R beside norm_coefficient_post", rate, ABOVE_0)
+
+        decay = (lambda t: share(rate(t))) if callable(rate) else share(rate)
         hypers |= {"weight_decay": decay, "decoupled_weight_decay": True, "decay_after": True}
     else:
         hypers["weight_decay"] = norm_coefficient
@@ -77,9 +86,13 @@ def Momentum(
     _check_count(T)
     if mode not in ("standard", "nesterov"):
         raise ValueError(f"mode must be 'standard' or 'nesterov', got {mode!r}")
-    hypers = {"lr": R, "momentum": alpha, "weight_decay": norm_coefficient}
-    buffer = {"dampening": 1 - beta, "dampen_first": T > 0}
+    hypers = {"lr": R, "momentum": alpha, "weight_decay": norm_coefficient, **how}
+    beta = as_number("beta", beta, FINITE)
     nesterov = mode == "nesterov"
-    return Ours(
-        "SGD", {**hypers, **buffer, "nesterov": nesterov, "dampened_nesterov": nesterov, **how}
-    )
+    if as_float(alpha) == 0:  # of a buffer that is dampened only, which our SGD has not
+        if not nesterov and beta != 1:
+            hypers["lr"] = scaled("R", R, lambda t: beta if t > 0 or T > 0 else 1.0)
+        return Ours("SGD", hypers)
+    buffer = {"dampening": 1 - beta, "dampen_first": T > 0}
+    options = {"nesterov": nesterov, "dampened_nesterov": nesterov}
+    return Ours("SGD", {**buffer, **options, **hypers})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedstep._hypers import as_whole
 from fusedstep._types import Rate
 from fusedstep.conventions._convention import Ours, convention
 
@@ -21,8 +22,9 @@ def AdamWOptimizer(
 
     Mode 1 is what `onnxruntime.training.artifacts` writes, with an epsilon of 1e-6.
     """
-    if adam_mode not in (0, 1):
-        raise ValueError(f"adam_mode must be 0 or 1, got {adam_mode!r}")
+    for name, value in (("adam_mode", adam_mode), ("correct_bias", correct_bias)):
+        if as_whole(value) not in (0, 1):
+            raise ValueError(f"{name} must be 0 or 1, got {value!r}")
     hypers = {"lr": lr, "betas": (alpha, beta), "eps": epsilon, "weight_decay": weight_decay}
     other = adam_mode == 1
     place = {"eps_hat": other, "decay_after": other, "bias_correction": bool(correct_bias)}

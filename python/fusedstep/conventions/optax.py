@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, or_zero, refuse, with_momentum
 
 
 @convention
@@ -21,8 +21,8 @@ def sgd(
     learning_rate: Rate, momentum: Rate | None = None, nesterov: bool = False, **how: Any
 ) -> Ours:
     """Our SGD. Without momentum nesterov means nothing, as there."""
-    hypers = {"lr": learning_rate, "momentum": momentum or 0.0}
-    return Ours("SGD", {**hypers, "nesterov": nesterov and bool(momentum), **how})
+    hypers = {"lr": learning_rate, "momentum": or_zero(momentum)}
+    return Ours("SGD", {**hypers, "nesterov": with_momentum(nesterov, momentum), **how})
 
 
 @convention
@@ -57,11 +57,11 @@ def rmsprop(
 
     Their trace is -b.
     """
-    hypers = {"lr": learning_rate, "alpha": decay, "momentum": momentum or 0.0}
+    hypers = {"lr": learning_rate, "alpha": decay, "momentum": or_zero(momentum)}
     place = {"eps": 0.0, "eps_root": eps} if eps_in_sqrt else {"eps": eps}
     options = {
         "centered": centered,
-        "nesterov": nesterov and bool(momentum),
+        "nesterov": with_momentum(nesterov, momentum),
         "bias_correction": bias_correction,
         "initial_accumulator_value": initial_scale,
         "lr_in_momentum": True,
@@ -93,7 +93,7 @@ def adam(
 @convention
 def adamw(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, weight_decay: Rate = 1e-4, *, nesterov: bool = False, **how: Any,
+    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our AdamW, or with nesterov our NAdam, decoupled."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root, **how}
@@ -106,27 +106,39 @@ def adamw(
 @convention
 def nadam(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, **how: Any,
+    eps_root: float = 0.0, *, nesterov: bool = True, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our NAdam whose momentum is b1 from the start."""
-    return adam.ours(learning_rate, b1, b2, eps, eps_root, nesterov=True, **how)
+    return adam.ours(learning_rate, b1, b2, eps, eps_root, nesterov=nesterov, **how)
 
 
 @convention
 def nadamw(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, weight_decay: Rate = 1e-4, **how: Any,
+    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = True, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our NAdam, decoupled, whose momentum is b1 from the start."""
-    return adamw.ours(learning_rate, b1, b2, eps, eps_root, weight_decay, nesterov=True, **how)
+    how |= {"weight_decay": weight_decay, "nesterov": nesterov}
+    return adamw.ours(learning_rate, b1, b2, eps, eps_root, **how)
 
 
 @convention
 def amsgrad(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, **how: Any,
+    eps_root: float = 0.0, *, bias_correction_mu: bool = True, bias_correction_nu: bool = True,
+    **how: Any,
 ) -> Ours:  # fmt: skip
-    """Our Adam with amsgrad, which takes the largest of the corrected second moments."""
+    """Our Adam with amsgrad, which takes the largest of the corrected second moments.
+
+    Raises:
+        ValueError: one moment is to be corrected and the other is not.
+    """
+    if bias_correction_mu != bias_correction_nu:
+        raise ValueError(
+            f"bias_correction_nu must be that of mu, {bias_correction_mu!r}, got"
+            f" {bias_correction_nu!r}"
+        )
+    how["bias_correction"] = bias_correction_mu
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root}
     return Ours("Adam", {**hypers, "amsgrad": True, "amsgrad_corrected": True, **how})
 
@@ -152,16 +164,21 @@ def adamaxw(
 @convention
 def radam(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, threshold: float = 5.0, **how: Any,
+    eps_root: float = 0.0, threshold: float = 5.0, *, nesterov: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
-    """Our RAdam with eps beside the corrected root. Theirs rectifies at the threshold too."""
+    """Our RAdam with eps beside the corrected root. Theirs rectifies at the threshold too.
+
+    Raises:
+        ValueError: it is to be Nesterov's. Ours is not.
+    """
+    refuse("our RAdam has none", nesterov=nesterov)
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root}
     return Ours("RAdam", {**hypers, "eps_hat": False, "threshold": threshold, **how})
 
 
 @convention
 def lion(
-    learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.99, weight_decay: Rate = 1e-3, **how: Any
+    learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.99, *, weight_decay: Rate = 1e-3, **how: Any
 ) -> Ours:
     """Our Lion."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "weight_decay": weight_decay}

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedstep._hypers import as_whole
 from fusedstep._types import Pair, Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, or_zero, with_momentum
 
 
 @convention
 def SGD(learning_rate: Rate = 0.001, weight_decay: Rate | None = None, **how: Any) -> Ours:
     """Our SGD."""
-    return Ours("SGD", {"lr": learning_rate, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("SGD", {"lr": learning_rate, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
@@ -25,17 +26,21 @@ def Momentum(
     weight_decay: Rate | None = None, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our SGD with momentum."""
-    hypers = {"lr": learning_rate, "momentum": momentum, "nesterov": use_nesterov}
-    return Ours("SGD", {**hypers, "weight_decay": weight_decay or 0.0, **how})
+    hypers = {
+        "lr": learning_rate,
+        "momentum": momentum,
+        "nesterov": with_momentum(use_nesterov, momentum),
+    }
+    return Ours("SGD", {**hypers, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
 def Adagrad(
-    learning_rate: Rate, epsilon: float = 1e-6, weight_decay: Rate | None = None,
+    learning_rate: Rate, epsilon: float = 1e-6, weight_decay: Rate | None = None, *,
     initial_accumulator_value: float = 0.0, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our Adagrad."""
-    hypers = {"lr": learning_rate, "eps": epsilon, "weight_decay": weight_decay or 0.0}
+    hypers = {"lr": learning_rate, "eps": epsilon, "weight_decay": or_zero(weight_decay)}
     initial = {"initial_accumulator_value": initial_accumulator_value}
     return Ours("Adagrad", {**hypers, **initial, **how})
 
@@ -47,7 +52,7 @@ def Adadelta(
 ) -> Ours:  # fmt: skip
     """Our Adadelta."""
     hypers = {"lr": learning_rate, "eps": epsilon, "rho": rho}
-    return Ours("Adadelta", {**hypers, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("Adadelta", {**hypers, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
@@ -58,23 +63,23 @@ def RMSProp(
     """`b = momentum*b + lr * g / sqrt(v + eps); p = p - b`."""
     hypers = {"lr": learning_rate, "alpha": rho, "momentum": momentum, "centered": centered}
     place = {"eps": 0.0, "eps_root": epsilon, "lr_in_momentum": True}
-    return Ours("RMSprop", {**hypers, **place, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("RMSprop", {**hypers, **place, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
 def Adam(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate | None = None, amsgrad: bool = False, **how: Any,
+    weight_decay: Rate | None = None, *, amsgrad: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our Adam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon, "amsgrad": amsgrad}
-    return Ours("Adam", {**hypers, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("Adam", {**hypers, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
 def AdamW(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate = 0.01, amsgrad: bool = False, **how: Any,
+    weight_decay: Rate = 0.01, *, amsgrad: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """Our AdamW."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon, "amsgrad": amsgrad}
@@ -88,7 +93,7 @@ def Adamax(
 ) -> Ours:  # fmt: skip
     """`u = max(b2*u + eps, |g|); p = p - lr/(1-b1^t) * m / u`."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": 0.0, "eps_norm": epsilon}
-    return Ours("Adamax", {**hypers, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("Adamax", {**hypers, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
@@ -98,7 +103,7 @@ def NAdam(
 ) -> Ours:  # fmt: skip
     """Our NAdam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
-    decays = {"momentum_decay": momentum_decay, "weight_decay": weight_decay or 0.0}
+    decays = {"momentum_decay": momentum_decay, "weight_decay": or_zero(weight_decay)}
     return Ours("NAdam", {**hypers, **decays, **how})
 
 
@@ -109,7 +114,7 @@ def RAdam(
 ) -> Ours:  # fmt: skip
     """Our RAdam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
-    return Ours("RAdam", {**hypers, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("RAdam", {**hypers, "weight_decay": or_zero(weight_decay), **how})
 
 
 @convention
@@ -133,7 +138,7 @@ def ASGD(
         ValueError: there are more batches. Their gradients are kept and averaged then, which is
             another algorithm (SAG) than that which torch and we call ASGD.
     """
-    if batch_num != 1:
+    if as_whole(batch_num) != 1:
         raise ValueError(f"batch_num must be 1, got {batch_num!r}: a mean over the gradients of all"
                          " batches is another algorithm")  # fmt: skip
-    return Ours("SGD", {"lr": learning_rate, "weight_decay": weight_decay or 0.0, **how})
+    return Ours("SGD", {"lr": learning_rate, "weight_decay": or_zero(weight_decay), **how})

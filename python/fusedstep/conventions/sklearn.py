@@ -11,16 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, with_momentum
 
 
 @convention
 def SGDOptimizer(
-    learning_rate_init: Rate = 0.1, momentum: Rate = 0.9, nesterov: bool = True, **how: Any
+    learning_rate_init: Rate = 0.1, *, momentum: Rate = 0.9, nesterov: bool = True, **how: Any
 ) -> Ours:
     """`v = momentum*v - lr*g; p = p + v`, or nesterov `p = p + momentum*v - lr*g`."""
     hypers = {"lr": learning_rate_init, "momentum": momentum, "lr_in_momentum": True}
-    return Ours("SGD", {**hypers, "nesterov": nesterov and bool(momentum), **how})
+    return Ours("SGD", {**hypers, "nesterov": with_momentum(nesterov, momentum), **how})
 
 
 @convention

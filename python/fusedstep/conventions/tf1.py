@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, with_momentum
 
 
 @convention
@@ -19,10 +19,14 @@ def GradientDescentOptimizer(learning_rate: Rate, **how: Any) -> Ours:
 
 @convention
 def MomentumOptimizer(
-    learning_rate: Rate, momentum: Rate, use_nesterov: bool = False, **how: Any
+    learning_rate: Rate, momentum: Rate, *, use_nesterov: bool = False, **how: Any
 ) -> Ours:
     """Our SGD with momentum: the rate is outside the buffer."""
-    hypers = {"lr": learning_rate, "momentum": momentum, "nesterov": use_nesterov}
+    hypers = {
+        "lr": learning_rate,
+        "momentum": momentum,
+        "nesterov": with_momentum(use_nesterov, momentum),
+    }
     return Ours("SGD", {**hypers, **how})
 
 
@@ -56,7 +60,7 @@ def AdamOptimizer(
 @convention
 def RMSPropOptimizer(
     learning_rate: Rate, decay: float = 0.9, momentum: Rate = 0.0, epsilon: float = 1e-10,
-    centered: bool = False, **how: Any,
+    *, centered: bool = False, **how: Any,
 ) -> Ours:  # fmt: skip
     """`b = momentum*b + lr * g / sqrt(v + eps)`, and v begins with 1."""
     hypers = {"lr": learning_rate, "alpha": decay, "momentum": momentum, "centered": centered}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep.conventions._convention import Ours, convention, with_momentum
 
 
 @convention
@@ -18,7 +18,7 @@ def SGD(
 ) -> Ours:  # fmt: skip
     """Our SGD; `classic` takes the rate into the buffer. Without momentum nesterov is nothing."""
     hypers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    nesterov = nesterov and bool(momentum)
+    nesterov = with_momentum(nesterov, momentum)
     return Ours("SGD", {**hypers, "nesterov": nesterov, "lr_in_momentum": classic, **how})
 
 
