@@ -1,5 +1,7 @@
 """Landscapes are what they say, and trajectories are the optimizers' own steps."""
 
+import pickle
+import sys
 from functools import partial
 
 import numpy as np
@@ -174,3 +176,96 @@ def test_trajectory_refuses_by_name():
         with pytest.raises((TypeError, ValueError), match="lookahead"):
             trajectory(opt, land, (1, 1), 1, lookahead=True)
         assert y.tolist() == [5, 5]
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def paths(land, steps=3):
+    made = (partial(fs.SGD, lr=0.01), partial(fs.SGD, lr=0.01, momentum=0.9), fs.Adam)
+    return [trajectory(make, land, land.start, steps) for make in made]
+
+
+@each
+def test_landscape_plot_shows_its_window_and_minima(land):
+    ax = land.plot()
+    assert (ax.get_xlim(), ax.get_ylim()) == (land.xlim, land.ylim)
+    assert [tuple(point) for point in ax.lines[0].get_xydata()] == list(land.minima)
+    assert ax.collections
+    assert land.plot(ax) is ax
+    with pytest.raises(TypeError, match="ax must be matplotlib Axes, got 3"):
+        land.plot(3)
+
+
+def test_trajectories_plot_on_one_landscape_by_name():
+    first, *others = paths(landscapes.ravine())
+    ax, chained = first.plot(others=others), first.plot()
+    levels = len(chained.collections)
+    for other in others:
+        assert other.plot(chained) is chained
+    assert len(chained.collections) == levels  # which are drawn once
+    for one in (ax, chained):
+        drawn = one.lines[1:]  # after the minimum
+        assert [line.get_label() for line in drawn] == [
+            "SGD, lr 0.01", "SGD, lr 0.01, momentum 0.9", "Adam, lr 0.001"
+        ]  # fmt: skip
+        assert len({line.get_color() for line in drawn}) == 3
+        for line, path in zip(drawn, (first, *others), strict=True):
+            np.testing.assert_array_equal(line.get_xydata(), path)
+    assert first.plot(label="mine", color="k").lines[-1].get_label() == "mine"
+
+
+def test_trajectories_plot_where_they_start_and_what_diverges():
+    land = landscapes.ravine()
+    path = trajectory(partial(fs.SGD, lr=5.0), land, (5.0, 1.0), 100)  # to 1e239
+    ax = path.plot()
+    assert ax.get_xlim()[0] == land.xlim[0]
+    assert 5 < ax.get_xlim()[1] < 8
+    ax.figure.canvas.draw()
+    own = type("Own", (), {"gradient": lambda _, x: 2 * x, "value": lambda _, x: x[0] ** 2 + x[1]})
+    assert trajectory(partial(fs.SGD, lr=0.1), own(), (1, 2), 5).plot().collections
+    q = Quadratic([3.0, 1.0])
+    assert q.simulate([5.0, 1.0], 0.1, 5).plot().lines[0].get_xydata().tolist() == [[0, 0]]
+
+
+def test_trajectory_is_an_array():
+    path = paths(landscapes.saddle())[0]
+    assert isinstance(path, np.ndarray)
+    assert path[1:].label == path.label
+    for computed in (path + 1, np.diff(path, axis=0), np.abs(path), path.mean(0)):
+        assert type(computed) is np.ndarray
+    assert type(path.max()) is np.float64
+    assert repr(path) == repr(np.asarray(path))
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(path)), path)
+
+
+def test_trajectory_animates_to_a_gif(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="matplotlib has it")
+    first, *others = paths(landscapes.plateau())
+    file = first.animate(tmp_path / "film.gif", others=others[:1], fps=5)
+    with image.open(file) as film:
+        assert (film.n_frames, film.info["duration"]) == (4, 200)
+
+
+def test_pictures_refuse_by_name_and_write_nothing(tmp_path, monkeypatch):
+    path = paths(landscapes.ravine(), 1)[0]
+    line = trajectory(partial(fs.SGD, lr=0.1), Quadratic([1.0]), [1.0], 2)
+    monkeypatch.setattr("matplotlib.animation.FFMpegWriter.isAvailable", lambda: False)
+    for call, error, message in (
+        (lambda: path.plot(3), TypeError, "ax must be matplotlib Axes, got 3"),
+        (lambda: line.plot(), ValueError, r"trajectory must have shape \(steps \+ 1, 2\)"),
+        (lambda: path.plot(others=[path, 3]), TypeError, r"others\[1\] must be a trajectory, got"),
+        (lambda: path.plot(others=path), TypeError, "others must be a sequence of trajectories"),
+        (lambda: path.animate(3), TypeError, "path must be a path, got 3"),
+        (lambda: path.animate("a.avi"), ValueError, "path must end in .gif or .mp4, got 'a.avi'"),
+        (lambda: path.animate("no/a.gif"), FileNotFoundError, "path must be in a folder that"),
+        (lambda: path.animate(tmp_path / "a.gif", fps=0), ValueError, "fps must be an integer"),
+        (lambda: path.animate(tmp_path / "a.mp4"), RuntimeError, "where ffmpeg is not installed"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+    for module, call in (("pyplot", path.plot), ("animation", partial(path.animate, "a.gif"))):
+        monkeypatch.setitem(sys.modules, f"matplotlib.{module}", None)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'fusedstep\[plot\]'"):
+            call()

@@ -47,7 +47,7 @@ from fusedstep._hypers import (
     as_steps,
     as_whole,
 )
-from fusedstep._plot import new_axes
+from fusedstep._plot import as_axes, new_axes
 
 __all__ = [
     "WSD",
@@ -417,8 +417,8 @@ class Schedule(ABC):
         if ax is None:
             ax = new_axes()
             ax.set(xlabel="step", ylabel="value")
-        elif not hasattr(ax, "plot"):
-            raise TypeError(f"ax must be matplotlib Axes, got {ax!r}")
+        else:
+            as_axes(ax)
         t = np.arange(min(last, 10_000) + 1)
         if last > 10_000:  # one at random of each stretch: equal strides can hide a wave
             ends = np.linspace(0, last, 10_000).astype(np.int64)

@@ -5,7 +5,7 @@ from fusedstep.convergence.curvature import Curvature, curvature, safe_lr
 from fusedstep.convergence.landscapes import Landscape
 from fusedstep.convergence.quadratic import MomentumOptimum, Quadratic, Regime
 from fusedstep.convergence.range_test import RangeTest, lr_range_test
-from fusedstep.convergence.trajectories import trajectory
+from fusedstep.convergence.trajectories import Trajectory, trajectory
 
 __all__ = [
     "Curvature",
@@ -14,6 +14,7 @@ __all__ = [
     "Quadratic",
     "RangeTest",
     "Regime",
+    "Trajectory",
     "curvature",
     "landscapes",
     "lr_range_test",

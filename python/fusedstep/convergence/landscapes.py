@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fusedstep._hypers import FINITE, POSITIVE, check
+from fusedstep._plot import as_axes, new_axes
 from fusedstep.convergence.arrays import Array, as_points
+from fusedstep.convergence.drawing import draw_contours
 
 __all__ = [
     "ALL",
@@ -72,6 +74,32 @@ class Landscape:
     def gradient(self, x: Any) -> Array:
         """The gradient at `x`, of its shape (..., 2)."""
         return np.stack(np.broadcast_arrays(*self.df(*_split(x))), -1)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws level lines in the landscape's window, closer where it is low, and stars at minima.
+
+        Args:
+            ax: the matplotlib Axes to draw on; new ones by default. The `plot` of a trajectory
+                then draws its path on them.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            TypeError: ax is no Axes.
+            ModuleNotFoundError: matplotlib is not installed.
+
+        Example:
+            >>> from fusedstep.convergence import landscapes
+            >>> ax = landscapes.rosenbrock().plot()
+            >>> ax.get_title(), [float(x) for x in ax.get_xlim()]
+            ('Rosenbrock', [-2.0, 2.0])
+        """
+        if ax is None:
+            ax = new_axes()
+            ax.set_title(self.name)
+        draw_contours(as_axes(ax), self, self.xlim, self.ylim)
+        return ax
 
 
 def _split(x: Any) -> tuple[Array, Array]:

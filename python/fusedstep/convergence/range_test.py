@@ -14,7 +14,7 @@ import numpy as np
 from fusedstep._arrays import as_array, is_array, name_params
 from fusedstep._hypers import ANY, FRACTION, POSITIVE, Hyper, as_integer, check
 from fusedstep._optimizer import Optimizer
-from fusedstep._plot import new_axes
+from fusedstep._plot import as_axes, new_axes
 from fusedstep.buffers import FlatBuffer
 from fusedstep.convergence.arrays import Array
 
@@ -72,10 +72,7 @@ class RangeTest:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws losses against rates, with both points; needs matplotlib. Returns the Axes."""
-        if ax is None:
-            ax = new_axes()
-        elif not hasattr(ax, "semilogx"):
-            raise TypeError(f"ax must be matplotlib Axes, got {ax!r}")
+        ax = new_axes() if ax is None else as_axes(ax)
         ax.semilogx(self.lrs, self.losses, ".", color="0.7", label="loss of each step")
         ax.semilogx(self.lrs, self.smoothed, lw=2, label="smoothed")
         for rate, style, what in (

@@ -25,7 +25,6 @@ from fusedstep.gallery.style import (
     RED,
     SKY,
     canvas,
-    contours,
     walk,
 )
 
@@ -164,7 +163,7 @@ def ravine() -> Any:
         "momentum 0.8, lr 0.01": (lambda x: fs.SGD(x, lr=0.01, momentum=0.8), BLUE, "s"),
     }
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.2), width_ratios=(3, 2))
-    contours(map_, valley)
+    valley.plot(map_)
     for name, (make, color, marker) in runs.items():
         path = trajectory(make, valley, valley.start, steps=40)
         walk(map_, path, name, color, marker)
@@ -226,7 +225,7 @@ def nesterov() -> Any:
     valley = replace(landscapes.ravine(condition=20), xlim=(-11.0, 8.0))
     lr, mu, start, steps = 0.02, 0.95, (-10.0, 1.5), 100
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.2), width_ratios=(3, 2))
-    contours(map_, valley)
+    valley.plot(map_)
     heavy = trajectory(lambda x: fs.SGD(x, lr=lr, momentum=mu), valley, start, steps)
     ahead = trajectory(lambda x: fs.SGD(x, lr=lr, momentum=mu, nesterov=True), valley, start, steps)
     walk(map_, heavy[:60], "momentum", RED)
@@ -272,7 +271,7 @@ def saddle() -> Any:
         "Adam, lr 0.1": (lambda x: fs.Adam(x, lr=0.1), ORANGE, "v"),
     }
     figure, (map_, waits) = canvas(1, 2, size=(11, 4.8))
-    contours(map_, land)
+    land.plot(map_)
     map_.plot(0, 0, "X", color="k", ms=9, mec="w", zorder=5)
     map_.annotate("saddle", (0, 0), (0, -20), textcoords="offset points", ha="center")
     distances = np.geomspace(1e-9, 0.1, 9)
@@ -308,7 +307,7 @@ def local_minimum() -> Any:
     """
     land = landscapes.two_minima()
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.4))
-    contours(map_, land)
+    land.plot(map_)
     for name, mu, color, marker in (("plain", 0.0, RED, "o"), ("momentum 0.9", 0.9, BLUE, "s")):
         path = trajectory(partial(fs.SGD, lr=0.05, momentum=mu), land, land.start, 150)
         walk(map_, path, name, color, marker)
@@ -344,7 +343,7 @@ def plateau() -> Any:
         "Adam, lr 0.1": (lambda x: fs.Adam(x, lr=0.1), ORANGE, "v"),
     }
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.2))
-    contours(map_, land)
+    land.plot(map_)
     for name, (make, color, marker) in runs.items():
         path = trajectory(make, land, land.start, steps=100)
         walk(map_, path, name, color, marker)
@@ -541,7 +540,7 @@ def relatives() -> Any:
         "plain, lr 0.038": (lambda x: fs.SGD(x, lr=0.038), RED, "o"),
     }
     figure, (map_, curve) = canvas(1, 2, size=(11, 4.4), width_ratios=(3, 2))
-    contours(map_, valley)
+    valley.plot(map_)
     for name, (make, color, marker) in runs.items():
         path = trajectory(make, valley, valley.start, steps=200)
         walk(map_, path[:61], name, color, marker)
