@@ -178,14 +178,17 @@ def plot(results: list[Result], path: str) -> None:
     colors = color_sequences["tab10"]
     ordered = sorted(results, key=lambda r: -r.losses[-1])  # the legend runs as the curves end
     for i, r in enumerate(ordered):
-        style = "-" if i < 10 else "--"
-        axes.plot(r.losses, style, lw=1.6, color=colors[i % 10], label=f"{r.name} {r.accuracy:.1%}")
+        # Of neighbours, which may be all but equal, the upper is broken and thin, the lower wide.
+        style = (("-", "--"), ("-.", ":"))[i >= 10][i % 2]
+        lr = OPTIMIZERS[r.name](init()).param_groups[0]["lr"]
+        axes.plot(r.losses, style, lw=1.4 if i % 2 else 3, color=colors[i % 10],
+                  label=f"{r.name}, lr {lr:g}: {r.accuracy:.1%}")  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss (cross-entropy)")
     axes.set_title("One network, one start, one optimizer per curve: handwritten digits")
     axes.grid(alpha=0.3)
-    axes.legend(title="optimizer, test accuracy", bbox_to_anchor=(1.01, 1), loc="upper left")
+    axes.legend(title="optimizer, rate: test accuracy", bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.savefig(path, dpi=130)
 
 

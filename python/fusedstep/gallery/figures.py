@@ -347,6 +347,8 @@ def plateau() -> Any:
     for name, (make, color, marker) in runs.items():
         path = trajectory(make, land, land.start, steps=100)
         walk(map_, path, name, color, marker)
+        if name.startswith("momentum"):  # on the line of plain, which stays to be seen within it
+            map_.lines[-1].set(linewidth=6, markersize=9, alpha=0.4, zorder=1.9)
         curve.plot(land.value(path), color=color, lw=2, label=name)
     curve.legend(fontsize="small", loc="upper right")
     curve.set_ylim(-0.03, 1.1)
