@@ -460,6 +460,30 @@ class Named:
         self.name, self.shape = name, shape
 
 
+def test_groups_that_a_library_has_not_are_refused():
+    params, grads = ({"w": W.copy(), "b": W.copy()} for _ in range(2))
+    group = fs.Group("b", lr=0.5, weight_decay=0.0)
+    opt = fs.conventions.keras.AdamW(params, learning_rate=0.1, groups=[group])
+    opt.step(grads)
+    with pytest.raises(
+        ValueError, match=r"\[1\] must have learning_rate=0.1 as the first, got 0.5"
+    ):
+        fs.convert.to_keras(opt.state_dict(), optimizer="AdamW")
+    opt.param_groups[1]["lr"] = 0.1
+    assert fs.convert.to_keras(opt.state_dict(), optimizer="AdamW")["1"] == np.float32(0.1)
+    opt = fs.conventions.paddle.AdamW(params, groups=[group])
+    opt.step(grads)
+    found = fs.convert.to_paddle(opt.state_dict(), optimizer="AdamW")
+    assert found["b_beta1_pow_acc_0"] == np.float32(0.9) * np.float32(0.9)
+
+
+@pytest.mark.parametrize("name", [name for name in fs.convert.__all__ if name.startswith("to_")])
+def test_what_is_no_checkpoint_is_refused(name):
+    rest = [None] if name == "to_optax" else []
+    with pytest.raises(TypeError, match="state_dict must be a dict, got int"):
+        getattr(fs.convert, name)(3, *rest, optimizer="Adam")
+
+
 # -- optax -----------------------------------------------------------------------------------------
 
 
@@ -727,6 +751,14 @@ def run(capsys, *words):
     said = capsys.readouterr()
     assert all(len(line) <= 80 for line in said.out.splitlines())
     return status, said.out + said.err
+
+
+def test_keras_configuration_with_an_unknown_key_is_refused():
+    config = {"class_name": "Adam", "config": {"beta_3": 0.8}}
+    with pytest.raises(TypeError, match="beta_3 must be an argument of Keras' Adam: "):
+        fs.convert.from_keras(adam(), {"w": W}, optimizer=config)
+    with pytest.raises(TypeError, match=r"source must be a path, .* got NoneType"):
+        fs.convert.from_keras(None, {"w": W}, optimizer="Adam")
 
 
 def test_command_tells_and_writes(capsys, tmp_path):

@@ -478,9 +478,21 @@ def their_arguments(one: Any, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def equal_of(
-    library: str, optimizer: str, state_dict: Any, name: str | None = None
+    library: str,
+    optimizer: str,
+    state_dict: Any,
+    name: str | None = None,
+    of_group: Sequence[str] | None = (),
 ) -> tuple[str, dict[str, Any]]:
     """The library's optimizer, and its arguments, whose equation a checkpoint has.
+
+    Args:
+        library: of `fusedstep.conventions`.
+        optimizer: the name of our class.
+        state_dict: of ours.
+        name: the library's optimizer, if it must be that one.
+        of_group: arguments that the library has by group, None for all; others must be the same in
+            all groups, but for weight decay, which may be masked in some.
 
     Raises:
         ValueError: none has; the message has what differs from the nearest.
@@ -509,12 +521,31 @@ def equal_of(
             }
         else:
             if not differing:
-                return label, their_arguments(one, groups[0])
+                return label, _agreed_arguments(library, one, groups, of_group)
             why = f"{library}.{label} has {', '.join(differing.values())}"
             if nearest is None or len(differing) < nearest[0]:
                 nearest = len(differing), why
     found = nearest[1] if nearest else f"it has no {optimizer}"
     raise ValueError(f"state_dict must be of an equation that {library} has: {found}")
+
+
+def _agreed_arguments(
+    library: str, one: Any, groups: Sequence[Mapping[str, Any]], of_group: Sequence[str] | None
+) -> dict[str, Any]:
+    """The arguments of all groups; ValueError where they differ."""
+    every = [their_arguments(one, own) for own in groups]
+    if of_group is None:
+        return every[0]
+    for name, value in every[0].items():
+        for k, arguments in enumerate(every):
+            other = arguments[name]
+            masked = name == "weight_decay" and not (other and value)
+            if other != value and not masked and name not in of_group:
+                raise ValueError(
+                    f"state_dict['param_groups'][{k}] must have {name}={value!r} as the first, got"
+                    f" {other!r}: {library} has no groups, so convert each by itself"
+                )
+    return every[0]
 
 
 # Adam with decoupled decay is AdamW.
@@ -530,6 +561,7 @@ def _made(one: Any, group: Mapping[str, Any]) -> Ours | None:
 
 def optimizer_of(state_dict: Any, optimizer: str | None) -> str:
     """The class of ours that a checkpoint is of: as it says, or as the caller does."""
+    _checkpoint.parts(state_dict)  # or its error
     found = optimizer or getattr(state_dict, "optimizer", None)
     if found is None:
         raise TypeError("optimizer must name our class, as 'AdamW': a state_dict does not say it")

@@ -116,7 +116,7 @@ def to_bitsandbytes(state_dict: Any, *, optimizer: str | None = None) -> dict[st
     groups = [{**usual, **own} for own in state_dict["param_groups"]]
     # Where decay stands is the device's matter.
     alike = {"param_groups": [{**own, "decay_after": False} for own in groups]}
-    name, _ = _common.equal_of("bitsandbytes", mine, alike)
+    name, _ = _common.equal_of("bitsandbytes", mine, alike, of_group=None)
     one, (keys, first) = _common.convention("bitsandbytes", name), _KEPT[name]
     layout = []
     for k, (own, said) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):

@@ -40,6 +40,7 @@ _RUNS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 _BEFORE = (("use_ema", ("ema",)), ("gradient_accumulation_steps", ("accumulated",)))
 # Configuration of what surrounds the update: what `step` takes, and what no step of ours does.
 _AT_STEP = {"global_clipnorm": "max_norm", "clipvalue": "clip_value"}
+_IDLE = ("name", "loss_scale_factor")  # of a configuration, which change no state
 _NOT_OURS = {
     "clipnorm": "which clips each variable by itself: clip gradients before the step",
     "ema_overwrite_frequency": "which puts the average in the variables' place now and then",
@@ -97,8 +98,8 @@ def from_keras(
     one = _common.convention("keras", name)
     usual = _common.arguments(one)
     known = {*usual, *_AT_STEP, *_NOT_OURS, *(key for key, _ in _BEFORE), "ema_momentum"}
-    for key in arguments:
-        if key not in known:
+    for key, value in {**dict.fromkeys(arguments), **given}.items():
+        if key not in known and (key in arguments or (key not in _IDLE and value is not None)):
             raise TypeError(
                 f"{key} must be an argument of Keras' {name}: {', '.join(sorted(known))}"
             )
@@ -186,6 +187,9 @@ def _opened(source: Any) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
     if isinstance(source, Mapping):  # a group of h5py is one
         yield getattr(source, "filename", None) or "source", _store("source", source), None
         return
+    if not isinstance(source, str | bytes | os.PathLike):
+        kind = type(source).__name__
+        raise TypeError(f"source must be a path, an h5py.File or a dict of variables, got {kind}")
     path = os.fsdecode(source)
     label = os.path.basename(path)
     h5py = _h5py()

@@ -178,7 +178,9 @@ def to_paddle(
         TypeError, ValueError: a state or a name is missing, or Paddle has no such equation.
     """
     mine = _common.optimizer_of(state_dict, optimizer)
-    name, config = _common.equal_of("paddle", mine, state_dict)
+    name, config = _common.equal_of(
+        "paddle", mine, state_dict, None, ("learning_rate", "weight_decay")
+    )
     entries, names = _common.ordered(state_dict), _common.names_of(state_dict)
     if params is not None:
         listed = [one.name for _, one in _common.leaves(params)]
