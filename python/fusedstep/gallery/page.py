@@ -29,6 +29,7 @@ nav li { break-inside: avoid; margin-bottom: .3rem; }
 section { border-top: 1px solid var(--line); margin-top: 2.5rem; padding-top: 1.8rem; }
 figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; background: #fff;
   border-radius: 6px; } figcaption { margin-top: .6rem; }
+@media (max-width: 40rem) { figure a { display: block; overflow-x: auto; } img { width: 46rem; } }
 .equation, .highlight { background: var(--panel); border-radius: 6px; }
 .equation { padding: .5rem .9rem; font-family: ui-monospace, monospace; font-size: .9rem;
   overflow-wrap: anywhere; }
