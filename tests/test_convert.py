@@ -11,6 +11,7 @@ import pytest
 import fusedstep as fs
 from fusedstep.__main__ import main
 from fusedstep._arrays import as_dtype
+from fusedstep.convert import _common
 from optional import optional
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "checkpoints"
@@ -215,7 +216,7 @@ def test_keras_file_has_what_the_variables_have(library, case):
             found = fs.convert.from_keras(path, shapes, momentum=0.8)
         assert found.assumed == {"nesterov": False, "weight_decay": None}
         found = fs.convert.from_keras(path, shapes, optimizer="SGD", **case["arguments"])
-    assert not found.assumed
+    assert found.assumed == ({} if path.suffix == ".keras" else {"nesterov": False})
     assert found["param_groups"] == expected["param_groups"]
     assert found["step"] == expected["step"] == 10
     for i, state in expected["state"].items():
@@ -400,14 +401,144 @@ def test_flat_states_say_what_was_assumed():
         assert fs.convert.from_mlx({**MLX, "w": {"m": W}}).theirs == "Lion"
 
 
-@pytest.mark.parametrize("steps", [1, 3, 700, 60_000])
+# What each converter fills in for a caller who names the class and one argument.
+ASSUMED = {
+    "bitsandbytes": {"decay_after": False},
+    "deepspeed": {"maximize": False},
+    "keras": {"beta_2": 0.999, "epsilon": 1e-7, "amsgrad": False, "weight_decay": None},
+    "mlx": {"betas": (0.9, 0.999), "eps": 1e-8},
+    "optax": {"b2": 0.999, "eps": 1e-8, "eps_root": 0.0, "nesterov": False},
+    "paddle": {"beta2": 0.999, "epsilon": 1e-8, "weight_decay": None},
+    "tinygrad": {"b2": 0.999, "eps": 1e-8},
+    "torch": {"weight_decay": 0.0, "maximize": False},
+}
+
+
+@pytest.mark.parametrize("library", CONVERT)
+def test_arguments_that_nobody_said_are_told_by_every_converter(library):
+    flat = {"count": 3, "mu": {"w": W}, "nu": {"w": W}}
+    source, how = {
+        "bitsandbytes": (FOLDER / "bitsandbytes" / "Adam.pt", {}),
+        "deepspeed": (FOLDER / "deepspeed" / "zero2of3", {}),
+        "keras": (adam(), {"beta_1": 0.8}),
+        "mlx": (MLX, {"bias_correction": True}),
+        "optax": (flat, {"b1": 0.8}),
+        "paddle": (PADDLE, {"beta1": 0.9}),
+        "tinygrad": (TINYGRAD, {"b1": 0.9}),
+        "torch": (plain(), {}),
+    }[library]
+    if library in ("bitsandbytes", "deepspeed"):
+        optional("torch")
+    how["optimizer"] = "AdamW" if library == "deepspeed" else "adam" if flat is source else "Adam"
+    found = getattr(fs.convert, f"from_{library}")(source, **how)  # without a warning: it is named
+    assert found.assumed == ASSUMED[library]
+    if library == "bitsandbytes":
+        assert fs.convert.from_bitsandbytes(source, decay_after=False).assumed == {}
+        assert fs.convert.from_bitsandbytes(source, decay_after=True).assumed == {}
+
+
+def test_optax_and_keras_say_what_was_assumed():
+    with pytest.warns(UserWarning, match=r"state does not say b1=0.9, b2=0.99, .*: optax' defaul"):
+        found = fs.convert.from_optax({"count": 3, "m": 0, "mu": {"w": W}}, None, None)
+    assert found.theirs == "lion"
+    assert found.assumed == {"b1": 0.9, "b2": 0.99, "weight_decay": 1e-3}
+    averaged = {**adam(), "4": W}
+    found = fs.convert.from_keras(averaged, optimizer="Adam", use_ema=True)
+    assert found.assumed["ema_momentum"] == found.at_step["ema"] == 0.99
+    found = fs.convert.from_keras(averaged, optimizer="Adam", use_ema=True, ema_momentum=0.5)
+    assert "ema_momentum" not in found.assumed
+    assert found.at_step["ema"] == 0.5
+
+
+RMSPROP = {"w_mean_square_0": W, "w_momentum_0": W, "w_mean_grad_0": 0 * W}
+ASGD = {"w_d_0": W, "w_y_0": W[None], "w_m_0": np.array([3])}
+
+
+@pytest.mark.parametrize(
+    ("library", "state", "buffer", "how", "message"),
+    [
+        ("mlx", {**MLX, "w": {"v": 0 * W}}, ("w", {"v": W}), {"optimizer": "SGD"},
+         "w.v must be 0 of SGD without momentum, which has no use for it, got 1.0"),
+        ("paddle", RMSPROP, ("w_mean_grad_0", W), {"optimizer": "RMSProp", "step": 3},
+         "mean_grad of w must be 0 of RMSProp, not centered, which has no use for it, got 1.0"),
+        ("paddle", ASGD, ("w_y_0", np.stack([W, W])), {"optimizer": "ASGD"},
+         "y of w must be the gradient of one batch, as d, got 2 of other values"),
+        ("paddle", ASGD, ("w_y_0", 2 * W[None]), {"optimizer": "ASGD"},
+         "y of w must be the gradient of one batch, as d, got 1 of other values"),
+        ("optax", [{"trace": {"w": W}}, {"ema": {"w": 0 * W}}], 1, {"optimizer": "sgd"},
+         r"1.ema.w must be 0 of sgd, which has no use for it, got 1.0"),
+        ("optax", {"mini_step": 0, "gradient_step": 4, "acc_grads": [0 * W], "inner": {"trace": W}},
+         ("acc_grads", [W]), {"optimizer": "sgd"}, "acc_grads.0 must be 0 of sgd, which"),
+        ("tinygrad", {**TINYGRAD, "grad": 0 * W}, ("grad", W), {"optimizer": "Adam"},
+         "grad must be 0 of Adam, which has no use for it, got 1.0"),
+    ],
+)  # fmt: skip
+def test_buffer_of_other_arguments_is_refused(library, state, buffer, how, message):
+    convert = getattr(fs.convert, f"from_{library}")
+    if library == "optax":
+        how = {**how, "momentum": 0.9, "step": 4}
+    params = [W] if "acc_grads" in state or library in ("paddle", "tinygrad") else {"w": W}
+    found = convert(state, params, **how)
+    assert found.step in (3, 4)
+    if isinstance(buffer, int):
+        state = [state[0], {"ema": {"w": W}}]
+    else:
+        state = {**state, buffer[0]: buffer[1]}
+    with pytest.raises(ValueError, match=message):
+        convert(state, params, **how)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 700, 60_000, 65_535, 65_536, 87_292])
 def test_powers_are_counted_to_the_step(steps):
-    # As Paddle multiplies them up, in float32; logarithms are off by whole steps after 38,000.
+    # As Paddle multiplies them up, in float32; logarithms are off by whole steps from 38,539 on.
     value = {1: np.float32(1), 2: np.float32(1)}
     for _ in range(steps + 1):
         value = {1: value[1] * np.float32(0.9), 2: value[2] * np.float32(0.999)}
     state = PADDLE | {f"w_0_beta{k}_pow_acc_0": value[k].reshape(1) for k in (1, 2)}
     assert fs.convert.from_paddle(state, [W], "Adam").step == steps
+
+
+def test_powers_that_are_not_normal_say_nothing():
+    power = np.multiply.accumulate(np.full(100_000, 0.999, np.float32))
+    first = int((power < np.finfo(np.float32).tiny).argmax())  # one power more than updates
+    assert first == 87_293
+    for vanished in (first, 99_999):
+        state = PADDLE | {f"w_0_beta{k}_pow_acc_0": power[[vanished]] for k in (1, 2)}
+        with pytest.raises(ValueError, match=r"step must be given: .*beta2_pow_acc no longer say"):
+            fs.convert.from_paddle(state, [W], "Adam")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
+def test_powers_and_counts_are_each_other_s(beta, dtype):
+    dtype = as_dtype(dtype)
+    value, n = dtype.type(1), 0
+    least = 2.0**-14 if dtype.name == "float16" else 2.0**-126
+    while value >= least:
+        assert _common.power_to(beta, n, dtype) == value
+        assert _common.power_of("a", np.array(value), "beta", beta, None) == n
+        value, n = dtype.type(value * dtype.type(beta)), n + 1
+    assert n > 10
+
+
+def test_forged_powers_and_counts_take_no_memory():
+    beta = 1 - 1e-7
+    state = TINYGRAD | {"b1_t": np.zeros(1, np.float32), "b2_t": np.float32([0.01])}
+    message = r"step must be given: .*b2_t must be a power of b2=0.9999999 of at most 16777216 upda"
+    with pytest.raises(ValueError, match=message):
+        fs.convert.from_tinygrad(state, None, "Adam", b2=beta)
+    found = fs.convert.from_tinygrad(state, None, "Adam", b2=beta, step=10**8)
+    assert found.step == 10**8
+    with pytest.raises(ValueError, match=r"step must be at most 16777216 .* 0.9999999, got 10000"):
+        fs.convert.to_tinygrad(found)
+    found["param_groups"][0]["betas"] = (0.9, 0.999)
+    found["step"] = 10**12  # from where powers no longer change, each is the last
+    for entry in found["state"].values():
+        entry["step"] = 10**12
+    back = fs.convert.to_tinygrad(found)
+    power = np.multiply.accumulate(np.full(100_000, 0.999, np.float32))
+    assert back["b2_t"].shape == (1,)
+    assert back["b2_t"][0] == power[-1] > 0
 
 
 def test_powers_that_have_vanished_say_nothing():
@@ -802,8 +933,15 @@ def test_command_says_what_it_assumes(capsys, tmp_path):
     status, said = run(capsys, path, "--set", "momentum=0.8")
     assert status == 0
     assert "assumed     nesterov=False, weight_decay=None; --set NAME=VALUE says others" in said
-    status, said = run(capsys, path, "--optimizer", "SGD", "--set", "momentum=0.8")
-    assert "assumed" not in said
+    named = ["--optimizer", "SGD", "--set", "momentum=0.8"]
+    assert run(capsys, path, *named)[1] == said  # who names the class may still leave some out
+    every = ["--set", "nesterov=False", "--set", "weight_decay=None"]
+    assert "assumed" not in run(capsys, path, *named, *every)[1]
+    torch = optional("torch")
+    state = plain(entry={key: torch.ones(3) for key in ("exp_avg", "exp_avg_sq")})
+    torch.save(state, tmp_path / "a.pt")
+    _, said = run(capsys, tmp_path / "a.pt")
+    assert "assumed     weight_decay=0.0, maximize=False\n" in said  # and nothing sets them
 
 
 @pytest.mark.parametrize(

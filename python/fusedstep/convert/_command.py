@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import textwrap
 import warnings
@@ -115,7 +116,12 @@ def told(path: str, state: Converted) -> Iterator[str]:
     if state.masters:
         yield from line("masters", f"{len(state.masters)} parameters in float32")
     if state.assumed:
-        yield from line("assumed", f"{options(state.assumed)}; --set NAME=VALUE says others")
+        taken = inspect.signature(getattr(convert, f"from_{state.library}")).parameters.values()
+        names = [one.name for one in taken]
+        any_name = any(one.kind is one.VAR_KEYWORD for one in taken)
+        may_be_said = any_name or any(name in names for name in state.assumed)
+        hint = "; --set NAME=VALUE says others" if may_be_said else ""
+        yield from line("assumed", f"{options(state.assumed)}{hint}")
 
 
 def options(values: Mapping[str, Any]) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Converted(dict[str, Any]):
             `clip_value`, `ema`.
         masters: the parameters themselves, where the optimizer's checkpoint has them, as in float32
             beside narrower ones; by name, or by number.
-        assumed: the library's arguments that neither the checkpoint nor the caller said, with its
+        assumed: the arguments that neither the checkpoint nor the caller said, with the library's
             defaults, which were taken.
     """
 
@@ -289,36 +289,88 @@ def gathered(
     return states
 
 
-def powers_to(beta: float, dtype: Any, n: int) -> NDArray[Any]:
-    """`beta`, `beta**2`, ... `beta**n`, each the product of the one before, rounded to `dtype`."""
-    return np.multiply.accumulate(np.full(n, beta, dtype), dtype=dtype)
+_MOST = 2**24  # powers that are multiplied up: a tenth of a second
+_BLOCK = 2**8, 2**16  # of which the first and the largest array of them is
+_NORMAL = {"float16": 2.0**-14}  # below it roundings are coarse, and some machines have 0
 
 
-def power_of(label: str, value: Any, name: str, beta: float) -> int | None:
-    """The n of a `beta**n` that was multiplied up step by step; None where it says nothing.
+def _powers(beta: float, dtype: Any) -> Iterator[NDArray[Any]]:
+    """`beta`, `beta**2`, ... in blocks, each the product of the one before, rounded to `dtype`."""
+    last, size, rest = np.ones((), dtype), _BLOCK[0], _MOST
+    while rest:
+        block = np.full(min(size, rest), beta, dtype)
+        block[0] *= last
+        np.multiply.accumulate(block, dtype=block.dtype, out=block)
+        yield block
+        last, rest = block[-1], rest - block.size
+        size = min(2 * size, _BLOCK[1])
 
-    Errors of the roundings add up, to whole steps after some 10,000; done again they are the same.
+
+@functools.lru_cache(maxsize=64)
+def power_to(beta: float, n: int, dtype: Any) -> Any:
+    """`beta**n` as an optimizer has it that multiplies it up step by step, rounded to `dtype`.
 
     Raises:
-        ValueError: it is no power of `beta`.
+        ValueError: after the most products that are made it still changes, and n is more.
+    """
+    if n == 0:
+        return np.ones((), dtype)[()]
+    rest = n
+    for block in _powers(beta, dtype):
+        if rest <= block.size:
+            return block[rest - 1]
+        if block[-1] == block[-2]:  # as it does from here on
+            return block[-1]
+        rest -= block.size
+    raise ValueError(f"step must be at most {_MOST} for powers of {beta!r}, got {n}")
+
+
+def power_of(label: str, value: Any, name: str, beta: float, step: int | None) -> int | None:
+    """The n of a `beta**n` that was multiplied up step by step; None where it says nothing.
+
+    Errors of the roundings add up, to whole steps of a logarithm; done again they are the same. As
+    far as numbers are normal each product is less than the one before, so that n is the only one.
+
+    Raises:
+        ValueError: it is no power of `beta`, or one of more products than are made, where the
+            caller has not said `step`.
     """
     given = values(label, value).reshape(-1)[0]
     known = float(given)
-    if not 0 < given.dtype.type(beta) < 1 or not 1e-30 < known <= 1:  # constant, or vanished
+    least = _NORMAL.get(given.dtype.name, 2.0**-126)
+    if not 0 < given.dtype.type(beta) < 1 or not least <= known <= 1:  # constant, or vanished
         return None
-    if known == 1:
-        return 0
-    near = math.log(known) / math.log(beta)
-    if near > 2**24:
-        return None
-    for one in (beta, float(np.float32(beta))):  # which some take in a float64 run too
-        powers = powers_to(one, given.dtype, int(1.1 * near) + 8)
-        n = int(np.abs(powers - given).argmin())
-        if abs(float(powers[n]) / known - 1) <= 2.0**-20:
-            return n + 1
-    raise ValueError(
-        f"{label} must be a power of {name}={beta!r}, got {known!r}: was {name} another?"
-    )
+    found = 0 if known == 1 else _counted(known, beta, given.dtype)
+    if found is None and step is None:
+        raise ValueError(
+            f"step must be given: {label} must be a power of {name}={beta!r} of at most {_MOST}"
+            f" updates to be counted, got {known!r}"
+        )
+    if found == -1:
+        raise ValueError(
+            f"{label} must be a power of {name}={beta!r}, got {known!r}: was {name} another?"
+        )
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(known: float, beta: float, dtype: Any) -> int | None:
+    """The n of the power `known`; -1 where it is between two, None where it is beyond all."""
+    is_beyond = True
+    for one in dict.fromkeys((beta, float(np.float32(beta)))):  # which some take in float64 too
+        before, n = dtype.type(1), 0
+        for block in _powers(one, dtype):
+            if block[-1] > known:
+                before, n = block[-1], n + block.size
+                continue
+            is_beyond = False
+            at = int(np.searchsorted(-block, -known))  # the first that is no larger
+            near = [(n + at, block[at - 1] if at else before), (n + at + 1, block[at])]
+            for count, power in near:
+                if abs(float(power) / known - 1) <= 2.0**-20:
+                    return count
+            break
+    return None if is_beyond else -1
 
 
 def agreed(source: str, counts: Mapping[str, int | None], step: int | None) -> int:
@@ -337,14 +389,31 @@ def agreed(source: str, counts: Mapping[str, int | None], step: int | None) -> i
 
 
 def unsaid(
-    source: str, whose: str, usual: Mapping[str, Any], given: Mapping[str, Any]
+    source: str, whose: str, usual: Mapping[str, Any], given: Mapping[str, Any], *, is_named: bool
 ) -> dict[str, Any]:
-    """The arguments that nobody said, with the library's defaults, of which it warns."""
+    """The arguments that nobody said, with the library's defaults.
+
+    It warns of them where nobody named the optimizer either: who does knows whose defaults are
+    meant.
+    """
     assumed = {k: v for k, v in usual.items() if k not in (*given, "learning_rate", "lr")}
-    if assumed:
+    if assumed and not is_named:
         told = ", ".join(f"{key}={value!r}" for key, value in assumed.items())
         warnings.warn(f"{source} does not say {told}: {whose} defaults", stacklevel=3)
     return assumed
+
+
+def check_unused(label: str, value: Any, whom: str) -> None:
+    """Raises ValueError for a buffer of which an optimizer makes nothing, unless it is all 0.
+
+    One that another argument would use is the sign of a wrong argument.
+    """
+    found = values(label, value)
+    if (found != 0).any():
+        raise ValueError(
+            f"{label} must be 0 of {whom}, which has no use for it, got {found[found != 0][0]}: was"
+            " it of other arguments?"
+        )
 
 
 def spec_of(optimizer: str) -> Spec:

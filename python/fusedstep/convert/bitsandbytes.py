@@ -40,8 +40,9 @@ _WRAPPED = "__bnb_optimizer_quant_state__"  # a dict with all else of a paramete
 
 
 def from_bitsandbytes(
-    source: Any, params: Any = None, optimizer: str | None = None, *, decay_after: bool = False
-) -> Converted:
+    source: Any, params: Any = None, optimizer: str | None = None, *,
+    decay_after: bool | None = None,
+) -> Converted:  # fmt: skip
     """The state_dict of a bitsandbytes optimizer, states of 8 bits as the float32 they stand for.
 
     Args:
@@ -53,7 +54,8 @@ def from_bitsandbytes(
         optimizer: the class's name, as "Lion" or "PagedAdamW8bit" (default None: AdamW, or Adam,
             which is the same there, and the only one with two states).
         decay_after: of Adam and AdamW, whether decay comes after the update, as on CUDA devices,
-            or before, as on others (default False). A state_dict does not say where it was.
+            or before, as on others (default None: before, which `result.assumed` says). A
+            state_dict does not say where it was.
 
     Returns:
         The state_dict for `fs.<result.optimizer>`. Options that bitsandbytes takes and ignores are
@@ -91,6 +93,10 @@ def from_bitsandbytes(
     plain = {"state": states, "param_groups": layout}
     result = _torch.from_torch(plain, params, ours, step=steps)
     result.library, result.theirs = "bitsandbytes", name
+    asked = {"decay_after": False} if len(_KEPT[name][0]) == 2 else {}
+    said = {} if decay_after is None else {"decay_after": decay_after}
+    # All that a group has not, the library ignores.
+    result.assumed = _common.unsaid("source", "bitsandbytes'", asked, said, is_named=True)
     return result
 
 

@@ -71,7 +71,7 @@ def from_deepspeed(
     Returns:
         The state_dict for `fs.<result.optimizer>`, with names, in the order of the optimizer's
         groups. `masters` has the parameters in float32 that the engine keeps, by name, and
-        `at_step` has `max_norm` where the engine clips.
+        `at_step` has `max_norm` where the engine clips; `assumed` has what the files do not say.
 
     Raises:
         TypeError, ValueError: a file is missing, cut short, of ZeRO 3, of experts or of model
@@ -111,10 +111,10 @@ def from_deepspeed(
     else:
         layout = _unpartitioned(label, model)
         key, usual = _CLIPPING
+        assumed = _common.unsaid(label, "DeepSpeed's", {key: usual}, config, is_named=True)
         clip = config.get(key, usual)
-        assumed = {} if key in config else {key: clip}
     result = _torch.from_torch(layout, params, optimizer, step=_steps(model))
-    result.library, result.assumed = "deepspeed", assumed
+    result.library, result.assumed = "deepspeed", {**result.assumed, **assumed}
     if clip:
         result.at_step["max_norm"] = float(clip)
     return result

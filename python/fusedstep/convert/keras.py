@@ -74,8 +74,8 @@ def from_keras(
         ModuleNotFoundError: h5py is missing.
 
     Warns:
-        UserWarning: the file does not say the arguments, and nor does the caller; defaults are
-            taken. `result.assumed` has them.
+        UserWarning: neither the file nor `optimizer` says the arguments, and `arguments` leave some
+            out; defaults are taken. `result.assumed` has them in any case.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -109,7 +109,8 @@ def from_keras(
     config = {**usual, **given}
     runs = [run for key, run in (*_BEFORE, *_RUNS[name]) if not key or config.get(key)]
     states, rest = _states(label, name, variables, runs, wanted, has_rate)
-    assumed = {} if is_known else _common.unsaid(label, "Keras'", usual, given)
+    filled = {**usual, **({"ema_momentum": 0.99} if config.get("use_ema") else {})}
+    assumed = _common.unsaid(label, "Keras'", filled, given, is_named=is_known)
     steps = _common.count(f"{label}: iteration", variables[0])
     every = int(config.get("gradient_accumulation_steps") or 1)
     for i, state in states.items():
@@ -127,7 +128,7 @@ def from_keras(
     ours = _common.called(one, {key: config[key] for key in usual})
     at_step = {mine: config[key] for key, mine in _AT_STEP.items() if config.get(key)}
     if config.get("use_ema"):
-        at_step["ema"] = config.get("ema_momentum", 0.99)
+        at_step["ema"] = config.get("ema_momentum", filled["ema_momentum"])
     members = range(len(states))
     return _common.converted(
         "keras",

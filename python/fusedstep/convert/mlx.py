@@ -52,7 +52,7 @@ def from_mlx(
 
     Warns:
         UserWarning: neither `optimizer` nor `arguments` say what MLX has defaults for, which are
-            taken. `result.assumed` has them.
+            taken. `result.assumed` has them in any case.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -85,19 +85,19 @@ def from_mlx(
         raise ValueError(f"{label} must have {', '.join(kept)} of {name}, got {', '.join(trees)}")
     one = _common.convention("mlx", name)
     given = {"learning_rate": _common.short(_common.values("learning_rate", rate)), **arguments}
-    if not optimizer:
-        assumed = _common.unsaid(label, "MLX'", _common.arguments(one), given)
+    usual = _common.arguments(one)
+    assumed = _common.unsaid(label, "MLX'", usual, given, is_named=bool(optimizer))
     order = _common.paths_of(label, trees, wanted)
     states = _common.gathered(label, trees, kept, order, wanted)
     ours = _common.called(one, given)
     if ours.name == "SGD" and not ours.hypers["momentum"]:
+        for path in order if trees else ():
+            _common.check_unused(f"{label}: {path}.v", trees["v"][path], "SGD without momentum")
         states = {}
     if wanted is None or wanted.names is None:
         wanted = _common.Wanted(order, [()] * len(order))
     groups = [_common.group(ours, range(len(order)), wanted)]
-    return _common.converted(
-        "mlx", name, ours.name, groups, states, steps, assumed=None if optimizer else assumed
-    )
+    return _common.converted("mlx", name, ours.name, groups, states, steps, assumed=assumed)
 
 
 def to_mlx(state_dict: Any, *, optimizer: str | None = None) -> dict[str, Any]:

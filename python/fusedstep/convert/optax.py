@@ -62,7 +62,12 @@ def from_optax(
 
     Raises:
         TypeError, ValueError: the state is of another optimizer or arguments, of other parameters,
-            of several optimizers, or between two updates of `MultiSteps`.
+            of several optimizers, of something beside the optimizer that keeps arrays, as `ema`
+            does, or between two updates of `MultiSteps`.
+
+    Warns:
+        UserWarning: neither `optimizer` nor `arguments` say what optax has defaults for, which are
+            taken. `result.assumed` has them in any case.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -92,7 +97,9 @@ def from_optax(
     one = _common.convention("optax", name)
     said = {key: _common.short(value) for _, node in nodes for key, value in _injected(node)}
     given = {**{k: v for k, v in said.items() if k in _common.arguments(one)}, **arguments}
-    config = {**_common.arguments(one), **given}
+    usual = _common.arguments(one)
+    assumed = _common.unsaid("state", "optax'", usual, given, is_named=bool(optimizer))
+    config = {**usual, **given}
     kept = {k: mine for k, mine in _KEPT[name][1].items() if _is_there(name, k, config)}
     if kept.keys() != found.keys():
         told = ", ".join(f"{k}={config[k]!r}" for (n, _), k in _OPTIONAL.items() if n == name)
@@ -103,6 +110,8 @@ def from_optax(
     for kind, node in nodes:
         if kind and kept.keys() & node.keys() - {"trace"} and not kind.startswith(_KEPT[name][0]):
             raise ValueError(f"state must have a {_KEPT[name][0]} of {name}, got {kind}")
+    for path, leaf in _unread(state):
+        _common.check_unused(f"state: {path}", leaf, name)
     counts = [node["count"] for _, node in nodes if "count" in node]
     if step is None and not counts:
         raise ValueError(f"step must be given: this state of {name} has no count")
@@ -121,7 +130,7 @@ def from_optax(
         for entry in states.values():
             entry["mu_product"] = ours.hypers["betas"][0] ** steps
     groups = [_common.group(ours, range(len(order)), wanted)]
-    return _common.converted("optax", name, ours.name, groups, states, steps)
+    return _common.converted("optax", name, ours.name, groups, states, steps, assumed=assumed)
 
 
 def to_optax(state_dict: Any, like: Any, *, optimizer: str | None = None) -> Any:
@@ -225,6 +234,23 @@ def _nodes(tree: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for one in inner:  # before a wrapper's own count, which also has those of skipped updates
         yield from _nodes(one)
     yield "" if isinstance(tree, Mapping) else type(tree).__name__, node
+
+
+def _unread(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The arrays of floats, by path, that are in no field of an optimizer's: of what is beside it.
+
+    Single numbers are none of them, as of what logs and of what scales rates.
+    """
+    node = _fields(tree)
+    if node is None and isinstance(tree, list | tuple):
+        node = {str(i): one for i, one in enumerate(tree)}
+    if node is not None:
+        known = (*_FIELDS, *(name for name in _LEAVES if name != "acc_grads"))
+        for key, one in node.items():
+            if key not in known:
+                yield from _unread(one, f"{path}.{key}" if path else key)
+    elif getattr(tree, "ndim", 0) and "float" in str(getattr(tree, "dtype", "")):
+        yield path, tree
 
 
 def _is_there(name: str, field: str, config: Mapping[str, Any]) -> bool:

@@ -94,7 +94,7 @@ def from_paddle(
 
     Warns:
         UserWarning: neither `optimizer` nor `arguments` say what Paddle has defaults for, which are
-            taken. `result.assumed` has them.
+            taken. `result.assumed` has them in any case.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -134,14 +134,15 @@ def from_paddle(
         if bool(given["amsgrad"]) != (_AMSGRAD in trees):
             raise ValueError(f"amsgrad must be {_AMSGRAD in trees}, as {label} has it, got"
                              f" {given['amsgrad']!r}")  # fmt: skip
-    assumed = {} if optimizer else _common.unsaid(label, "Paddle's", usual, given)
+    assumed = _common.unsaid(label, "Paddle's", usual, given, is_named=bool(optimizer))
     config = {**usual, **given}
     order, wanted = _ordered(label, trees, wanted, theirs)
     counts = {
-        f"{path}'s {field}": _counted(label, trees[field][path], beta, config[beta], more)
+        f"{path}'s {field}": _counted(label, trees[field][path], beta, config[beta], step, more)
         for field, (beta, more) in _POWERS.get(name, {}).items()
         for path in order
     }
+    _check_unused(label, name, trees, config)
     if name == "ASGD":
         counts = {f"{path}'s m": _common.count("m", trees["m"][path]) for path in order}
     steps = _common.agreed(label, counts, step)
@@ -201,10 +202,10 @@ def to_paddle(
         if not config.get("amsgrad"):
             arrays.pop(_AMSGRAD, None)
         for field, (beta, more) in _POWERS.get(name, {}).items():
-            power = _power(config[beta], steps + more, alike.dtype)
+            power = _common.power_to(config[beta], steps + more, alike.dtype)
             arrays[field] = np.full(1 if more else alike.shape, power, alike.dtype)
         if name == "NAdam":
-            decay = _power(0.96, steps, alike.dtype)
+            decay = _common.power_to(0.96, steps, alike.dtype)
             arrays["momentum_decay_pow"] = np.full(alike.shape, decay, alike.dtype)
             arrays["mu_product"] = np.full(alike.shape, state["mu_product"], alike.dtype)
         elif name == "RAdam":
@@ -215,13 +216,31 @@ def to_paddle(
     return found
 
 
-def _power(beta: float, n: int, dtype: Any) -> Any:
-    return _common.powers_to(beta, dtype, n)[-1] if n else 1.0
-
-
-def _counted(label: str, value: Any, beta: str, number: float, more: int) -> int | None:
-    n = _common.power_of(label, value, beta, number)
+def _counted(
+    label: str, value: Any, beta: str, number: float, step: int | None, more: int
+) -> int | None:
+    n = _common.power_of(label, value, beta, number, step)
     return None if n is None else n - more
+
+
+def _check_unused(
+    label: str, name: str, trees: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a state of which the arguments make nothing, and others would.
+
+    NOTE: RMSProp's `momentum` is none of them: without momentum it is the last step.
+    """
+    if name == "RMSProp" and not config["centered"]:
+        for path, one in trees["mean_grad"].items():
+            _common.check_unused(f"{label}: mean_grad of {path}", one, "RMSProp, not centered")
+    if name == "ASGD":  # whose sum `d` of the batches' last gradients, `y`, is that of the one
+        for path, one in trees["d"].items():
+            total, y = _common.values(label, one), _common.values(label, trees["y"].get(path))
+            if y.shape != (1, *total.shape) or not np.array_equal(y[0], total, equal_nan=True):
+                raise ValueError(
+                    f"{label}: y of {path} must be the gradient of one batch, as d, got"
+                    f" {len(y)} of other values: was batch_num another?"
+                )
 
 
 def _is_there(field: str, config: Mapping[str, Any]) -> bool:

@@ -50,7 +50,7 @@ def from_tinygrad(
 
     Warns:
         UserWarning: neither `optimizer` nor `arguments` say what tinygrad has defaults for, which
-            are taken. `result.assumed` has them.
+            are taken. `result.assumed` has them in any case.
 
     Example:
         >>> import numpy as np, fusedstep as fs
@@ -84,15 +84,14 @@ def from_tinygrad(
     kept = _KEPT[name] if name != "SGD" or trees else {}
     if trees.keys() != kept.keys():
         raise ValueError(f"{label} must have {', '.join(kept)} of {name}, got {', '.join(trees)}")
-    one = _common.convention("tinygrad", name)
+    convention = _common.convention("tinygrad", name)
     given = {"lr": _common.short(_common.values("lr", found["lr"])), **arguments}
-    config = {**_common.arguments(one), **given}
+    usual = _common.arguments(convention)
+    config = {**usual, **given}
     if name == "SGD" and bool(config["momentum"]) != bool(kept):
         has = "b" if kept else "no b"
         raise ValueError(f"{label} must be of SGD with momentum={config['momentum']}, got {has}")
-    assumed = {}
-    if not optimizer:
-        assumed = _common.unsaid(label, "tinygrad's", _common.arguments(one), given)
+    assumed = _common.unsaid(label, "tinygrad's", usual, given, is_named=bool(optimizer))
     shapes = [values.shape for values in held]
     for field, tree in trees.items():
         if len(tree) == 1 and (len(order) > 1 or np.shape(tree["0"]) != shapes[0]):
@@ -103,12 +102,15 @@ def from_tinygrad(
     powers = {theirs: ours for theirs, ours in _POWERS.items() if ours in config}
     if missing := sorted(powers.keys() - found.keys()):
         raise ValueError(f"{label} must have {missing[0]} of {name}, got {list(found)[:8]}")
+    for one in found.keys() - powers.keys() - {"lr"}:
+        if not one.rpartition(".")[2].isdecimal():
+            _common.check_unused(f"{label}: {one}", found[one], name)
     counts = {
-        theirs: _common.power_of(f"{label}: {theirs}", found[theirs], ours, config[ours])
+        theirs: _common.power_of(f"{label}: {theirs}", found[theirs], ours, config[ours], step)
         for theirs, ours in powers.items()
     }
     steps = _common.agreed(label, counts, step)
-    ours = _common.called(one, given)
+    ours = _common.called(convention, given)
     groups = [_common.group(ours, range(len(order)), wanted)]
     result = _common.converted("tinygrad", name, ours.name, groups, states, steps, assumed=assumed)
     result.masters = dict(zip(named or range(len(order)), held, strict=True))
@@ -143,8 +145,7 @@ def to_tinygrad(
         found["lr"] = np.array([entries[0][2]["lr"]], np.float32)
     for theirs, ours in _POWERS.items():
         if ours in config:
-            powers = _common.powers_to(config[ours], np.float32, steps)
-            found[theirs] = powers[-1:] if steps else np.ones(1, np.float32)
+            found[theirs] = np.array([_common.power_to(config[ours], steps, np.float32)])
     kept = {} if name == "SGD" and not config["momentum"] else _KEPT[name]
     for field, key in kept.items():
         arrays = [_common.need(state, key, i) for i, state, _ in entries]

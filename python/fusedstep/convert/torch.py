@@ -68,7 +68,8 @@ def from_torch(
 
     Returns:
         The state_dict for `fs.<result.optimizer>`. `masters` has Transformer Engine's parameters in
-        float32, by name or number, where there are any.
+        float32, by name or number, where there are any; `assumed` the options of torch's class
+        that a group has not.
 
     Raises:
         TypeError, ValueError: it is no state_dict, of no optimizer of ours, or has other states or
@@ -127,13 +128,19 @@ def from_torch(
                             f"state[{i!r}]['{key}'] of {wanted.label(k)} must have shape {shape},"
                             f" got {states[k][key].shape}"
                         )
-    made = []
+    made, assumed = [], dict[str, Any]()
+    usual = _common.defaults(name)
+    theirs = {key: one for key, one in usual.items() if key not in spec.beyond_torch}
+    if name in ("Adam", "AdamW"):  # whose name says it
+        theirs.pop("decoupled_weight_decay", None)
     for own in groups:
+        # Of an option that its class did not have: nothing to warn of.
+        assumed |= _common.unsaid("source", "torch's", theirs, own, is_named=True)
         members = [number[i] for i in own["params"]]
         made.append(_group(name, own, members, wanted))
     taken = [one["step"] for one in states.values() if "step" in one]
     steps = max(taken, default=_common.count("step", step or 0))
-    result = _common.converted("torch", name, name, made, states, steps)
+    result = _common.converted("torch", name, name, made, states, steps, assumed=assumed)
     result.masters = masters
     return result
 
