@@ -10,6 +10,7 @@ import torch
 
 import fusedstep as fs
 import fusedstep.torch as ft
+from fusedstep import AdmaW  # type: ignore[attr-defined]  # noqa: F401
 from fusedstep.torch import AdaamW  # type: ignore[attr-defined]  # noqa: F401
 
 w, g = np.ones(3, np.float32), np.ones(3, np.float32)
@@ -28,6 +29,7 @@ fs.SGD(one for one in [w]).step(g)
 fs.SGD({"layers": [{"w": w}], "b": w}).step({"layers": [{"w": g}], "b": None})
 fs.SGD(fs.FlatBuffer.pack({"w": w})).step(fs.FlatBuffer.pack({"w": g}))
 fs.SGD(np.ones((), np.float32)).step(0.5)
+fs.AdmaW(w)  # type: ignore[attr-defined]
 fs.SGD("hello")  # type: ignore[arg-type]
 fs.SGD(3)  # type: ignore[arg-type]
 fs.SGD(["w"])  # type: ignore[arg-type]

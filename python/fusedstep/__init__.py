@@ -1,8 +1,7 @@
 """Optimizer updates for large flat parameter buffers: one SIMD sweep over memory per step."""
 
 import importlib as _importlib
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+import typing as _typing
 
 from fusedstep import _main_interpreter as _main_interpreter  # the first: the core hangs elsewhere
 from fusedstep import optimizers as _optimizers
@@ -21,7 +20,7 @@ from fusedstep._runtime import (
 from fusedstep._version import __version__
 from fusedstep.buffers import FlatBuffer
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     import fusedstep.conventions as conventions
     import fusedstep.convergence as convergence
     import fusedstep.convert as convert
@@ -58,13 +57,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    # What takes as long to import as all that a step needs.
-    if name in ("conventions", "convergence", "convert", "schedules", "torch"):
-        return _importlib.import_module(f"fusedstep.{name}")
-    if name in ("Saved", "load", "save"):
-        return getattr(_importlib.import_module("fusedstep.files"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not _typing.TYPE_CHECKING:  # which would take it for every name, a misspelt one too
+
+    def __getattr__(name: str) -> _typing.Any:
+        # What takes as long to import as all that a step needs.
+        if name in ("conventions", "convergence", "convert", "schedules", "torch"):
+            return _importlib.import_module(f"fusedstep.{name}")
+        if name in ("Saved", "load", "save"):
+            return getattr(_importlib.import_module("fusedstep.files"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
