@@ -135,6 +135,11 @@ def test_convention_survives_a_checkpoint():
             "mask must be given as groups=[fusedstep.Group(...)], got mask=<class 'str'>",
         ),
         (
+            lambda p: fs.conventions.optax.adadelta(p, None),
+            TypeError,
+            "lr must be a number >= 0, got None",
+        ),
+        (
             lambda p: fs.conventions.keras.SGD(p, momentum=0.9, nesterov=3),
             TypeError,
             "nesterov must be True or False, got 3",
@@ -221,7 +226,14 @@ DEFAULTS = {
         "apply_decay_param_fun": None,
         "lazy_mode": False,
     },
-    fs.conventions.tinygrad.SGD: {"device": None},
+    **{
+        one: {"device": None, "fused": 0}
+        for one in (
+            fs.conventions.tinygrad.SGD,
+            fs.conventions.tinygrad.Adam,
+            fs.conventions.tinygrad.AdamW,
+        )
+    },
     fs.conventions.tf1.AdamOptimizer: {
         "use_locking": False,
         "name": "Adam",
@@ -243,6 +255,13 @@ def test_convention_takes_all_arguments_of_the_library(one):
 
     needed = {n: v for n, v in NEEDED.items() if n in inspect.signature(one).parameters}
     assert one.ours(**needed, **DEFAULTS[one]) == one.ours(**needed)
+
+
+def test_fused_is_tinygrads_where_the_convention_is():
+    tinygrad, keras = fs.conventions.tinygrad, fs.conventions.keras
+    for fused in (False, True):
+        assert tinygrad.AdamW.ours(fused=fused) == tinygrad.AdamW.ours()
+        assert keras.Adam.ours(fused=fused).hypers["fused"] is fused  # for fusedstep.torch
 
 
 def test_momentum_of_onnx_without_momentum_dampens_the_gradient():

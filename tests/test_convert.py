@@ -548,6 +548,13 @@ def test_powers_that_have_vanished_say_nothing():
     assert fs.convert.from_paddle(state, [W], "Adam", step=10**6).step == 10**6
 
 
+def test_state_of_a_fused_tinygrad_optimizer_may_be_said_to_be():
+    fused = TINYGRAD | {"params.0": W[:1], "params.1": W[1:]}
+    found = fs.convert.from_tinygrad(fused, None, "Adam", fused=True)
+    assert [len(entry["exp_avg"]) for entry in found["state"].values()] == [1, 2]
+    assert "fused" not in found.assumed
+
+
 def test_flat_states_are_read_from_files(tmp_path):
     pytest.importorskip("safetensors")
     for library in ("mlx", "tinygrad", "paddle"):

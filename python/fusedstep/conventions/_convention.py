@@ -58,6 +58,8 @@ _WITHOUT_EFFECT = (
     *("device", "min_8bit_size", "name", "use_locking", "use_multi_tensor"),
     "use_own_namescope_for_non_slot_vars",
 )
+# And of one library alone: of others `fused` is that of `fusedstep.torch`, which scalers ask for.
+_WITHOUT_EFFECT_IN = {"tinygrad": ("fused",)}
 
 
 class Ours(NamedTuple):
@@ -98,13 +100,16 @@ class Convention(Protocol[P]):
 def convention(translate: Callable[P, Ours]) -> Convention[P]:
     """Makes a convention of a function from a library's arguments to `Ours`."""
 
+    library = translate.__module__.rpartition(".")[2]
+    without_effect = (*_WITHOUT_EFFECT, *_WITHOUT_EFFECT_IN.get(library, ()))
+
     def ours(*args: P.args, **kwargs: P.kwargs) -> Ours:
         kept: dict[str, Any] = {}
         for name, value in kwargs.items():
             default, rule = _ELSEWHERE.get(name, (None, ""))
             if rule and not is_plain(value, default):
                 raise TypeError(f"{name} must be {rule}, got {name}={value!r}")
-            if not rule and name not in _WITHOUT_EFFECT:
+            if not rule and name not in without_effect:
                 kept[name] = value
         return cast("Callable[..., Ours]", translate)(*args, **kept)
 

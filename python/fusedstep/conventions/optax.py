@@ -73,7 +73,12 @@ def rmsprop(
 def adadelta(
     learning_rate: Rate, rho: float = 0.9, eps: float = 1e-6, weight_decay: Rate = 0.0, **how: Any
 ) -> Ours:
-    """Our Adadelta."""
+    """Our Adadelta: eps under both roots, weight decay in the gradient.
+
+    NOTE: optax 0.2.8 may be given no rate, or None, and then goes up instead of down
+    (`findings/rate_left_out_climbs.sh`). The rate must be a number or a schedule here; the paper's
+    is 1.
+    """
     hypers = {"lr": learning_rate, "rho": rho, "eps": eps, "weight_decay": weight_decay}
     return Ours("Adadelta", {**hypers, **how})
 

@@ -1,4 +1,4 @@
-"""tinygrad's `nn.optim`.
+"""tinygrad's `nn.optim`. `fused` lays all parameters side by side there, of the same equation.
 
 Reference: https://docs.tinygrad.org/nn/#optimizers, run as 0.14.0
 """
