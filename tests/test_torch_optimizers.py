@@ -1969,6 +1969,20 @@ def test_load_names_the_state_that_does_not_fit():
         opt.load_state_dict(saved)
 
 
+def test_step_has_the_neutral_step_s_keywords_and_types():
+    mine = dict(inspect.signature(ft.Optimizer.step).parameters)
+    neutral = dict(inspect.signature(fs.Optimizer.step).parameters)
+    for name in ("self", "closure"):
+        del mine[name]
+    for name in ("self", "grads", "loss_scale"):  # torch's GradScaler has the last
+        del neutral[name]
+    assert [*mine] == [*neutral]
+    for name, one in mine.items():
+        assert one.kind is one.KEYWORD_ONLY
+        if name != "shadow":  # tensors by number or by name there
+            assert one.annotation == neutral[name].annotation, name
+
+
 CLASSES = pathlib.Path(__file__).parents[1] / ".ci" / "torch_classes.py"
 
 

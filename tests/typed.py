@@ -22,6 +22,10 @@ ft.AdamW(model.parameters(), learning_rate=3)  # type: ignore[call-arg]
 ft.AdamW(model.parameters(), ema_dtype=3)  # type: ignore[arg-type]
 ft.SGD([("w", torch.ones(3))], 0.1, 0.9).lookahead()
 assert_type(fs.torch.Lion(model.parameters()), ft.Lion)
+opt.step(lambda: torch.ones(()), max_norm=1.0, norms=True, ema=lambda t: 0.9, shadow=[None, None])
+opt.step(max_nrom=1.0)  # type: ignore[call-arg]
+opt.step(skip_nonfinite="yes")  # type: ignore[arg-type]
+opt.step(g)  # type: ignore[arg-type]
 
 assert_type(fs.AdamW(w).step(g), fs.StepReport)
 fs.SGD([w, torch.ones(3)], lr=lambda t: 0.1 / (t + 1)).step([g, None])

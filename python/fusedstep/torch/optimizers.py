@@ -11,7 +11,7 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, SupportsFloat, TypedDict, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fusedstep._hypers import (
 from fusedstep._spec import STATES, Spec
 from fusedstep._storage import EMA, HOW, Form, Storage, Stored
 from fusedstep._turn import Turn, new_turn
-from fusedstep._types import PLAIN, Options
+from fusedstep._types import PLAIN, Options, Rate
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     Swap,
@@ -113,6 +113,9 @@ class _Asked(NamedTuple):
     zero_grad: bool = False
 
 
+# What takes copies of the parameters, by number or by name.
+Shadows = Iterable[torch.Tensor | None] | Mapping[str, torch.Tensor | None] | None
+
 # A group as the table takes it: parameters, hyperparameters in the rule's order, the group, and lr
 # where only the GPU knows it.
 _Row = tuple[list[Any], list[float], dict[str, Any], Any]
@@ -131,6 +134,19 @@ _CPU = torch.device("cpu")
 _PARAMS = operator.itemgetter("params")
 
 _EXCHANGE = True  # read tensors through DLPack's C functions where torch has them
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _signed(typed: F) -> Callable[[Callable[..., Any]], F]:
+    """Gives a function that passes its arguments on the signature of the one that takes them."""
+
+    def signed(passing: Any) -> Any:
+        passing.__signature__ = inspect.signature(typed)
+        return passing
+
+    return signed
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -553,6 +569,44 @@ class Optimizer(torch.optim.Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
+    def _step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: SupportsFloat | None = None,
+        skip_nonfinite: bool = False,
+        norms: bool = False,
+        clip_value: SupportsFloat | None = _AS_MADE,
+        ema: Rate | None = _AS_MADE,
+        shadow: Shadows = _AS_MADE,
+        zero_grad: bool = _AS_MADE,
+    ) -> Any:
+        asked = self._each
+        told = clip_value, ema, shadow, zero_grad
+        if told != _UNTOLD:
+            given = zip(_EACH, told, strict=True)
+            checked = self._checked_each({n: value for n, value in given if value is not _AS_MADE})
+            asked = asked._replace(**checked)
+        if asked.zero_grad and self._stepping_in_backward:
+            raise RuntimeError(
+                "zero_grad must be False, got True: step_in_backward frees gradients"
+            )
+        if max_norm is not None or skip_nonfinite is not False or norms is not False:
+            max_norm = self._check_whole(max_norm, skip_nonfinite, norms)
+            asked = asked._replace(max_norm=max_norm, skip_nonfinite=skip_nonfinite, norms=norms)
+        loss = None
+        if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"closure must be callable or None, got {type(closure).__name__}: gradients are"
+                    " read from the parameters' grad, where backward leaves them"
+                )
+            with torch.enable_grad():
+                loss = closure()
+        self._turn.run(self._step_all, asked)
+        return loss
+
+    @_signed(_step)
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Updates the parameters that have a gradient, in one sweep over memory.
 
@@ -630,43 +684,6 @@ class Optimizer(torch.optim.Optimizer):
 
         return once
 
-    def _step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        max_norm: float | None = None,
-        skip_nonfinite: bool = False,
-        norms: bool = False,
-        clip_value: float | None = _AS_MADE,
-        ema: float | Callable[[int], float] | None = _AS_MADE,
-        shadow: Any = _AS_MADE,
-        zero_grad: bool = _AS_MADE,
-    ) -> Any:
-        asked = self._each
-        told = clip_value, ema, shadow, zero_grad
-        if told != _UNTOLD:
-            given = zip(_EACH, told, strict=True)
-            checked = self._checked_each({n: value for n, value in given if value is not _AS_MADE})
-            asked = asked._replace(**checked)
-        if asked.zero_grad and self._stepping_in_backward:
-            raise RuntimeError(
-                "zero_grad must be False, got True: step_in_backward frees gradients"
-            )
-        if max_norm is not None or skip_nonfinite is not False or norms is not False:
-            max_norm = self._check_whole(max_norm, skip_nonfinite, norms)
-            asked = asked._replace(max_norm=max_norm, skip_nonfinite=skip_nonfinite, norms=norms)
-        loss = None
-        if closure is not None:
-            if not callable(closure):
-                raise TypeError(
-                    f"closure must be callable or None, got {type(closure).__name__}: gradients are"
-                    " read from the parameters' grad, where backward leaves them"
-                )
-            with torch.enable_grad():
-                loss = closure()
-        self._turn.run(self._step_all, asked)
-        return loss
-
     def _step_all(self, asked: _Asked) -> None:
         """A step, while nobody else has a turn."""
         rows = self._current()
@@ -688,7 +705,6 @@ class Optimizer(torch.optim.Optimizer):
         return max_norm
 
     _observed_step = torch.optim.Optimizer.profile_hook_step(_step)
-    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
     _step.__qualname__ = step.__qualname__  # by which Python's errors call it
 
     def _update(
