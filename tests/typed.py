@@ -22,6 +22,8 @@ ft.AdamW(model.parameters(), learning_rate=3)  # type: ignore[call-arg]
 ft.AdamW(model.parameters(), ema_dtype=3)  # type: ignore[arg-type]
 ft.SGD([("w", torch.ones(3))], 0.1, 0.9).lookahead()
 assert_type(fs.torch.Lion(model.parameters()), ft.Lion)
+ft.AdamW(model.parameters(), rounding="up")  # type: ignore[arg-type]
+ft.AdamW(model.parameters(), state_dtype={"exp_avg": "bf16"})  # type: ignore[dict-item]
 opt.step(lambda: torch.ones(()), max_norm=1.0, norms=True, ema=lambda t: 0.9, shadow=[None, None])
 opt.step(max_nrom=1.0)  # type: ignore[call-arg]
 opt.step(skip_nonfinite="yes")  # type: ignore[arg-type]
@@ -40,6 +42,13 @@ fs.SGD(["w"])  # type: ignore[arg-type]
 fs.SGD({"w": "w"})  # type: ignore[arg-type]
 fs.SGD(w, learning_rate=3)  # type: ignore[call-arg]
 fs.SGD(w).step("g")  # type: ignore[arg-type]
+fs.Adam(w, rounding="kahan", state_dtype="q8", state_rounding="nearest", ema_dtype="parameter")
+fs.Adam(w, state_dtype={"exp_avg": "bfloat16", "exp_avg_sq": None})
+fs.Adam(w, rounding="even")  # type: ignore[arg-type]
+fs.Adam(w, state_dtype="int8")  # type: ignore[arg-type]
+fs.Adam(w, state_dtype={"exp_avg": "int8"})  # type: ignore[dict-item]
+fs.Adam(w, state_rounding="kahan")  # type: ignore[arg-type]
+fs.Adam(w, ema_dtype="float16")  # type: ignore[arg-type]
 fs.SGD(w, lr="3")  # type: ignore[arg-type]
 assert_type(fs.conventions.keras.Adam(w, learning_rate=0.1), fs.Optimizer)
 fs.conventions.keras.Adam(w, beta_3=0.1)  # takes our options, too

@@ -11,14 +11,14 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from fusedstep import _core
 from fusedstep._arrays import DTYPES, as_dtype, as_index, to_host
 from fusedstep._spec import LR, Spec
-from fusedstep._types import Array, How
+from fusedstep._types import Array, EmaDtype, How, Rounding, StateDtype, StateRounding
 
 EMA = "ema"  # the average's key in a parameter's state
 
@@ -54,8 +54,6 @@ _PARAM_FORMATS = {
     "split": "split",
 }
 _PARAM_KEYS = {"kahan": "compensation", "split": "low_bits"}
-STATE_DTYPES = ("float32", "bfloat16", "q8")
-_AVERAGES = ("float32", "float64", "bfloat16", "parameter")
 # The dtypes of arrays in formats that are no array's own, and of what is beside them.
 _ARRAYS = {
     "split": ("bfloat16", "int16"),
@@ -156,15 +154,15 @@ class Storage:
         defaults = {name: default for name, (default, _) in HOW.items()}
         self.how: dict[str, Any] = {**defaults, **how}
         self.seed = _as_seed(self.how["seed"])
-        _check_choice("rounding", self.how["rounding"], _PARAM_FORMATS)
-        _check_choice("state_rounding", self.how["state_rounding"], ("stochastic", "nearest"))
+        _check_choice("rounding", self.how["rounding"], get_args(Rounding))
+        _check_choice("state_rounding", self.how["state_rounding"], get_args(StateRounding))
         if self.how["ema_dtype"] == "float16":
             raise ValueError(
                 "ema_dtype must be wide enough that averages do not stall, got 'float16', which is"
                 " rounded to nearest"
             )
         if self.how["ema_dtype"] is not None:
-            _check_choice("ema_dtype", self.how["ema_dtype"], _AVERAGES)
+            _check_choice("ema_dtype", self.how["ema_dtype"], get_args(EmaDtype))
         self._state_dtypes = self._as_state_dtypes(self.how["state_dtype"])
         self._forms = {dtype: self._form(dtype) for dtype in DTYPES}
 
@@ -172,14 +170,14 @@ class Storage:
         """The dtype that was asked for each state; None for the default."""
         if not isinstance(given, Mapping):
             if given is not None:
-                _check_choice("state_dtype", given, STATE_DTYPES)
+                _check_choice("state_dtype", given, get_args(StateDtype))
             return dict.fromkeys(self._spec.states, given)
         for name, dtype in given.items():
             if name not in self._spec.states:
                 known = ", ".join(self._spec.states) or "none"
                 raise ValueError(f"state_dtype must name states, which are {known}, got {name!r}")
             if dtype is not None:
-                _check_choice(f"state_dtype[{name!r}]", dtype, STATE_DTYPES)
+                _check_choice(f"state_dtype[{name!r}]", dtype, get_args(StateDtype))
         return {name: given.get(name) for name in self._spec.states}
 
     def _form(self, dtype: str) -> Form:

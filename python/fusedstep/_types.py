@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, SupportsFloat, TypedDict, TypeVar, Union
+from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, TypedDict, TypeVar, Union
 
 from numpy.typing import NDArray
 
@@ -54,14 +54,21 @@ Clock = tuple[int, float, float]  # a count of updates, and what the rule carrie
 Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
 
 
+# The words of `How`: what checkers take, and what is checked against at run time.
+Rounding = Literal["nearest", "stochastic", "kahan", "split"]
+StateDtype = Literal["float32", "bfloat16", "q8"]
+StateRounding = Literal["stochastic", "nearest"]
+EmaDtype = Literal["float32", "float64", "bfloat16", "parameter"]
+
+
 class How(TypedDict, total=False):
     """How an optimizer stores what it keeps: keywords of every class; `_storage.HOW` explains."""
 
-    rounding: str
-    state_dtype: str | Mapping[str, str] | None
-    state_rounding: str
+    rounding: Rounding
+    state_dtype: StateDtype | Mapping[str, StateDtype | None] | None
+    state_rounding: StateRounding
     seed: int
-    ema_dtype: str | None
+    ema_dtype: EmaDtype | None
 
 
 class Options(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 import fusedstep as fs
 from fusedstep import demo
+from fusedstep._types import Rounding
 from fusedstep.convergence import Quadratic, curvature, landscapes, lr_range_test, trajectory
 from fusedstep.gallery.style import (
     BLUE,
@@ -753,7 +754,7 @@ def edge() -> Any:
     return figure
 
 
-def train_16_bits(rounding: str | None, epochs: int) -> list[float]:
+def train_16_bits(rounding: Rounding | None, epochs: int) -> list[float]:
     """Training loss after each epoch of SGD at a small rate, by the weights as they are stored."""
     data, rng, work = demo.Digits.load(), np.random.default_rng(0), demo.init()
     grads = work.zeros_like()
@@ -787,8 +788,13 @@ def roundings() -> Any:
     rounding left, so that the weight moves when that has grown to half a gap. Right: the digits
     network under SGD at rate 0.002, its loss by the weights as they are stored.
     """
-    ways = {None: (GREY, "-"), "nearest": (RED, "-"), "stochastic": (ORANGE, "-"),
-            "kahan": (GREEN, "-"), "split": (BLUE, "--")}  # fmt: skip
+    ways: dict[Rounding | None, tuple[str, str]] = {
+        None: (GREY, "-"),
+        "nearest": (RED, "-"),
+        "stochastic": (ORANGE, "-"),
+        "kahan": (GREEN, "-"),
+        "split": (BLUE, "--"),
+    }
     figure, (weight, loss) = canvas(1, 2, size=(11, 4.4))
     for rounding, (color, style) in ways.items():
         params = fs.FlatBuffer.zeros({"w": 256}, np.float32 if rounding is None else "bfloat16")

@@ -33,7 +33,15 @@ from fusedstep._hypers import (
 from fusedstep._spec import STATES, Spec
 from fusedstep._storage import EMA, HOW, Form, Storage, Stored
 from fusedstep._turn import Turn, new_turn
-from fusedstep._types import PLAIN, Options, Rate
+from fusedstep._types import (
+    PLAIN,
+    EmaDtype,
+    Options,
+    Rate,
+    Rounding,
+    StateDtype,
+    StateRounding,
+)
 from fusedstep.torch import flat
 from fusedstep.torch.tensors import (
     Swap,
@@ -1727,11 +1735,11 @@ def _copied(value: Any) -> Any:
 class How(TypedDict, total=False):
     """What every class takes by keyword: how it stores, and what each step does."""
 
-    rounding: str
-    state_dtype: str | dict[str, str] | None
-    state_rounding: str
+    rounding: Rounding
+    state_dtype: StateDtype | dict[str, StateDtype | None] | None
+    state_rounding: StateRounding
     seed: int
-    ema_dtype: str | None
+    ema_dtype: EmaDtype | None
     clip_value: float | None
     ema: float | Callable[[int], float] | None
     shadow: Any
