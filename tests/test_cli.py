@@ -103,6 +103,31 @@ def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys):
     assert {c.__name__ for c in classes} == _public_optimizers()
 
 
+def test_demo_curves_name_their_rates_and_are_told_apart(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    ends = np.geomspace(1, 1e-3, len(demo.OPTIMIZERS))
+    results = [
+        demo.Result(name, [2.0, end], 0.5, 1.0)
+        for name, end in zip(demo.OPTIMIZERS, ends, strict=True)
+    ]
+    demo.plot(results[::-1], str(tmp_path / "a.png"))
+    (axes,) = figures[0].axes
+    for line, (name, make) in zip(axes.lines, demo.OPTIMIZERS.items(), strict=True):
+        lr = make(demo.init()).param_groups[0]["lr"]
+        assert line.get_label() == f"{name}, lr {lr:g}: 50.0%"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [line.get_label() for line in axes.lines]  # from the upper end down
+    assert len(set(labels)) == len(demo.OPTIMIZERS)
+    assert "SGD, lr 0.1: 50.0%" in labels
+    assert "Lion, lr 0.0005: 50.0%" in labels
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+    assert len(set(looks)) == len(looks)
+    for upper, lower in zip(axes.lines[:-1:2], axes.lines[1::2], strict=False):
+        assert upper.get_linestyle() != lower.get_linestyle()
+        assert upper.get_linewidth() != lower.get_linewidth()
+
+
 def _public_optimizers():
     names = [n for n in fs.__all__ if isinstance(getattr(fs, n), type)]
     return {n for n in names if issubclass(getattr(fs, n), fs.Optimizer)} - {"Optimizer"}

@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 
 import fusedstep as fs
 from fusedstep.convergence import Quadratic, landscapes, trajectory
 
 each = pytest.mark.parametrize("land", landscapes.ALL, ids=lambda land: land.name)
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays():
+    """pyplot keeps the figures that are made without axes of the caller's, and warns of many."""
+    yield
+    pyplot.close("all")
 
 
 def test_landscapes_are_all_there():
@@ -195,6 +203,42 @@ def test_landscape_plot_shows_its_window_and_minima(land):
     assert land.plot(ax) is ax
     with pytest.raises(TypeError, match="ax must be matplotlib Axes, got 3"):
         land.plot(3)
+
+
+def covered(ax, value):
+    """The levels of a picture, which rise, ever further apart, over all values in its window."""
+    levels = ax.collections[0].levels
+    x, y = np.linspace(*ax.get_xlim(), 121), np.linspace(*ax.get_ylim(), 121)
+    values = np.array([[value(np.array([one, other])) for one in x] for other in y])
+    steps = np.diff(levels)
+    assert len(levels) > 10
+    assert (steps > 0).all()
+    assert (np.diff(steps) > 0).all()
+    # Two grids, of which neither need have the lowest point.
+    np.testing.assert_allclose(levels[[0, -1]], [values.min(), values.max()], atol=steps[0])
+    return levels
+
+
+@each
+def test_level_lines_are_closer_where_it_is_low_and_leave_nothing_out(land):
+    covered(land.plot(), land.value)
+
+
+def test_level_lines_are_of_the_window_that_is_drawn():
+    land = landscapes.ravine()
+    near, far = land.plot(), trajectory(partial(fs.SGD, lr=0.01), land, (5.0, 4.0), 3).plot()
+    assert far.get_ylim()[1] > 4 > near.get_ylim()[1]
+    assert covered(far, land.value)[-1] > 2 * covered(near, land.value)[-1]
+
+    class Own:  # of one point at a time, and below zero
+        def value(self, x):
+            return x[0] ** 2 + x[1] ** 2 - 3
+
+        def gradient(self, x):
+            return 2 * x
+
+    ax = trajectory(partial(fs.SGD, lr=0.1), Own(), (1, 2), 5).plot()
+    assert covered(ax, Own().value)[0] < -2.5
 
 
 def test_trajectories_plot_on_one_landscape_by_name():

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import pickle
+import subprocess
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -575,6 +577,84 @@ def test_flat_states_are_read_from_files(tmp_path):
             cut.write_bytes(path.read_bytes()[:-200])
             with pytest.raises(ValueError, match=f"{case['file']} must be a whole "):
                 convert(cut, params, **how)
+
+
+# In bfloat16 all values are exact; among the bits are a subnormal number, the largest, and NaN.
+BITS = np.array([0x3F80, 0xC049, 0x3B80, 0x0001, 0x7F7F, 0x8000, 0xFF80, 0x7FC1], np.uint16)
+READ = """
+import sys
+import numpy as np
+import fusedstep as fs
+
+found = fs.convert.from_mlx(sys.argv[1], {"w": (2, 4)}, "Adam")
+for key in ("exp_avg", "exp_avg_sq"):
+    state = found["state"][0][key]
+    print(state.dtype.name, state.shape, state.view(np.uint16).ravel().tolist(), float(state[0, 1]))
+opt = fs.Adam({"w": np.ones((2, 4), np.float32)})
+opt.load_state_dict(found)
+for key in ("exp_avg", "exp_avg_sq"):
+    state = opt.state_dict()["state"][0][key]
+    print(state.dtype.name, (state.view(np.uint32) >> 16).ravel().tolist())
+"""
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_bfloat16_in_files_is_bit_for_bit(kind, tmp_path):
+    # By a process that has not imported ml_dtypes yet, without which NumPy has two bytes alone.
+    pytest.importorskip("ml_dtypes")
+    m, v = BITS.reshape(2, 4), (BITS & 0x7FFF)[::-1].reshape(2, 4).copy()
+    path = tmp_path / f"a.{kind}"
+    scalars = {"step": np.array(3, np.uint64), "learning_rate": np.array(0.1, np.float32)}
+    if kind == "npz":  # as NumPy writes a type that it does not know
+        np.savez(path, **scalars, **{"w.m": m.view("V2"), "w.v": v.view("V2")})
+    else:
+        pytest.importorskip("safetensors")
+        held = [
+            ("step", "U64", scalars["step"]),
+            ("learning_rate", "F32", scalars["learning_rate"]),
+        ]
+        held += [("w.m", "BF16", m), ("w.v", "BF16", v)]
+        header, at = {}, 0
+        for name, dtype, one in held:
+            end = at + one.nbytes
+            header[name] = {"dtype": dtype, "shape": list(one.shape), "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header).encode()
+        content = b"".join(one.tobytes() for _, _, one in held)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        f"bfloat16 (2, 4) {m.ravel().tolist()} {-3.140625}",
+        f"bfloat16 (2, 4) {v.ravel().tolist()} inf",
+        f"float32 {m.ravel().tolist()}",
+        f"float32 {v.ravel().tolist()}",
+    ]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_parameters_of_tinygrad_are_masters(fused, named):
+    # Twelve of them: their numbers are no text, by which 10 would be before 2.
+    params = [np.full((1 + i % 3, 2), i, np.float32) for i in range(12)]
+    moments = [one + np.float32(0.5) for one in params]
+    state = {f"params.{i}": one for i, one in enumerate(params)}
+    state |= {"lr": W[:1], "buffers.0": 7 * W}
+    flat = [np.concatenate([one.ravel() for one in moments])] if fused else moments
+    state |= {f"b.{i}": one for i, one in enumerate(flat)}
+    state = dict(sorted(state.items()))
+    names = [f"p{i}" for i in range(12)]
+    given = {name: one.shape for name, one in zip(names, params, strict=True)} if named else None
+    found = fs.convert.from_tinygrad(state, given, "SGD", step=3, momentum=0.9)
+    assert list(found.masters) == (names if named else list(range(12)))
+    for i, master in enumerate(found.masters.values()):
+        np.testing.assert_array_equal(master, params[i], strict=True)
+        np.testing.assert_array_equal(found["state"][i]["momentum_buffer"], moments[i], strict=True)
+    back = fs.convert.to_tinygrad(found, fused=fused)
+    assert back.keys() == {key for key in state if key[0] in "bl" and key != "buffers.0"}
+    for key, one in back.items():  # without the parameters, which are the model's
+        np.testing.assert_array_equal(one, state[key], strict=True)
 
 
 def test_paddle_file_of_other_things_is_refused(tmp_path):

@@ -206,6 +206,20 @@ def test_plateau_holds_plain_for_sixty_steps_and_adam_not(drawn):
     assert adam[30] < 0.1
 
 
+def test_plateau_curves_name_their_rates_and_plain_is_seen_beneath_momentum(drawn):
+    names = ["plain, lr 1", "momentum 0.9, lr 1", "Adam, lr 0.1"]
+    for ax in drawn["plateau"].axes:
+        own = [line for line in ax.lines if ", lr " in line.get_label()]
+        assert [line.get_label() for line in own] == names
+        assert len({line.get_color() for line in own}) == 3
+    plain, momentum, _ = [
+        line for line in drawn["plateau"].axes[0].lines if ", lr " in line.get_label()
+    ]
+    assert momentum.get_zorder() < plain.get_zorder()
+    assert momentum.get_linewidth() > 2 * plain.get_linewidth()
+    assert momentum.get_alpha() < 1
+
+
 def test_adagrad_rate_dies_and_rmsprop_rate_lives(drawn):
     adagrad, rmsprop = (y for _, y in lines(drawn["adagrad_rate"])[:2])
     assert (np.diff(adagrad) <= 0).all()
