@@ -12,6 +12,7 @@ import pytest
 
 import fusedstep as fs
 from cases import CASES, each_case, make
+from fusedstep._types import Hypers
 from optional import optional
 
 torch = optional("torch")
@@ -790,6 +791,18 @@ def test_torch_checkpoint_loads_narrow_states():
     opt.load_state_dict(peer.state_dict())
     expected = peer.state_dict()["state"][0]["exp_avg"].float().numpy()
     assert opt.state[0]["exp_avg"].tobytes() == expected.tobytes()
+
+
+def test_groups_are_typed_as_constructors_are():
+    typed = {name: one.__forward_arg__ for name, one in Hypers.__annotations__.items()}
+    told = set()
+    for name in CASES:
+        cls = getattr(fs, name)
+        for argument, one in inspect.signature(cls).parameters.items():
+            if argument in cls._spec.table:
+                assert one.annotation == typed[argument], (name, argument)
+                told.add(argument)
+    assert told == typed.keys()
 
 
 def test_docstring_lists_every_argument():

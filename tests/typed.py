@@ -42,6 +42,9 @@ fs.SGD(["w"])  # type: ignore[arg-type]
 fs.SGD({"w": "w"})  # type: ignore[arg-type]
 fs.SGD(w, learning_rate=3)  # type: ignore[call-arg]
 fs.SGD(w).step("g")  # type: ignore[arg-type]
+fs.Adam(w, groups=[fs.Group(["b*", "norm"], weight_decay=0.0, lr=lambda t: 0.1, betas=(0.8, 0.9))])
+fs.Group("b*", weight_dekay=0.0)  # type: ignore[call-arg]
+fs.Group("b*", lr="0.1")  # type: ignore[arg-type]
 fs.Adam(w, rounding="kahan", state_dtype="q8", state_rounding="nearest", ema_dtype="parameter")
 fs.Adam(w, state_dtype={"exp_avg": "bfloat16", "exp_avg_sq": None})
 fs.Adam(w, rounding="even")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 from fusedstep._hypers import is_scheduled
+from fusedstep._types import Hypers, Unpack
 
 
 class Group:
@@ -26,13 +27,13 @@ class Group:
         Group(['*.bias', 'norm*'], weight_decay=0.0)
     """
 
-    def __init__(self, pattern: str | Sequence[str], **hypers: Any) -> None:
+    def __init__(self, pattern: str | Sequence[str], **hypers: Unpack[Hypers]) -> None:
         patterns = [pattern] if isinstance(pattern, str) else pattern
         strings = isinstance(patterns, Sequence) and all(isinstance(p, str) for p in patterns)
         if not strings or not patterns:
             raise TypeError(f"pattern must be a string or several, got {pattern!r}")
         self.patterns: list[str] = list(patterns)
-        self.hypers: dict[str, Any] = hypers
+        self.hypers: dict[str, Any] = {**hypers}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("patterns", "hypers"):

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, SupportsFloat, TypedDict, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    Protocol,
+    SupportsFloat,
+    TypedDict,
+    TypeVar,
+    Union,
+)
 
 from numpy.typing import NDArray
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack
+elif TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:  # for those who ask for hints: what can be subscripted
+    Unpack = type
 
 Array = NDArray[Any]
 Key = str | int
@@ -52,6 +70,42 @@ Grads = Union[  # noqa: UP007
 States = Mapping[str, Sequence[Any]]  # by name, one array per parameter, or None
 Clock = tuple[int, float, float]  # a count of updates, and what the rule carries beside it
 Changes = list[tuple[dict[str, Any], dict[str, Any]]]  # dicts, and what each takes over
+
+
+class Hypers(TypedDict, total=False):
+    """The hyperparameters of all optimizers, as `_hypers.HYPERS` has them; a test compares."""
+
+    lr: Rate
+    betas: Betas
+    eps: float
+    eps_root: float
+    eps_hat: bool
+    eps_norm: float
+    eps_divisor: float
+    weight_decay: Rate
+    momentum: Rate
+    dampening: float
+    dampen_first: bool
+    nesterov: bool
+    dampened_nesterov: bool
+    lr_in_momentum: bool
+    lr_decay: float
+    initial_accumulator_value: float
+    alpha: float
+    centered: bool
+    rho: float
+    amsgrad: bool
+    amsgrad_corrected: bool
+    bias_correction: bool
+    momentum_decay: float
+    threshold: float
+    lambd: float
+    t0: float
+    etas: Pair
+    step_sizes: Pair
+    maximize: bool
+    decoupled_weight_decay: bool
+    decay_after: bool
 
 
 # The words of `How`: what checkers take, and what is checked against at run time.

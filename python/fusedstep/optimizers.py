@@ -5,10 +5,9 @@ From simple to complex. What they share is `Optimizer`; what a step does is in c
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +18,7 @@ from fusedstep._hypers import FINITE, HYPERS
 from fusedstep._optimizer import Optimizer, StepReport, given
 from fusedstep._spec import Spec
 from fusedstep._storage import decoded
-from fusedstep._types import Betas, How, Pair, Params, Rate
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-elif TYPE_CHECKING:
-    from typing_extensions import Unpack
-else:  # for those who ask for hints: what can be subscripted
-    Unpack = type
+from fusedstep._types import Betas, How, Pair, Params, Rate, Unpack
 
 for _public in (Group, Optimizer, ParamGroup, StepReport):  # where pickles look for them
     _public.__module__ = __name__
