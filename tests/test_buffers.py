@@ -483,6 +483,21 @@ def test_memory_goes_back_when_the_last_view_dies():
 # -- over -----------------------------------------------------------------------------------------
 
 
+def test_shapes_that_are_missing_or_none_are_asked_for():
+    rule = (
+        "shapes must be a list of shapes, a dict of them by name, or a FlatBuffer, got {}: pass"
+        ' shapes=[(2, 3), 4], or shapes={{"w": (2, 3), "b": 4}}'
+    )
+    for shapes in ((), (None,), (3,), ("w",)):
+        got = repr(shapes[0]) if shapes else "None"
+        with pytest.raises(TypeError) as caught:
+            fs.FlatBuffer.over(memory(64), *shapes)
+        assert str(caught.value) == rule.format(got)
+    for make in (fs.FlatBuffer.zeros, fs.FlatBuffer.n_for):
+        with pytest.raises(TypeError, match=r"^shapes must be a list of shapes, .* got 3: pass"):
+            make(3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("off", [0, 1, 3])
 def test_over_starts_at_the_first_boundary_and_keeps_values(dtype, off):

@@ -36,6 +36,9 @@ fs.SGD({"layers": [{"w": w}], "b": w}).step({"layers": [{"w": g}], "b": None})
 fs.SGD(fs.FlatBuffer.pack({"w": w})).step(fs.FlatBuffer.pack({"w": g}))
 fs.SGD(np.ones((), np.float32)).step(0.5)
 fs.AdmaW(w)  # type: ignore[attr-defined]
+fs.FlatBuffer.over(w, [(3,)])
+fs.FlatBuffer.over(w, {"w": 3})
+fs.FlatBuffer.over(w)  # type: ignore[call-overload]
 fs.SGD("hello")  # type: ignore[arg-type]
 fs.SGD(3)  # type: ignore[arg-type]
 fs.SGD(["w"])  # type: ignore[arg-type]

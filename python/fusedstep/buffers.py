@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,6 +26,11 @@ def __dir__() -> list[str]:
 def _as_shapes(shapes: Any, name: str) -> Shapes:
     if isinstance(shapes, FlatBuffer):
         return shapes.shapes
+    if isinstance(shapes, str) or not isinstance(shapes, Iterable):
+        raise TypeError(
+            f"{name} must be a list of shapes, a dict of them by name, or a FlatBuffer, got"
+            f' {shapes!r}: pass {name}=[(2, 3), 4], or {name}={{"w": (2, 3), "b": 4}}'
+        )
     items = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes)
     result: dict[Key, tuple[int, ...]] = {}
     for key, shape in items:
@@ -156,8 +161,15 @@ class FlatBuffer(Mapping[Key, Array]):
             raise MemoryError(f"shapes take {nbytes} bytes, more than the system grants") from None
         return cls._of(layout, memory.view(dtype))
 
+    # For checkers, which are to miss `shapes` as much as we do.
+    @overload
     @classmethod
-    def over(cls, memory: Array, shapes: Any) -> FlatBuffer:
+    def over(cls, memory: Array, shapes: FlatBuffer) -> FlatBuffer: ...
+    @overload
+    @classmethod
+    def over(cls, memory: Array, shapes: Iterable[Any]) -> FlatBuffer: ...
+    @classmethod
+    def over(cls, memory: Array, shapes: Any = None) -> FlatBuffer:
         """A buffer on the caller's memory, whose values it keeps: nothing is copied or cleared.
 
         The buffer starts at the first 64-byte boundary of `memory`, which for `np.memmap` and
@@ -183,6 +195,7 @@ class FlatBuffer(Mapping[Key, Array]):
         """
         if not isinstance(memory, np.ndarray):
             raise TypeError(f"memory must be a NumPy array, got {type(memory).__name__}")
+        shapes = _as_shapes(shapes, "shapes")
         memory = as_array(memory, "memory")
         dtype = as_dtype(memory.dtype, "memory.dtype")
         if memory.ndim != 1 or not memory.flags.c_contiguous or not memory.flags.aligned:
@@ -190,7 +203,7 @@ class FlatBuffer(Mapping[Key, Array]):
                 f"memory must be one-dimensional, contiguous and aligned, got shape {memory.shape}"
                 f" with strides {memory.strides}"
             )
-        layout = Layout(_as_shapes(shapes, "shapes"))
+        layout = Layout(shapes)
         address = memory.__array_interface__["data"][0]
         skip = -address % _core.ALIGNMENT // dtype.itemsize
         if memory.size < layout.n + skip:
