@@ -392,9 +392,12 @@ def test_bench_leaves_threads_isa_and_random_numbers_as_they_were(run, fails, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizers", "adm"], "'adm'"),
+        (["--optimizers", "adm"], "bench: --optimizers must be of sgd, "),
+        (["--optimizers", "adm"], ", got 'adm'; adam may be meant"),
+        (["--optimizers", "sgd", "x"], ", rprop, got 'x'\n"),
         (["--dtype", "float8"], "'float8'"),
         (["--isa", "sse9"], "'sse9'"),
+        (["--n", "x"], "bench: --n must be an integer >= 1 (1000, 1e6, 2^26), got 'x'"),
         (["--json", "/no/such/folder/x.json"], "/no/such/folder"),
         (["--plot", "/no/such/folder/x.png"], "/no/such/folder"),
         (["--plot", "x.notaformat"], "x.notaformat"),
@@ -420,7 +423,9 @@ def test_bench_says_what_is_wrong(arguments, message, capsys):
     except SystemExit as stop:
         status = stop.code
     assert status == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("n", ["0", "-5", "1.5", "x", "2^-1", "nan"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import difflib
 import importlib.util
 import inspect
 import itertools
@@ -15,9 +16,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import fusedstep as fs
 from fusedstep import schedules
@@ -48,6 +49,16 @@ def _count(text: str) -> int:
     return int(number)
 
 
+def _of(known: Iterable[str], text: str) -> str:
+    """One of the `known` names, in any case."""
+    name = text.lower()
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"; {near[0]} may be meant" if near else ""
+    raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {text!r}{meant}")
+
+
 def _value(text: str) -> Any:
     """An option of `plot` as an int (1e3 too), a float or a string, for the schedule to judge."""
     try:
@@ -59,8 +70,8 @@ def _value(text: str) -> Any:
 
 def _add_plot(commands: Any) -> None:
     plot = commands.add_parser("plot", help="draw one schedule or several")
-    plot.add_argument("schedules", nargs="+", metavar="SCHEDULE", choices=_SCHEDULES,
-                      type=lambda text: text.lower().replace("-", "").replace("_", ""),
+    plot.add_argument("schedules", nargs="+", metavar="SCHEDULE",
+                      type=lambda text: _of(_SCHEDULES, text.replace("-", "").replace("_", "")),
                       help=", ".join(_SCHEDULES))  # fmt: skip
     users: dict[str, list[str]] = {}
     for name, found in _SCHEDULES.items():
@@ -120,8 +131,18 @@ def _add_convert(commands: Any) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses a wrong value in one line, as commands do; what is missing or unknown with usage."""
+
+    def error(self, message: str) -> NoReturn:
+        option, colon, rest = message.removeprefix("argument ").partition(": ")
+        if not (colon and message.startswith("argument ")):
+            super().error(message)
+        self.exit(2, f"{self.prog}: {option} {rest}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fusedstep",
         description="Optimizer updates for large flat parameter buffers, one sweep over memory.",
     )
@@ -145,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
 
     bench = commands.add_parser("bench", help="steps against the memory ceiling and torch")
-    bench.add_argument("--optimizers", nargs="+", metavar="NAME", type=str.lower,
-                       choices=OPTIMIZERS, help="which ones (all)")  # fmt: skip
+    bench.add_argument("--optimizers", nargs="+", metavar="NAME",
+                       type=partial(_of, OPTIMIZERS), help="which ones (all)")  # fmt: skip
     bench.add_argument("--models", nargs="*", metavar="MODEL",
                        help="torch's optimizers and ours on the shapes of mlp, 1000x1000, resnet50,"
                        " gpt2 (all)")  # fmt: skip
