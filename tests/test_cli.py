@@ -88,10 +88,12 @@ def test_what_is_written_unasked_where_is_ignored_by_git(command):
     assert output in ignored or f"{output}/" in ignored
 
 
-def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys):
-    picture = tmp_path / "curves.png"
+def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = Path("curves[dim].png")
     assert main(["demo", "-o", str(picture), "--epochs", "2", "--n", "1000"]) == 0
     out, err = capsys.readouterr()
+    assert f"loss curves: {picture}\n" in out
     assert max(map(len, out.splitlines())) <= 80
     for i, name in enumerate(demo.OPTIMIZERS):
         assert name in out
@@ -101,6 +103,15 @@ def test_demo_trains_with_every_rule_and_draws(tmp_path, capsys):
     assert picture.read_bytes().startswith(PNG)
     classes = {type(make(demo.init())) for make in demo.OPTIMIZERS.values()}
     assert {c.__name__ for c in classes} == _public_optimizers()
+
+
+def test_demo_says_without_torch_how_to_get_it(monkeypatch, capsys):
+    from rich.console import Console
+
+    rows = bench.measure(["sgd"], [100], rounds=1, torch=False)
+    monkeypatch.setattr(bench, "has_torch", lambda: False)
+    Console().print(demo.speed_table(rows))
+    assert bench.NO_TORCH in " ".join(capsys.readouterr().out.split())
 
 
 def test_demo_curves_name_their_rates_and_are_told_apart(tmp_path, monkeypatch):

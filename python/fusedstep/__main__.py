@@ -215,7 +215,7 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda label: print(f"{label} ({next(begun) + 1} of {total})", file=sys.stderr)
         return
-    columns = TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description:28}", markup=False), BarColumn(), MofNCompleteColumn()
     bar = Progress(
         *columns, TimeElapsedColumn(), console=console, transient=True, redirect_stdout=below
     )
@@ -256,7 +256,7 @@ def _demo(args: argparse.Namespace) -> None:
             results.append(demo.train(name, data, args.epochs))
     out.print(demo.table(results))
     demo.plot(results, args.output)
-    out.print(f"loss curves: {args.output}\n")
+    out.print(f"loss curves: {args.output}\n", markup=False)  # in which brackets are a name's
     with _progress(len(OPTIMIZERS)) as begin:
         rows = bench.measure(sizes=[args.n], rounds=3, progress=begin)
     out.print(demo.speed_table(rows))

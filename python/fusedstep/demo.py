@@ -195,6 +195,7 @@ def plot(results: list[Result], path: str) -> None:
 def speed_table(rows: list[Any]) -> Any:
     """The short benchmark's rows as a rich table."""
     from rich.table import Table
+    from rich.text import Text
 
     result = Table(title=f"one flat buffer of {rows[0].n:,} float32 parameters",
                    title_justify="left", caption_justify="left")  # fmt: skip
@@ -216,5 +217,6 @@ def speed_table(rows: list[Any]) -> Any:
         told.append(f"Disturbed, as fusedstep bench explains: {', '.join(busy)}.")
     if not bench.has_torch():
         told.append(bench.NO_TORCH)
-    result.caption = "\n".join(told)
+    # No str, of which rich would take `[torch]` for markup and leave it out.
+    result.caption = Text("\n".join(told), "table.caption")
     return result
