@@ -72,6 +72,23 @@ def test_range_test_sweeps_exponentially_from_start_to_end():
     assert found.divergence is None
 
 
+def test_range_test_steepest_does_not_lag_as_its_running_average_does():
+    # Falls fastest against log lr at 0.095, and blows up beyond 1.
+    def loss(lr):
+        return 1 / (1 + lr / 0.095) + 0.02 * max(lr - 1, 0) ** 2
+
+    found = lr_range_test(loss, np.ones(1), start=1e-4, end=100.0, steps=160, smoothing=0.9)
+    raw = found.lrs[1:][np.diff(found.losses).argmin()]
+    assert raw == pytest.approx(0.095, rel=0.1)
+    assert found.steepest == pytest.approx(0.095, rel=0.1)
+    # The average of those before, by itself, falls fastest at twice that rate.
+    average, weight, averages = 0.0, 0.0, []
+    for one in found.losses:
+        average, weight = 0.9 * average + 0.1 * one, 0.9 * weight + 0.1
+        averages.append(average / weight)
+    assert 0.15 <= found.lrs[1:][np.diff(averages).argmin()] < found.divergence
+
+
 @pytest.mark.parametrize(
     ("losses", "turn"),
     [
