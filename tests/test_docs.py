@@ -3,10 +3,12 @@
 Its examples run, and its pages are built, by Sphinx (see docs/conf.py).
 """
 
+import ast
 import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fusedstep as fs
@@ -134,6 +136,34 @@ def test_optimizers_have_every_section_in_its_order(monkeypatch):
         moved = re.search(r"A float32 step moves (\d+) bytes", state)
         assert int(moved[1]) == generated.bytes_moved(name, {}, "float32", "float32"), name
         assert "4 bytes per element" in state, name
+
+
+def test_bytes_of_choosing_are_those_of_the_states():
+    pytest.importorskip("ml_dtypes")
+    rows = re.findall(r"^\| (.+?) \| (`.+?) \| (.+?) \| (.+?) \| ", PAGES["choosing.md"], re.M)
+    assert len(rows) >= 15
+    n, seen = 1 << 14, set()
+    for have, take, kept, moved in rows:
+        first, *others = (ast.parse(one, mode="eval").body for one in re.findall("`(.+?)`", take))
+        name, hypers = (first.func, keywords(first)) if isinstance(first, ast.Call) else (first, {})
+        ways = [hypers, *({"rounding": o.value} for o in others if isinstance(o, ast.Constant))]
+        how = {k: v for o in others if isinstance(o, ast.Call) for k, v in keywords(o).items()}
+        dtype = "bfloat16" if have.startswith("bfloat16 parameters") else "float32"
+        found = []
+        for way in ways:
+            params = fs.FlatBuffer.zeros({"w": n}, dtype)
+            opt = getattr(fs, name.id)(params, **way)
+            opt.step(params.zeros_like(), **how)
+            beside = sum(state.nbytes for state in opt.state["w"].values() if np.ndim(state)) / n
+            found.append((round(beside, 2), round(3 * params.dtype.itemsize + 2 * beside, 2)))
+        told = [list(map(float, re.findall(r"\b[\d.]+", cell))) for cell in (kept, moved)]
+        assert list(zip(*told, strict=True)) == found, take
+        seen.add(name.id)
+    assert seen >= {"SGD", "Lion", "Adagrad", "RMSprop", "Adadelta", "Adam", "AdamW", "Adamax"}
+
+
+def keywords(call):
+    return {one.arg: ast.literal_eval(one.value) for one in call.keywords}
 
 
 def test_bytes_are_the_promised_ones(monkeypatch):
