@@ -73,7 +73,12 @@ def test_machine_needs_no_rule():
 
 @pytest.mark.parametrize(
     ("folder", "strangers"),
-    [("step", {"python", "torch", "cuda"}), ("python", {"torch", "cuda"}), ("torch", {"cuda"})],
+    [
+        ("step", {"python", "torch", "cuda", "jax"}),
+        ("python", {"torch", "cuda", "jax"}),
+        ("torch", {"cuda", "jax"}),
+        ("cuda", {"jax"}),
+    ],
 )
 def test_lower_layer_includes_no_higher_one(folder, strangers):
     assert not of(folder) & strangers

@@ -19,7 +19,7 @@ def module_of(path):
 
 
 TREES = {module_of(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-COMPILED = ("fusedstep._core", "fusedstep._cuda")
+COMPILED = ("fusedstep._core", "fusedstep._cuda", "fusedstep._jax")
 
 # Imported when they are called for, as each takes longer to import than all that a step needs.
 LAZY = {
@@ -35,6 +35,7 @@ LAZY = {
     },
     "fusedstep.bench_models": {"fusedstep.torch"},
     "fusedstep.gallery": {"fusedstep.gallery.page"},
+    "fusedstep.schedules": {"fusedstep.jax._calls"},
     "fusedstep._checkpoint": {"fusedstep.schedules"},
     "fusedstep._groups": {"fusedstep.schedules"},
     "fusedstep._optimizer": {"fusedstep.schedules"},
@@ -107,7 +108,9 @@ def test_torch_layer_takes_nothing_private_of_the_neutral_classes(name):
 
 @pytest.mark.parametrize("name", TREES)
 def test_array_libraries_are_known_in_one_module(name):
-    if name == "fusedstep._arrays" or name.startswith(("fusedstep.torch", *OF_TORCH)):
+    if name == "fusedstep._arrays" or name.startswith(
+        ("fusedstep.torch", "fusedstep.jax", "fusedstep.bench_jax", *OF_TORCH)
+    ):
         return
     libraries = {"torch", "cupy", "numba", "ml_dtypes", "jax", "tensorflow"}
     assert not libraries & {one.split(".")[0] for one, _ in imports_of(TREES[name])}
@@ -134,6 +137,7 @@ def test_options_are_in_the_order_that_the_core_reads():
 PUBLIC = [
     *("", ".schedules", ".conventions", ".convert", ".convergence", ".convergence.landscapes"),
     *(".conventions.keras", ".conventions.optax", ".files", ".buffers", ".gallery", ".torch"),
+    ".jax",
 ]
 
 
@@ -141,9 +145,11 @@ PUBLIC = [
 def test_modules_show_what_is_public_and_nothing_else(name):
     if name == ".torch":
         pytest.importorskip("torch")
+    if name == ".jax":
+        pytest.importorskip("fusedstep.jax", exc_type=ImportError)
     module = importlib.import_module(f"fusedstep{name}")
     shown = set(dir(module))
-    assert shown == set(module.__all__) | ({"torch"} if not name else set())
+    assert shown == set(module.__all__) | ({"jax", "torch"} if not name else set())
     if name:
         assert all(hasattr(module, one) for one in shown)
 

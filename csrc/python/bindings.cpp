@@ -22,6 +22,7 @@
 #include "rules/power.h"
 #include "step/engine.h"
 #include "step/rules.h"
+#include "step/stages.h"
 #include "storage.h"
 #include "torch/tensor_table.h"
 #include "turn.h"
@@ -302,6 +303,11 @@ void collected(PyHeapTypeObject* heap_type) {
     for (int i = 1; i < kArrayFormats; ++i) all[kFormatInfo[i].name] = kFormatInfo[i].bytes;
     return all;
   });
+  m.def("stream_formats", [] {
+    std::vector<std::string> all;  // in the order of their numbers
+    for (const FormatInfo& info : kFormatInfo) all.emplace_back(info.name);
+    return all;
+  });
   m.def("blocks", [] {
     py::dict all;  // elements that share an entry beside them, by the format's name
     for (const FormatInfo& info : kFormatInfo) {
@@ -341,6 +347,7 @@ void collected(PyHeapTypeObject* heap_type) {
       .def("result", &Digesting::result);
 
   m.def("turn", turn);
+  m.def("stages", [] { return py::capsule(&stages(), "fusedstep.stages"); });
 
   py::class_<ArrayTable>(m, "ArrayTable")
       .def(py::init<const std::string&, std::vector<std::string>, const py::list&, std::vector<int>,

@@ -70,6 +70,36 @@ int64_t round_up(int64_t at, const Segment& segment) {
   return std::min(segment.n, parts(first + at, kPiece) * kPiece - first);
 }
 
+// Elements of a parameter that are copied, updated and taken apart again while they are in the
+// first-level cache.
+constexpr int64_t kApart = 8 * kPiece;
+
+// Room for a block as floats or doubles, with the last register's padding.
+struct alignas(64) Staged {
+  char bytes[(kBlock + kNormLanes) * sizeof(double)];
+};
+
+// Elements [begin, end) of `to`, without those of `from`, in the same format.
+void take_away(const Stream& from, const Stream& to, int64_t begin, int64_t end) {
+  const bool wide = to.format == Format::kF64;
+  const Codec& codec = kernels().codec[static_cast<int>(to.format)][wide];
+  Staged before, after;
+  for (int64_t n; begin < end; begin += n) {
+    n = std::min(end - begin, kBlock);
+    codec.decode(from, begin, begin, n, &before);
+    codec.decode(to, begin, begin, n, &after);
+    const auto subtract = [n](auto* a, const auto* b) {
+      for (int64_t i = 0; i < n; ++i) a[i] -= b[i];
+    };
+    if (wide) {
+      subtract(reinterpret_cast<double*>(&after), reinterpret_cast<const double*>(&before));
+    } else {
+      subtract(reinterpret_cast<float*>(&after), reinterpret_cast<const float*>(&before));
+    }
+    codec.encode(to, kParam, begin, begin, n, &after, 0);
+  }
+}
+
 // Whether two clocks are the same, as bytes: NaN is NaN.
 // NOLINTNEXTLINE(bugprone-suspicious-memory-comparison): it has no padding
 bool same(const Clock& a, const Clock& b) { return std::memcmp(&a, &b, sizeof(a)) == 0; }
@@ -100,12 +130,11 @@ void convert(const Stream& from, const Stream& to, int64_t begin, int64_t end, i
   const bool wide = from.format == Format::kF64 || to.format == Format::kF64;
   const Codec& decodes = kernels().codec[static_cast<int>(from.format)][wide];
   const Codec& encodes = kernels().codec[static_cast<int>(to.format)][wide];
-  alignas(
-      64) char values[(kBlock + kNormLanes) * sizeof(double)];  // with the last register's padding
+  Staged values;
   for (int64_t n; begin < end; begin += n) {
     n = std::min(end - begin, kBlock - (first + begin) % kBlock);
-    decodes.decode(from, begin, first + begin, n, values);
-    encodes.encode(to, kParam, begin, first + begin, n, values, 0);
+    decodes.decode(from, begin, first + begin, n, &values);
+    encodes.encode(to, kParam, begin, first + begin, n, &values, 0);
   }
 }
 
@@ -199,7 +228,8 @@ void Plan::make(int rule, const std::vector<Counted>& counted, const std::vector
   }
 }
 
-void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows) {
+void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows,
+         const std::vector<const void*>& origins) {
   const std::vector<int64_t> starts = end_to_end(
       segments, [](const Segment& segment) { return is_written(segment) ? segment.n : 0; });
   const Sweep sweep = kernels().sweep;
@@ -208,7 +238,20 @@ void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>&
       const Segment& segment = segments[i];
       from = round_up(from, segment);
       to = round_up(to, segment);
-      if (from < to) sweep(rule, segment, rows[segment.row], from, to);
+      if (origins.empty()) {
+        if (from < to) sweep(rule, segment, rows[segment.row], from, to);
+        return;
+      }
+      const Stream& param = segment.stream[kParam];
+      const Stream origin = {const_cast<void*>(origins[i]), param.format};
+      const int64_t bytes = format_bytes(param.format);
+      for (int64_t end; from < to; from = end) {
+        end = std::min(to, from + kApart);
+        std::memcpy(static_cast<char*>(param.data) + from * bytes,
+                    static_cast<const char*>(origin.data) + from * bytes, (end - from) * bytes);
+        sweep(rule, segment, rows[segment.row], from, end);
+        take_away(origin, param, from, end);
+      }
     });
   });
 }

@@ -73,7 +73,10 @@ class Plan {
   std::vector<int> row_at_;         // by hash, or -1: rows_ found again; its size is a power of two
 };
 
-// Sweep. Updates all segments that are written, in one parallel region.
-void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows);
+// Sweep. Updates all segments that are written, in one parallel region. Where there are origins, one
+// for each segment, the parameters are read from there, in the segment's format, and the segment gets
+// what is to be added to them.
+void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows,
+         const std::vector<const void*>& origins = {});
 
 }  // namespace fusedstep

@@ -25,7 +25,8 @@ if _typing.TYPE_CHECKING:
     import fusedstep.convergence as convergence
     import fusedstep.convert as convert
     import fusedstep.schedules as schedules
-    from fusedstep import torch as torch  # not in __all__: `import *` works without torch
+    from fusedstep import jax as jax  # not in __all__, as torch: `import *` works without them
+    from fusedstep import torch as torch
     from fusedstep.files import Saved, load, save
     from fusedstep.optimizers import *  # noqa: F403  # what the next line takes
 
@@ -61,7 +62,7 @@ if not _typing.TYPE_CHECKING:  # which would take it for every name, a misspelt 
 
     def __getattr__(name: str) -> _typing.Any:
         # What takes as long to import as all that a step needs.
-        if name in ("conventions", "convergence", "convert", "schedules", "torch"):
+        if name in ("conventions", "convergence", "convert", "jax", "schedules", "torch"):
             return _importlib.import_module(f"fusedstep.{name}")
         if name in ("Saved", "load", "save"):
             return getattr(_importlib.import_module("fusedstep.files"), name)
@@ -69,4 +70,4 @@ if not _typing.TYPE_CHECKING:  # which would take it for every name, a misspelt 
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, "torch"})
+    return sorted({*__all__, "jax", "torch"})

@@ -174,6 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--step", action="store_true",
                        help="all of a training step in one sweep, and narrow streams, beside what"
                        " torch and other libraries do for it")  # fmt: skip
+    bench.add_argument(
+        "--jax",
+        action="store_true",
+        help="fusedstep.jax beside optax, each in a jit with donated arrays",
+    )
     bench.add_argument("--n", nargs="+", type=_count,
                        help="elements (2^24; with --plot a sweep, with --step 2^26)")  # fmt: skip
     bench.add_argument("--sweep", action="store_true", help="n from 1e3 to 1e8")
@@ -388,6 +393,27 @@ def _bench_models(args: argparse.Namespace) -> tuple[Any, ...]:
     return bench_models.ModelTable(), len(names) * len(models), measure
 
 
+def _bench_jax(args: argparse.Namespace) -> tuple[Any, ...]:
+    from fusedstep import bench_jax
+
+    others = "models", "step", "plot", "compile", "no_torch", "grad_dtype"
+    _check_alone(args, "--jax", others)
+    if args.n and args.sweep:
+        raise _Usage("--sweep must not be given with --n")
+    names = args.optimizers or bench_jax.OPTIMIZERS
+    bench_jax.check(names, args.rounds, args.threads)
+    sizes = args.n or (_SWEEP if args.sweep else [1 << 24])
+    for module, package in (("jax", "'fusedstep[jax]' optax"), ("optax", "optax")):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"--jax needs {module}: pip install {package}")
+    try:
+        importlib.import_module("fusedstep.jax")
+    except ImportError as error:  # of an interpreter or a build that has it not
+        raise ModuleNotFoundError(f"--jax needs fusedstep.jax, pip install it: {error}") from None
+    measure = partial(bench_jax.measure, names, sizes)
+    return bench_jax.JaxTable(), len(bench_jax.chosen(names, sizes)), measure
+
+
 def _bench_buffer(args: argparse.Namespace) -> tuple[Any, ...]:
     from fusedstep import bench
 
@@ -412,7 +438,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     _check_output(args.json)
     _check_output(args.plot, picture=True)
-    kind = _bench_step if args.step else _bench_buffer if args.models is None else _bench_models
+    kinds = {"jax": _bench_jax, "step": _bench_step, "models": _bench_models}
+    kind = next((kinds[k] for k in kinds if getattr(args, k) not in (None, False)), _bench_buffer)
     table, total, measure = kind(args)
     own = {"threads": args.threads, "isa": args.isa, "rounds": args.rounds}
     try:
@@ -422,7 +449,7 @@ def _bench(args: argparse.Namespace) -> None:
         if table.rows:
             if args.json:
                 with open(args.json, "w") as file:
-                    json.dump(bench.as_json(table.rows), file, indent=1)
+                    json.dump(bench.as_json(table.rows, table.versions()), file, indent=1)
             if args.plot:
                 bench.plot(table.rows, args.plot)
             table.close()

@@ -221,6 +221,12 @@ def loaded_torch() -> Any:
     return sys.modules.get("torch")
 
 
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only as a program of JAX runs."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
 def is_tensor(thing: Any) -> bool:
     """Whether it is a torch tensor."""
     torch = loaded_torch()

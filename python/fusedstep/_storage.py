@@ -153,7 +153,7 @@ class Storage:
         self._spec = spec
         defaults = {name: default for name, (default, _) in HOW.items()}
         self.how: dict[str, Any] = {**defaults, **how}
-        self.seed = _as_seed(self.how["seed"])
+        self.seed: int = _as_seed(self.how["seed"])
         _check_choice("rounding", self.how["rounding"], get_args(Rounding))
         _check_choice("state_rounding", self.how["state_rounding"], get_args(StateRounding))
         if self.how["ema_dtype"] == "float16":

@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedstep import _core
+from fusedstep._arrays import is_traced
 from fusedstep._hypers import (
     ANY,
     FINITE,
@@ -273,8 +274,15 @@ class Schedule(ABC):
     @overload
     def __call__(self, t: Any) -> NDArray[np.float64]: ...
     def __call__(self, t: Any) -> Any:
-        """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps."""
+        """The value at step `t`, an int from 0 to 2^53; or at each of an array of steps.
+
+        Of a step that is traced inside of `jax.jit`, an array of JAX.
+        """
         if type(t) is not int:  # which optimizers pass
+            if is_traced(t):
+                from fusedstep.jax._calls import scheduled
+
+                return scheduled(self, t)
             number = None if isinstance(t, np.ndarray) else as_whole(t)
             if number is None:
                 return self._at_each(t)
