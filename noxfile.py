@@ -45,7 +45,7 @@ def configured(session: nox.Session, *settings: str) -> str:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, formatting, clang-tidy."""
-    session.install(".[lint]")
+    session.install(".[lint]", "jaxlib")  # whose headers csrc/jax needs
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("clang-format", "--dry-run", "--Werror", *files(session, "*.h", "*.cpp", "*.cu"))
@@ -135,6 +135,7 @@ def sanitize(session: nox.Session) -> None:
             *("python", "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "."),
             *("--target", str(where / "package")),
             *(f"--config-settings={setting}" for setting in settings),
+            env={"FUSEDSTEP_JAX": "0"},
         )
         preload = " ".join(
             session.run(
@@ -244,6 +245,12 @@ def pythons(session: nox.Session) -> None:
 def torches(session: nox.Session) -> None:
     """The tests of the torch layer under torch 2.4.0, the pinned and the newest, or those given."""
     session.run("python", ".ci/matrix.py", "torches", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def jaxes(session: nox.Session) -> None:
+    """The tests of fusedstep.jax under the oldest and the newest JAX, or those given; a table."""
+    session.run("python", ".ci/matrix.py", "jaxes", *session.posargs, external=True)
 
 
 @nox.session

@@ -1,20 +1,23 @@
-"""Runs the tests under each of several Pythons, or versions of torch, and prints a table.
+"""Runs the tests under each of several Pythons, or versions of torch or JAX; prints a table.
 
     python .ci/matrix.py pythons [INTERPRETER ...] [-- arguments of pytest]
     python .ci/matrix.py torches [VERSION ...] [-- arguments of pytest]
+    python .ci/matrix.py jaxes [VERSION ...] [-- arguments of pytest]
 
 Without arguments: the Pythons from 3.10 on that PATH and pyenv have, free-threaded ones too; and
-torch's oldest supported release, the one that the test extra pins, and the newest. Each gets a
-fresh environment in build/matrix, with the package built for it; the kernels, the same for all, are
-compiled once. What is given as a path to the Python of a virtual environment is used with the
-libraries that it has.
+torch's oldest supported release, the one that the test extra pins, and the newest; JAX' oldest, and
+the newest under this Python and under the newest one. Each gets a fresh environment in
+build/matrix, with the package built for it; the kernels, the same for all, are compiled once. What
+is given as a path to the Python of a virtual environment is used with the libraries that it has.
 
 Under other Pythons run the tests that need no torch: every file that imports nothing but NumPy and
-the test tools; what needs torch in those is skipped. Under other torches run the files about torch.
+the test tools; what needs torch in those is skipped. Under other torches run the files about torch,
+under other JAXes those about it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -77,7 +80,7 @@ class Environment:
             python = self.prepare()
         except subprocess.CalledProcessError as error:  # said what it lacks; the others go on
             print(f"{self.name} could not be prepared: {error}", flush=True)
-            return [self.name, "-", "-", "0", "1", "0", minutes_since(begin)]
+            return [self.name, "-", "-", "-", "0", "1", "0", minutes_since(begin)]
         report = PLACE / f"{self.name}.xml"
         report.unlink(missing_ok=True)
         files = [str(f.relative_to(ROOT)) for f in self.files]
@@ -101,13 +104,13 @@ import importlib.metadata as m, platform, sys
 import fusedstep  # a module that does not declare itself fit for it turns the lock on
 free = not getattr(sys, "_is_gil_enabled", lambda: True)()
 print(platform.python_version() + ("t" if free else ""), end=" ")
-for name in ("numpy", "torch"):
+for name in ("numpy", "torch", "jax"):
     try:
         print(m.version(name), end=" ")
     except m.PackageNotFoundError:
         print("-", end=" ")
 """
-HEAD = ["Python", "NumPy", "torch", "passed", "failed", "skipped", "minutes"]
+HEAD = ["Python", "NumPy", "torch", "JAX", "passed", "failed", "skipped", "minutes"]
 
 
 def pip(python: Path) -> list[str]:
@@ -159,12 +162,11 @@ def pythons(given: list[str]) -> list[Environment]:
     found = {}
     for interpreter in given:
         version = version_of(interpreter)
-        numbers = [int(n) for n in re.findall(r"\d+", version)]
-        if numbers >= [3, 10]:
+        if numbers_of(version) >= [3, 10]:
             found.setdefault(
                 version, Environment(version, interpreter, ["numpy", "ml_dtypes"], files)
             )
-    return [found[v] for v in sorted(found, key=lambda v: [int(n) for n in re.findall(r"\d+", v)])]
+    return [found[v] for v in sorted(found, key=numbers_of)]
 
 
 def torches(given: list[str]) -> list[Environment]:
@@ -186,10 +188,32 @@ def torches(given: list[str]) -> list[Environment]:
     return found
 
 
+def jaxes(given: list[str]) -> list[Environment]:
+    os.environ["FUSEDSTEP_JAX"] = "1"  # with the headers that the wheels are built with
+    oldest = re.search(r"jax>=([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+    newest = max(of_pyenv("3.1[0-9].*"), key=lambda path: numbers_of(version_of(path)), default="")
+    asked = [(one, sys.executable) for one in given or [oldest, "newest"]]
+    if newest and not given:
+        asked.append(("newest", newest))
+    return [
+        Environment(
+            f"jax-{one}-{version_of(interpreter)}",
+            interpreter,
+            ["jax" if one == "newest" else f"jax=={one}", "optax", "flax", "equinox", "numpy"],
+            sorted((ROOT / "tests").glob("test_jax*.py")),
+        )
+        for one, interpreter in asked
+    ]
+
+
+def numbers_of(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version)]
+
+
 def main() -> int:
     kind, *rest = sys.argv[1:]
     at = rest.index("--") if "--" in rest else len(rest)
-    environments = {"pythons": pythons, "torches": torches}[kind](rest[:at])
+    environments = {"pythons": pythons, "torches": torches, "jaxes": jaxes}[kind](rest[:at])
     shutil.rmtree(BUILDS, ignore_errors=True)
     BUILDS.mkdir(parents=True)
     rows = []

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from matrix import of_pyenv
 ROOT = Path(__file__).parents[1]
 GLIBC = "2.17"
 VERSIONS = [f"3.{minor}" for minor in range(10, 15)]
-LARGEST = 860_000  # bytes of a wheel, of which the sources of Python are 0.28
+LARGEST = 1_000_000  # bytes of a wheel, of which the sources of Python are 0.25, _jax 0.11
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
 # In place of parts of libstdc++.a, which asks if there is one thread, as newer glibc tell: zero,
 # "perhaps several", is always right. Without names of C++ types in rare messages (they stay as the
@@ -142,6 +143,11 @@ def source(folder: Path, dist: Path) -> Path:
     return unpacked
 
 
+def jaxlib() -> list[str]:
+    """The oldest jaxlib of each Python, whose headers _jax is built with."""
+    return re.findall(r'"(jaxlib[=>].*?)"', (ROOT / "pyproject.toml").read_text())
+
+
 def build(
     version: str, python: str, arch: str, libraries: Path, sources: Path, kernels: Path | None
 ) -> Path:
@@ -150,7 +156,7 @@ def build(
     program = environment(python, folder / f"builder-{version}")
     run(
         *(program, "-m", "pip", "install", "-q", "hatch-fancy-pypi-readme>=23.2"),
-        *("scikit-build-core>=0.10", "pybind11>=2.13", "cmake", "ninja"),
+        *("scikit-build-core>=0.11", "pybind11>=2.13", "cmake", "ninja", *jaxlib()),
     )
     settings = [f"build-dir={folder / f'objects-{version}'}"]
     if kernels:
@@ -161,6 +167,7 @@ def build(
         **os.environ,
         "PATH": f"{program.parent}:{os.environ['PATH']}",
         "CXX": COMPILERS[arch],
+        "FUSEDSTEP_JAX": "1",
         "LDFLAGS": " ".join(flags),
         # For ccache, where CMAKE_CXX_COMPILER_LAUNCHER names it: it finds the last run's objects.
         "CCACHE_BASEDIR": str(folder),
