@@ -13,7 +13,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -484,9 +484,10 @@ def _row(
     )
 
 
-def as_json(rows: Sequence[Any]) -> dict[str, Any]:
+def as_json(rows: Sequence[Any], versions: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Rows with the machine they were measured on, ready for `json.dump`."""
-    return {"machine": _runtime.info(), "rows": [asdict(row) for row in rows]}
+    machine = {**_runtime.info(), **(versions or {})}
+    return {"machine": machine, "rows": [asdict(row) for row in rows]}
 
 
 def short(number: float, width: int) -> str:
@@ -522,6 +523,10 @@ class Table:
         """What the title says of the streams."""
         return "float32"
 
+    def versions(self) -> dict[str, str]:
+        """Of the libraries that rows are measured beside, if torch is not among them."""
+        return {}
+
     def place(self, row: Any) -> str:
         """What a line of its own says before all rows that have it in common."""
         return f"n = {row.n:,}: {row.ran}"
@@ -539,7 +544,8 @@ class Table:
         """Prints a row."""
         lines = []
         if not self.rows:
-            lines += [*textwrap.wrap(title([row], self.dtype(row)), 80), ""]
+            heading = title([row], self.dtype(row), self.versions())
+            lines += [*textwrap.wrap(heading, 80), ""]
             width = sum(self.widths) + len(self.widths) - 1
             lines += [f"{self.above:>{width}}"] if self.above else []
             lines += [*map(self.line, self.heading), "-" * width]
@@ -562,7 +568,7 @@ class Table:
             " lie between its quartiles. ! marks a row that was disturbed: other programs left"
             f" fewer cores than threads, or quartiles are more than {_APART}x apart.",
         ]
-        if not has_torch():
+        if not has_torch() and not self.versions():
             notes.append(NO_TORCH)
         print("\n" + "\n".join(line for note in notes for line in textwrap.wrap(note, 80)))
 
@@ -619,12 +625,15 @@ class BufferTable(Table):
         return told
 
 
-def title(rows: Sequence[Any], dtype: str) -> str:
+def title(rows: Sequence[Any], dtype: str, versions: Mapping[str, str] | None = None) -> str:
     """The machine and settings of rows, in a line."""
     machine = _runtime.info()
-    return (
-        f"{dtype}, {rows[0].threads} threads, {rows[0].isa}, {machine['cpu']},"
-        f" torch {machine['torch'] or 'not installed'}"
+    beside = versions or {"torch": machine["torch"] or "not installed"}
+    return ", ".join(
+        [
+            *(dtype, f"{rows[0].threads} threads", rows[0].isa, machine["cpu"]),
+            *(f"{name} {version}" for name, version in beside.items()),
+        ]
     )
 
 
