@@ -26,6 +26,7 @@ LAZY = {
     "fusedstep.__main__": {
         *(
             "fusedstep.bench",
+            "fusedstep.bench_jax",
             "fusedstep.bench_models",
             "fusedstep.bench_step",
             "fusedstep.convert._command",
@@ -33,6 +34,7 @@ LAZY = {
             "fusedstep.gallery",
         )
     },
+    "fusedstep.bench_jax": {"fusedstep.conventions.optax", "fusedstep.jax"},
     "fusedstep.bench_models": {"fusedstep.torch"},
     "fusedstep.gallery": {"fusedstep.gallery.page"},
     "fusedstep.schedules": {"fusedstep.jax._calls"},

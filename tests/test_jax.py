@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 import pickle
 import re
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -665,3 +668,10 @@ def test_orbax_keeps_states(tmp_path):
         params, state = step(grads[t], state, params)
         params2, state2 = step(grads[t], state2, params2)
     jax.tree.map(np.testing.assert_array_equal, (params2, state2), (params, state))
+
+
+def test_functions_are_written_as_the_conventions_are():
+    # In a process of its own, as the script reads what it runs with.
+    script = pathlib.Path(__file__).parents[1] / ".ci" / "jax_functions.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
