@@ -119,7 +119,12 @@ def adadelta(
     weight_decay: Rate = 0.0,
     **keywords: Unpack[Keywords],
 ) -> Transformation:
-    """Our Adadelta."""
+    """Our Adadelta: eps under both roots, weight decay in the gradient.
+
+    NOTE: optax 0.2.8 may be given no rate, or None, and then goes up instead of down
+    (`findings/rate_left_out_climbs.sh`). The rate must be a number or a schedule here; the paper's
+    is 1.
+    """
     return _made(_optax.adadelta, locals())
 
 
