@@ -620,9 +620,11 @@ def noisy_digits() -> demo.Digits:
     return data
 
 
-def train_digits(lr: fs.schedules.Schedule, epochs: int, batch: int, seed: int) -> list[float]:
-    """Training loss after each epoch of SGD with momentum on `noisy_digits`."""
-    data, params, rng = noisy_digits(), demo.init(seed), np.random.default_rng(seed)
+def train_digits(
+    data: demo.Digits, lr: fs.schedules.Schedule, epochs: int, batch: int, seed: int
+) -> list[float]:
+    """Training loss after each epoch of SGD with momentum."""
+    params, rng = demo.init(seed), np.random.default_rng(seed)
     grads = params.zeros_like()
     opt = fs.SGD(params, lr=lr, momentum=0.9)
     losses = [demo.loss_and_gradient(params, data.train_x, data.train_y, grads)]
@@ -648,8 +650,8 @@ def digits() -> Any:
     image in ten has a wrong label, so that gradients stay noisy: at a constant rate the loss stops
     at a floor that the noise sets, and each cut of the rate (dotted) lowers the floor at once.
     """
-    epochs, batch = 24, 8
-    per_epoch = len(demo.Digits.load().train_y) // batch
+    data, epochs, batch = noisy_digits(), 24, 8
+    per_epoch = len(data.train_y) // batch
     total = epochs * per_epoch
     runs = {
         "constant": (fs.schedules.Constant(0.08), RED, "o"),
@@ -658,7 +660,7 @@ def digits() -> Any:
     }
     figure, (top, below) = canvas(2, 1, size=(9, 6), sharex=True, height_ratios=(3, 1))
     for name, (lr, color, marker) in runs.items():
-        losses = np.mean([train_digits(lr, epochs, batch, seed) for seed in range(3)], axis=0)
+        losses = np.mean([train_digits(data, lr, epochs, batch, seed) for seed in range(3)], axis=0)
         top.plot(losses, color=color, marker=marker, ms=4, lw=2,
                  label=f"{name}: {losses[-1]:.2f} in the end")  # fmt: skip
         below.plot(np.arange(total) / per_epoch, lr(range(total)), color=color, lw=2)
@@ -754,9 +756,9 @@ def edge() -> Any:
     return figure
 
 
-def train_16_bits(rounding: Rounding | None, epochs: int) -> list[float]:
+def train_16_bits(data: demo.Digits, rounding: Rounding | None, epochs: int) -> list[float]:
     """Training loss after each epoch of SGD at a small rate, by the weights as they are stored."""
-    data, rng, work = demo.Digits.load(), np.random.default_rng(0), demo.init()
+    rng, work = np.random.default_rng(0), demo.init()
     grads = work.zeros_like()
     params = work.zeros_like(np.float32 if rounding is None else "bfloat16")
     params.flat[...] = work.flat
@@ -795,6 +797,7 @@ def roundings() -> Any:
         "kahan": (GREEN, "-"),
         "split": (BLUE, "--"),
     }
+    data = demo.Digits.load()
     figure, (weight, loss) = canvas(1, 2, size=(11, 4.4))
     for rounding, (color, style) in ways.items():
         params = fs.FlatBuffer.zeros({"w": 256}, np.float32 if rounding is None else "bfloat16")
@@ -809,7 +812,9 @@ def roundings() -> Any:
         if rounding == "stochastic":
             mean = np.mean(path, axis=1)
             weight.plot(mean, ":", color=color, lw=3, label="mean of 256 stochastic")
-        loss.plot(range(1, 13), train_16_bits(rounding, 12), label=rounding or "float32", **look)
+        loss.plot(
+            range(1, 13), train_16_bits(data, rounding, 12), label=rounding or "float32", **look
+        )
     weight.set_xlabel("step")
     weight.set_ylabel("the weight as it is stored")
     loss.set_xlabel("epoch")
