@@ -321,3 +321,13 @@ def test_convention_passes_onnx_node_tests(node, isa):
         }
         for key, value in after.items():
             np.testing.assert_allclose(value, wanted[key], rtol=1e-6, err_msg=key)
+
+
+def test_nesterov_without_momentum_means_nothing_in_optax():
+    for make in (fs.conventions.optax.sgd, fs.conventions.optax.rmsprop):
+        found = []
+        for nesterov in (False, True):
+            p = np.linspace(-1, 1, 5)
+            make(p, 0.1, nesterov=nesterov).step(np.ones(5))
+            found.append(p)
+        assert np.array_equal(*found)

@@ -151,7 +151,8 @@ def or_zero(value: Any) -> Any:
 
 def with_momentum(nesterov: Any, momentum: Any) -> Any:
     """`nesterov`, which in other libraries means nothing without momentum, and in ours is wrong."""
-    nothing = isinstance(nesterov, bool | np.bool_) and as_float(momentum) == 0
+    without = momentum is None or as_float(momentum) == 0
+    nothing = isinstance(nesterov, bool | np.bool_) and without
     return False if nothing else nesterov
 
 
