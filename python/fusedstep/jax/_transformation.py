@@ -138,9 +138,8 @@ class Recipe:
                 raise TypeError(
                     f"{name} must be an argument of {ours.name}, which are {', '.join(known)}"
                 )
-        self.hypers: dict[str, Any] = {
-            n: given.get(n, signature.parameters[n].default) for n in known
-        }
+        self.defaults = {name: signature.parameters[name].default for name in known}
+        self.hypers: dict[str, Any] = {**self.defaults, **given}
         self._read()
 
     def _read(self) -> None:
@@ -149,7 +148,7 @@ class Recipe:
         self.schedules: dict[int, tuple[str, Schedule]] = {}
         order = self.spec.order
 
-        def plain(name: str, part: str, value: Any) -> Any:
+        def plain(name: str, part: str, value: Any, default: Any) -> Any:
             place = order.index(part)
             if isinstance(value, ReduceOnPlateau):
                 raise TypeError(
@@ -162,16 +161,16 @@ class Recipe:
                 self.dynamic[place] = value
             else:
                 return value
-            return 0.5
+            return default or 0.5  # what it may be; a momentum of 0 would have no buffer
 
         values: dict[str, Any] = {}
         for name, value in self.hypers.items():
-            parts = self.spec.parts.get(name)
+            parts, default = self.spec.parts.get(name), self.defaults[name]
             if parts and isinstance(value, tuple) and len(value) == len(parts):
-                pairs = zip(parts, value, strict=True)
-                values[name] = tuple(plain(f"{name}[{i}]", *p) for i, p in enumerate(pairs))
+                each = zip(parts, value, default, strict=True)
+                values[name] = tuple(plain(f"{name}[{i}]", *p) for i, p in enumerate(each))
             else:
-                values[name] = value if name not in order else plain(name, name, value)
+                values[name] = value if name not in order else plain(name, name, value, default)
         checked = {name: self.spec.check(name, value) for name, value in values.items()}
         self.spec.check_together(checked)
         self.native: list[float] = self.spec.native(checked)
