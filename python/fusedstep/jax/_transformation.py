@@ -72,9 +72,15 @@ def standing_in(value: Any) -> Any:
         return tuple(map(standing_in, value))
     if not isinstance(value, jax.Array):
         return value
-    if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+    if not _is_number(value):
         raise TypeError(f"a hyperparameter must be a number, got an array {jax.typeof(value)}")
     return _Traced(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is an array of JAX that is one number."""
+    is_array = isinstance(value, jax.Array)
+    return is_array and not value.ndim and jnp.issubdtype(value.dtype, jnp.number)
 
 
 class Options(NamedTuple):
@@ -210,41 +216,44 @@ class Recipe:
 
     def numbers(self, count: Any, masked: bool) -> tuple[_calls.Numbers, Any]:
         """What `prepare` reads, and the array of what only the program knows."""
-        opts = self.options
+        opts, order = self.options, self.spec.order
         groups = list(self.native)
-        decay = self.spec.order.index("weight_decay")
+        decay = order.index("weight_decay")
         if masked:
             groups += [0.0 if i == decay else x for i, x in enumerate(self.native)]
         numbers = [1.0, math.inf, math.inf, 0.0]
-        traced: list[tuple[int, Any]] = []
+        traced: list[tuple[str, int, Any]] = []
         scheduled: list[tuple[int, tuple[str, Schedule]]] = []
         for group in range(1 + masked):
             at = group * len(self.native)
             left = {decay} if group else set()
-            traced += [(at + i, v) for i, v in self.dynamic.items() if i not in left]
+            traced += [(order[i], at + i, v) for i, v in self.dynamic.items() if i not in left]
             scheduled += [(at + i, v) for i, v in self.schedules.items() if i not in left]
         for i, value in enumerate((opts.max_norm, opts.clip_value, opts.ema), 1):
             if isinstance(value, _Traced):
-                traced.append((len(groups) + i, value))
+                traced.append(("", len(groups) + i, value))
             elif value is not None:
                 numbers[i] = value
         dtype = _calls.floating()
 
-        def now(value: Any) -> Any:
+        def now(name: str, value: Any) -> Any:
             if not isinstance(value, _Traced):
-                value = value(count)
-                if jnp.ndim(value):
-                    raise TypeError(f"a schedule must return a number, got {jax.typeof(value)}")
-                return jnp.asarray(value, dtype)
+                found = value(count)
+                if as_float(found) is None and not _is_number(found):
+                    what = jax.typeof(found) if isinstance(found, jax.Array) else repr(found)
+                    raise TypeError(f"{name} must be a number at each step, got {what}")
+                return jnp.asarray(found, dtype)
             return jnp.asarray(value.value, dtype)
 
-        values = jnp.stack([now(v) for _, v in traced]) if traced else jnp.zeros(0, dtype)
+        values = (
+            jnp.stack([now(name, v) for name, _, v in traced]) if traced else jnp.zeros(0, dtype)
+        )
         return (
             _calls.Numbers(
                 self.spec.rule,
                 groups,
                 numbers,
-                [place for place, _ in traced],
+                [place for _, place, _ in traced],
                 [place for place, _ in scheduled],
                 _calls.text_of(one for _, one in scheduled),
                 self.storage.seed,
