@@ -1,5 +1,6 @@
 """Each script in examples/ runs, and what it prints says that it came out right."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+FOR_JAX = ("flax", "optax", "fusedstep._jax")
 PROCESSES = ("ddp", "zero", "fsdp2", "checkpoint")
 
 
@@ -65,3 +67,24 @@ def test_processes_agree_with_one(script):
         kept = re.findall(r"keeps states of (\d+) of 321 parameters", printed)
         assert sum(map(int, kept)) == 321
         assert "0" not in kept
+
+
+@pytest.fixture
+def _jax():
+    for name in FOR_JAX:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
+
+
+@pytest.mark.usefixtures("_jax")
+def test_jax_learns_as_under_optax(tmp_path):
+    printed = run("train_jax", "--steps", "6", "-o", tmp_path / "curves.png")
+    rows = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +[+-]\d.\de[+-]\d+$", printed, re.M)
+    assert [int(step) for step, _, _ in rows] == list(range(6))
+    losses = [(float(theirs), float(ours)) for _, theirs, ours in rows]
+    assert losses[0] == pytest.approx((5.55, 5.55), rel=0.02)  # of the order of log(256)
+    assert max(losses[-1]) < min(losses[0]) - 0.3
+    for name in ("optax", "fusedstep"):
+        assert re.search(rf"^{name}: [\d,]+ tokens/s, [\d.]+ ms or [\d.]+% ", printed, re.M)
+    assert "the losses agree to float32 rounding" in printed
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
