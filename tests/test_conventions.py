@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import fusedstep as fs
+from fusedstep._storage import HOW
+from fusedstep.conventions import _convention
 from recorded import GOLDEN, INPUTS, NARROW, as_given, convention, pairs, recorded, steps
 
 
@@ -39,6 +41,14 @@ def test_rprop_of_optax_is_a_step_late():
 def test_every_recorded_library_has_a_module():
     found = {path.stem for path in GOLDEN.glob("*.json")} - {"inputs", "onnx_nodes"}
     assert found <= set(fs.conventions.__all__)
+
+
+def test_names_beside_the_equation_are_typed_as_they_are_taken():
+    optimizers = pytest.importorskip("fusedstep.torch").optimizers
+    ours = {"groups", "maximize", *HOW, *optimizers._EACH, *optimizers._FLAGS}
+    theirs = {*_convention._ELSEWHERE, *_convention._WITHOUT_EFFECT}
+    alone = {name for names in _convention._WITHOUT_EFFECT_IN.values() for name in names}
+    assert set(_convention.Beside.__annotations__) == ours | theirs | alone
 
 
 def each_convention():

@@ -57,4 +57,8 @@ fs.Adam(w, state_rounding="kahan")  # type: ignore[arg-type]
 fs.Adam(w, ema_dtype="float16")  # type: ignore[arg-type]
 fs.SGD(w, lr="3")  # type: ignore[arg-type]
 assert_type(fs.conventions.keras.Adam(w, learning_rate=0.1), fs.Optimizer)
-fs.conventions.keras.Adam(w, beta_3=0.1)  # takes our options, too
+fs.conventions.keras.Adam(w, 0.1, groups=[fs.Group("b*", lr=0.1)], state_dtype="q8", name="Adam")
+fs.conventions.keras.Adam(w, beta_3=0.1)  # type: ignore[call-arg]
+fs.conventions.keras.Adam(w, rounding="even")  # type: ignore[arg-type]
+assert_type(fs.conventions.optax.adamw.torch(model.parameters(), 0.1, ema=0.9), ft.Optimizer)
+fs.conventions.optax.adamw.torch(model.parameters(), 0.1, b3=0.9)  # type: ignore[call-arg]

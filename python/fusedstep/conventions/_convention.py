@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypedDict, cast
 
 import numpy as np
 
 from fusedstep import optimizers
 from fusedstep._arrays import as_float
+from fusedstep._groups import Group
 from fusedstep._hypers import AT_LEAST_0, HYPERS, as_number
 from fusedstep._optimizer import Optimizer
-from fusedstep._types import Params, Rate
+from fusedstep._types import How, Params, Rate
 
 if TYPE_CHECKING:
     from fusedstep.torch.optimizers import Optimizer as TorchOptimizer
@@ -60,6 +61,60 @@ _WITHOUT_EFFECT = (
 )
 # And of one library alone: of others `fused` is that of `fusedstep.torch`, which scalers ask for.
 _WITHOUT_EFFECT_IN = {"tinygrad": ("fused",)}
+
+
+class _Elsewhere(TypedDict, total=False):
+    """Names of `_ELSEWHERE` and `_WITHOUT_EFFECT`, for checkers; a test compares."""
+
+    accumulator_dtype: object
+    apply_decay_param_fun: object
+    clipnorm: object
+    clipvalue: object
+    ema_momentum: object
+    ema_overwrite_frequency: object
+    fp32_optimizer_states: object
+    global_clipnorm: object
+    grad_clip: object
+    gradient_accumulation_steps: object
+    is_paged: object
+    lazy_mode: object
+    loss_scale_factor: object
+    lr_ratio: object
+    lr_schedule: object
+    mask: object
+    mu_dtype: object
+    multi_precision: object
+    optim_bits: object
+    power_t: object
+    rescale_grad: object
+    use_ema: object
+    use_lowprecision_moment: object
+    weight_decay_mask: object
+    device: object
+    min_8bit_size: object
+    name: object
+    use_locking: object
+    use_multi_tensor: object
+    use_own_namescope_for_non_slot_vars: object
+
+
+class Beside(_Elsewhere, How, total=False):
+    """What a convention takes by name beside the arguments of its equation, for checkers.
+
+    What of this only one layer has is refused by the other when it is called.
+    """
+
+    groups: Iterable[Group]
+    maximize: bool
+    # Of `fusedstep.torch` alone:
+    clip_value: float | None
+    ema: float | Callable[[int], float] | None
+    shadow: Any
+    zero_grad: bool
+    foreach: bool | None
+    fused: bool | int | None  # tinygrad's is 0
+    capturable: bool
+    differentiable: bool
 
 
 class Ours(NamedTuple):

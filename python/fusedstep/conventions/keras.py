@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, or_zero, with_momentum
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, or_zero, with_momentum
 
 
 def _decay(weight_decay: Rate | None) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def _decay(weight_decay: Rate | None) -> dict[str, Any]:
 @convention
 def SGD(
     learning_rate: Rate = 0.01, momentum: Rate = 0.0, nesterov: bool = False,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`m = momentum*m - lr*g; p = p + m`, or nesterov `p = p + momentum*m - lr*g`.
 
@@ -39,7 +39,7 @@ def SGD(
 @convention
 def RMSprop(
     learning_rate: Rate = 0.001, rho: float = 0.9, momentum: Rate = 0.0, epsilon: float = 1e-7,
-    centered: bool = False, weight_decay: Rate | None = None, **how: Any,
+    centered: bool = False, weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`p = p - lr * g / sqrt(v + eps)`; with momentum the rate is in the buffer."""
     hypers = {"lr": learning_rate, "alpha": rho, "momentum": momentum, "centered": centered}
@@ -50,7 +50,7 @@ def RMSprop(
 @convention
 def Adagrad(
     learning_rate: Rate = 0.001, initial_accumulator_value: float = 0.1, epsilon: float = 1e-7,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`p = p - lr * g / sqrt(s + eps)`, and s begins with 0.1."""
     hypers = {"lr": learning_rate, "initial_accumulator_value": initial_accumulator_value}
@@ -62,7 +62,7 @@ def Adagrad(
 @convention
 def Adadelta(
     learning_rate: Rate = 0.001, rho: float = 0.95, epsilon: float = 1e-7,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adadelta, with a rate of a thousandth."""
     hypers = {"lr": learning_rate, "rho": rho, "eps": epsilon}
@@ -72,7 +72,7 @@ def Adadelta(
 @convention
 def Adam(
     learning_rate: Rate = 0.001, beta_1: Rate = 0.9, beta_2: Rate = 0.999, epsilon: float = 1e-7,
-    amsgrad: bool = False, weight_decay: Rate | None = None, **how: Any,
+    amsgrad: bool = False, weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`p = p - lr * sqrt(1-b2^t)/(1-b1^t) * m / (sqrt(v) + eps)`: eps at the uncorrected root."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "eps": epsilon, "amsgrad": amsgrad}
@@ -82,7 +82,7 @@ def Adam(
 @convention
 def AdamW(
     learning_rate: Rate = 0.001, weight_decay: Rate = 0.004, beta_1: Rate = 0.9,
-    beta_2: Rate = 0.999, epsilon: float = 1e-7, amsgrad: bool = False, **how: Any,
+    beta_2: Rate = 0.999, epsilon: float = 1e-7, amsgrad: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Keras' Adam with weight decay: there both are decoupled."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "eps": epsilon, "amsgrad": amsgrad}
@@ -92,7 +92,7 @@ def AdamW(
 @convention
 def Adamax(
     learning_rate: Rate = 0.001, beta_1: Rate = 0.9, beta_2: Rate = 0.999, epsilon: float = 1e-7,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`u = max(b2*u, |g|); p = p - lr/(1-b1^t) * m / (u + eps)`."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "eps": 0.0, "eps_divisor": epsilon}
@@ -102,7 +102,7 @@ def Adamax(
 @convention
 def Nadam(
     learning_rate: Rate = 0.001, beta_1: Rate = 0.9, beta_2: Rate = 0.999, epsilon: float = 1e-7,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our NAdam with `momentum_decay=1`: the momentum has warmed up after a hundred steps."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "eps": epsilon}
@@ -112,7 +112,7 @@ def Nadam(
 @convention
 def Lion(
     learning_rate: Rate = 0.001, beta_1: Rate = 0.9, beta_2: Rate = 0.99,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Lion."""
     hypers = {"lr": learning_rate, "betas": (beta_1, beta_2), "weight_decay": or_zero(weight_decay)}

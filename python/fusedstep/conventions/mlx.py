@@ -6,16 +6,15 @@ Reference: https://ml-explore.github.io/mlx, run as 0.32.4
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention
 
 
 @convention
 def SGD(
     learning_rate: Rate, momentum: Rate = 0.0, weight_decay: Rate = 0.0, dampening: float = 0.0,
-    nesterov: bool = False, **how: Any,
+    nesterov: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our SGD, but that the first gradient is dampened as all are."""
     hypers = {"lr": learning_rate, "momentum": momentum, "weight_decay": weight_decay}
@@ -24,19 +23,23 @@ def SGD(
 
 
 @convention
-def RMSprop(learning_rate: Rate, alpha: float = 0.99, eps: float = 1e-8, **how: Any) -> Ours:
+def RMSprop(
+    learning_rate: Rate, alpha: float = 0.99, eps: float = 1e-8, **how: Unpack[Beside]
+) -> Ours:
     """Our RMSprop."""
     return Ours("RMSprop", {"lr": learning_rate, "alpha": alpha, "eps": eps, **how})
 
 
 @convention
-def Adagrad(learning_rate: Rate, eps: float = 1e-8, **how: Any) -> Ours:
+def Adagrad(learning_rate: Rate, eps: float = 1e-8, **how: Unpack[Beside]) -> Ours:
     """Our Adagrad."""
     return Ours("Adagrad", {"lr": learning_rate, "eps": eps, **how})
 
 
 @convention
-def AdaDelta(learning_rate: Rate, rho: float = 0.9, eps: float = 1e-6, **how: Any) -> Ours:
+def AdaDelta(
+    learning_rate: Rate, rho: float = 0.9, eps: float = 1e-6, **how: Unpack[Beside]
+) -> Ours:
     """Our Adadelta."""
     return Ours("Adadelta", {"lr": learning_rate, "rho": rho, "eps": eps, **how})
 
@@ -44,7 +47,7 @@ def AdaDelta(learning_rate: Rate, rho: float = 0.9, eps: float = 1e-6, **how: An
 @convention
 def Adam(
     learning_rate: Rate, betas: Sequence[Rate] = (0.9, 0.999), eps: float = 1e-8,
-    bias_correction: bool = False, **how: Any,
+    bias_correction: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adam, without bias correction by default."""
     hypers = {"lr": learning_rate, "betas": betas, "eps": eps}
@@ -54,7 +57,7 @@ def Adam(
 @convention
 def AdamW(
     learning_rate: Rate, betas: Sequence[Rate] = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: Rate = 0.01, bias_correction: bool = False, **how: Any,
+    weight_decay: Rate = 0.01, bias_correction: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our AdamW, without bias correction by default."""
     hypers = {"lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -63,7 +66,10 @@ def AdamW(
 
 @convention
 def Adamax(
-    learning_rate: Rate, betas: Sequence[Rate] = (0.9, 0.999), eps: float = 1e-8, **how: Any
+    learning_rate: Rate,
+    betas: Sequence[Rate] = (0.9, 0.999),
+    eps: float = 1e-8,
+    **how: Unpack[Beside],
 ) -> Ours:
     """`u = max(b2*u, |g|); p = p - lr * m / (u + eps)`, without bias correction."""
     hypers = {"lr": learning_rate, "betas": betas, "eps": 0.0, "eps_divisor": eps}
@@ -72,7 +78,10 @@ def Adamax(
 
 @convention
 def Lion(
-    learning_rate: Rate, betas: Sequence[Rate] = (0.9, 0.99), weight_decay: Rate = 0.0, **how: Any
+    learning_rate: Rate,
+    betas: Sequence[Rate] = (0.9, 0.99),
+    weight_decay: Rate = 0.0,
+    **how: Unpack[Beside],
 ) -> Ours:
     """Our Lion."""
     hypers = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}

@@ -13,8 +13,8 @@ from typing import Any
 
 from fusedstep._arrays import as_float
 from fusedstep._hypers import ABOVE_0, FINITE, FRACTION, as_number, as_whole
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, is_plain, scaled
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, is_plain, scaled
 
 
 def _check_count(T: int) -> None:
@@ -25,7 +25,7 @@ def _check_count(T: int) -> None:
 @convention
 def Adagrad(
     R: Rate, decay_factor: float = 0.0, epsilon: float = 1e-6, norm_coefficient: Rate = 0.0,
-    T: int = 0, **how: Any,
+    T: int = 0, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`r = R / (1 + T*decay_factor)`: our Adagrad, from T = 1 on with a schedule of the rate."""
     _check_count(T)
@@ -40,7 +40,8 @@ def Adagrad(
 @convention
 def Adam(
     R: Rate, alpha: float = 0.9, beta: float = 0.999, epsilon: float = 1e-6,
-    norm_coefficient: Rate = 0.0, norm_coefficient_post: float = 0.0, T: int = 0, **how: Any,
+    norm_coefficient: Rate = 0.0, norm_coefficient_post: float = 0.0, T: int = 0,
+    **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`r = R * sqrt(1-beta^T)/(1-alpha^T)`, R where T = 0; `X = (X - r*V/(sqrt(H)+eps))*(1-post)`.
 
@@ -80,7 +81,7 @@ def Adam(
 @convention
 def Momentum(
     R: Rate, alpha: Rate, beta: float, mode: str = "standard", norm_coefficient: Rate = 0.0,
-    T: int = 0, **how: Any,
+    T: int = 0, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`V = alpha*V + beta*G`, beta 1 where T = 0; `X = X - R*V`, or nesterov `R*(G + alpha*V)`."""
     _check_count(T)

@@ -6,17 +6,15 @@ onnxruntime-training 1.19.2
 
 from __future__ import annotations
 
-from typing import Any
-
 from fusedstep._hypers import as_whole
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention
 
 
 @convention
 def AdamWOptimizer(
     lr: Rate, alpha: Rate = 0.9, beta: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate = 1e-2, adam_mode: int = 0, correct_bias: int = 1, **how: Any,
+    weight_decay: Rate = 1e-2, adam_mode: int = 0, correct_bias: int = 1, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our AdamW; in mode 1 eps stands beside the uncorrected root and decay comes after.
 
@@ -32,6 +30,6 @@ def AdamWOptimizer(
 
 
 @convention
-def SGDOptimizerV2(lr: Rate, **how: Any) -> Ours:
+def SGDOptimizerV2(lr: Rate, **how: Unpack[Beside]) -> Ours:
     """Our SGD."""
     return Ours("SGD", {"lr": lr, **how})

@@ -10,15 +10,21 @@ Reference: https://optax.readthedocs.io, read and run as 0.2.8
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, or_zero, refuse, with_momentum
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import (
+    Beside,
+    Ours,
+    convention,
+    or_zero,
+    refuse,
+    with_momentum,
+)
 
 
 @convention
 def sgd(
-    learning_rate: Rate, momentum: Rate | None = None, nesterov: bool = False, **how: Any
+    learning_rate: Rate, momentum: Rate | None = None, nesterov: bool = False, **how: Unpack[Beside]
 ) -> Ours:
     """Our SGD. Without momentum nesterov means nothing, as there."""
     hypers = {"lr": learning_rate, "momentum": or_zero(momentum)}
@@ -26,20 +32,23 @@ def sgd(
 
 
 @convention
-def sign_sgd(learning_rate: Rate, **how: Any) -> Ours:
+def sign_sgd(learning_rate: Rate, **how: Unpack[Beside]) -> Ours:
     """`p = p - lr * sign(g)`: our Lion, whose moving average is the gradient."""
     return Ours("Lion", {"lr": learning_rate, "betas": (0.0, 0.0), **how})
 
 
 @convention
-def signum(learning_rate: Rate, beta: Rate = 0.9, **how: Any) -> Ours:
+def signum(learning_rate: Rate, beta: Rate = 0.9, **how: Unpack[Beside]) -> Ours:
     """`m = beta*m + (1-beta)*g; p = p - lr * sign(m)`: our Lion, of one decay."""
     return Ours("Lion", {"lr": learning_rate, "betas": (beta, beta), **how})
 
 
 @convention
 def adagrad(
-    learning_rate: Rate, initial_accumulator_value: float = 0.1, eps: float = 1e-7, **how: Any
+    learning_rate: Rate,
+    initial_accumulator_value: float = 0.1,
+    eps: float = 1e-7,
+    **how: Unpack[Beside],
 ) -> Ours:
     """`p = p - lr * g / sqrt(s + eps)`, and s begins with 0.1."""
     hypers = {"lr": learning_rate, "initial_accumulator_value": initial_accumulator_value}
@@ -50,7 +59,7 @@ def adagrad(
 def rmsprop(
     learning_rate: Rate, decay: float = 0.9, eps: float = 1e-8, initial_scale: float = 0.0,
     eps_in_sqrt: bool = True, centered: bool = False, momentum: Rate | None = None,
-    nesterov: bool = False, bias_correction: bool = False, **how: Any,
+    nesterov: bool = False, bias_correction: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`u = lr * g / sqrt(v + eps)`, eps outside without `eps_in_sqrt`; with momentum
     `b = momentum*b + u; p = p - b`, or nesterov `p = p - (u + momentum*b)`.
@@ -71,7 +80,11 @@ def rmsprop(
 
 @convention
 def adadelta(
-    learning_rate: Rate, rho: float = 0.9, eps: float = 1e-6, weight_decay: Rate = 0.0, **how: Any
+    learning_rate: Rate,
+    rho: float = 0.9,
+    eps: float = 1e-6,
+    weight_decay: Rate = 0.0,
+    **how: Unpack[Beside],
 ) -> Ours:
     """Our Adadelta: eps under both roots, weight decay in the gradient.
 
@@ -86,7 +99,7 @@ def adadelta(
 @convention
 def adam(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, *, nesterov: bool = False, **how: Any,
+    eps_root: float = 0.0, *, nesterov: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adam, or with nesterov our NAdam whose momentum is b1 from the start."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root, **how}
@@ -98,7 +111,8 @@ def adam(
 @convention
 def adamw(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = False, **how: Any,
+    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = False,
+    **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our AdamW, or with nesterov our NAdam, decoupled."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root, **how}
@@ -111,7 +125,7 @@ def adamw(
 @convention
 def nadam(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, *, nesterov: bool = True, **how: Any,
+    eps_root: float = 0.0, *, nesterov: bool = True, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our NAdam whose momentum is b1 from the start."""
     return adam.ours(learning_rate, b1, b2, eps, eps_root, nesterov=nesterov, **how)
@@ -120,18 +134,20 @@ def nadam(
 @convention
 def nadamw(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = True, **how: Any,
+    eps_root: float = 0.0, *, weight_decay: Rate = 1e-4, nesterov: bool = True,
+    **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our NAdam, decoupled, whose momentum is b1 from the start."""
-    how |= {"weight_decay": weight_decay, "nesterov": nesterov}
-    return adamw.ours(learning_rate, b1, b2, eps, eps_root, **how)
+    return adamw.ours(
+        learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, nesterov=nesterov, **how
+    )
 
 
 @convention
 def amsgrad(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
     eps_root: float = 0.0, *, bias_correction_mu: bool = True, bias_correction_nu: bool = True,
-    **how: Any,
+    **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adam with amsgrad, which takes the largest of the corrected second moments.
 
@@ -143,14 +159,14 @@ def amsgrad(
             f"bias_correction_nu must be that of mu, {bias_correction_mu!r}, got"
             f" {bias_correction_nu!r}"
         )
-    how["bias_correction"] = bias_correction_mu
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "eps_root": eps_root}
-    return Ours("Adam", {**hypers, "amsgrad": True, "amsgrad_corrected": True, **how})
+    options = {"amsgrad": True, "amsgrad_corrected": True}
+    return Ours("Adam", {**hypers, **options, **how, "bias_correction": bias_correction_mu})
 
 
 @convention
 def adamax(
-    learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, **how: Any
+    learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, **how: Unpack[Beside]
 ) -> Ours:
     """Our Adamax."""
     return Ours("Adamax", {"lr": learning_rate, "betas": (b1, b2), "eps": eps, **how})
@@ -159,7 +175,7 @@ def adamax(
 @convention
 def adamaxw(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    weight_decay: Rate = 1e-4, **how: Any,
+    weight_decay: Rate = 1e-4, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adamax with decoupled weight decay."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "eps": eps, "weight_decay": weight_decay}
@@ -169,7 +185,7 @@ def adamaxw(
 @convention
 def radam(
     learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    eps_root: float = 0.0, threshold: float = 5.0, *, nesterov: bool = False, **how: Any,
+    eps_root: float = 0.0, threshold: float = 5.0, *, nesterov: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our RAdam with eps beside the corrected root. Theirs rectifies at the threshold too.
 
@@ -183,7 +199,12 @@ def radam(
 
 @convention
 def lion(
-    learning_rate: Rate, b1: Rate = 0.9, b2: Rate = 0.99, *, weight_decay: Rate = 1e-3, **how: Any
+    learning_rate: Rate,
+    b1: Rate = 0.9,
+    b2: Rate = 0.99,
+    *,
+    weight_decay: Rate = 1e-3,
+    **how: Unpack[Beside],
 ) -> Ours:
     """Our Lion."""
     hypers = {"lr": learning_rate, "betas": (b1, b2), "weight_decay": weight_decay}
@@ -193,7 +214,7 @@ def lion(
 @convention
 def rprop(
     learning_rate: float, eta_minus: float = 0.5, eta_plus: float = 1.2,
-    min_step_size: float = 1e-6, max_step_size: float = 50.0, **how: Any,
+    min_step_size: float = 1e-6, max_step_size: float = 50.0, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Rprop, which is that of the paper.
 

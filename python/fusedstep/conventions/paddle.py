@@ -7,15 +7,15 @@ Reference: https://www.paddlepaddle.org.cn/documentation, run as 3.3.1
 
 from __future__ import annotations
 
-from typing import Any
-
 from fusedstep._hypers import as_whole
-from fusedstep._types import Pair, Rate
-from fusedstep.conventions._convention import Ours, convention, or_zero, with_momentum
+from fusedstep._types import Pair, Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, or_zero, with_momentum
 
 
 @convention
-def SGD(learning_rate: Rate = 0.001, weight_decay: Rate | None = None, **how: Any) -> Ours:
+def SGD(
+    learning_rate: Rate = 0.001, weight_decay: Rate | None = None, **how: Unpack[Beside]
+) -> Ours:
     """Our SGD."""
     return Ours("SGD", {"lr": learning_rate, "weight_decay": or_zero(weight_decay), **how})
 
@@ -23,7 +23,7 @@ def SGD(learning_rate: Rate = 0.001, weight_decay: Rate | None = None, **how: An
 @convention
 def Momentum(
     learning_rate: Rate = 0.001, momentum: Rate = 0.9, use_nesterov: bool = False,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our SGD with momentum."""
     hypers = {
@@ -37,7 +37,7 @@ def Momentum(
 @convention
 def Adagrad(
     learning_rate: Rate, epsilon: float = 1e-6, weight_decay: Rate | None = None, *,
-    initial_accumulator_value: float = 0.0, **how: Any,
+    initial_accumulator_value: float = 0.0, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adagrad."""
     hypers = {"lr": learning_rate, "eps": epsilon, "weight_decay": or_zero(weight_decay)}
@@ -48,7 +48,7 @@ def Adagrad(
 @convention
 def Adadelta(
     learning_rate: Rate = 0.001, epsilon: float = 1e-6, rho: float = 0.95,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adadelta."""
     hypers = {"lr": learning_rate, "eps": epsilon, "rho": rho}
@@ -58,7 +58,7 @@ def Adadelta(
 @convention
 def RMSProp(
     learning_rate: Rate, rho: float = 0.95, epsilon: float = 1e-6, momentum: Rate = 0.0,
-    centered: bool = False, weight_decay: Rate | None = None, **how: Any,
+    centered: bool = False, weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`b = momentum*b + lr * g / sqrt(v + eps); p = p - b`."""
     hypers = {"lr": learning_rate, "alpha": rho, "momentum": momentum, "centered": centered}
@@ -69,7 +69,7 @@ def RMSProp(
 @convention
 def Adam(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate | None = None, *, amsgrad: bool = False, **how: Any,
+    weight_decay: Rate | None = None, *, amsgrad: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Adam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon, "amsgrad": amsgrad}
@@ -79,7 +79,7 @@ def Adam(
 @convention
 def AdamW(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate = 0.01, *, amsgrad: bool = False, **how: Any,
+    weight_decay: Rate = 0.01, *, amsgrad: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our AdamW."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon, "amsgrad": amsgrad}
@@ -89,7 +89,7 @@ def AdamW(
 @convention
 def Adamax(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`u = max(b2*u + eps, |g|); p = p - lr/(1-b1^t) * m / u`."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": 0.0, "eps_norm": epsilon}
@@ -99,7 +99,7 @@ def Adamax(
 @convention
 def NAdam(
     learning_rate: Rate = 0.002, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    momentum_decay: float = 0.004, weight_decay: Rate | None = None, **how: Any,
+    momentum_decay: float = 0.004, weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our NAdam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
@@ -110,7 +110,7 @@ def NAdam(
 @convention
 def RAdam(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    weight_decay: Rate | None = None, **how: Any,
+    weight_decay: Rate | None = None, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our RAdam."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
@@ -120,7 +120,7 @@ def RAdam(
 @convention
 def Rprop(
     learning_rate: Rate = 0.001, learning_rate_range: Pair = (1e-5, 50.0),
-    etas: Pair = (0.5, 1.2), **how: Any,
+    etas: Pair = (0.5, 1.2), **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our Rprop."""
     return Ours(
@@ -130,7 +130,10 @@ def Rprop(
 
 @convention
 def ASGD(
-    learning_rate: Rate = 0.001, batch_num: int = 1, weight_decay: Rate | None = None, **how: Any
+    learning_rate: Rate = 0.001,
+    batch_num: int = 1,
+    weight_decay: Rate | None = None,
+    **how: Unpack[Beside],
 ) -> Ours:
     """Our SGD: of one batch the averaged gradient is the gradient.
 

@@ -8,15 +8,17 @@ Reference: https://scikit-learn.org, run as 1.9.1
 
 from __future__ import annotations
 
-from typing import Any
-
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, with_momentum
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, with_momentum
 
 
 @convention
 def SGDOptimizer(
-    learning_rate_init: Rate = 0.1, *, momentum: Rate = 0.9, nesterov: bool = True, **how: Any
+    learning_rate_init: Rate = 0.1,
+    *,
+    momentum: Rate = 0.9,
+    nesterov: bool = True,
+    **how: Unpack[Beside],
 ) -> Ours:
     """`v = momentum*v - lr*g; p = p + v`, or nesterov `p = p + momentum*v - lr*g`."""
     hypers = {"lr": learning_rate_init, "momentum": momentum, "lr_in_momentum": True}
@@ -26,7 +28,7 @@ def SGDOptimizer(
 @convention
 def AdamOptimizer(
     learning_rate_init: Rate = 0.001, beta_1: Rate = 0.9, beta_2: Rate = 0.999,
-    epsilon: float = 1e-8, **how: Any,
+    epsilon: float = 1e-8, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`p = p - lr * sqrt(1-b2^t)/(1-b1^t) * m / (sqrt(v) + eps)`: eps at the uncorrected root."""
     hypers = {"lr": learning_rate_init, "betas": (beta_1, beta_2), "eps": epsilon}

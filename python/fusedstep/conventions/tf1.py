@@ -5,21 +5,19 @@ Reference: https://www.tensorflow.org/api_docs/python/tf/compat/v1/train, run as
 
 from __future__ import annotations
 
-from typing import Any
-
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, with_momentum
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, with_momentum
 
 
 @convention
-def GradientDescentOptimizer(learning_rate: Rate, **how: Any) -> Ours:
+def GradientDescentOptimizer(learning_rate: Rate, **how: Unpack[Beside]) -> Ours:
     """Our SGD."""
     return Ours("SGD", {"lr": learning_rate, **how})
 
 
 @convention
 def MomentumOptimizer(
-    learning_rate: Rate, momentum: Rate, *, use_nesterov: bool = False, **how: Any
+    learning_rate: Rate, momentum: Rate, *, use_nesterov: bool = False, **how: Unpack[Beside]
 ) -> Ours:
     """Our SGD with momentum: the rate is outside the buffer."""
     hypers = {
@@ -32,7 +30,7 @@ def MomentumOptimizer(
 
 @convention
 def AdagradOptimizer(
-    learning_rate: Rate, initial_accumulator_value: float = 0.1, **how: Any
+    learning_rate: Rate, initial_accumulator_value: float = 0.1, **how: Unpack[Beside]
 ) -> Ours:
     """`p = p - lr * g / sqrt(s)`, without eps; s begins with 0.1."""
     hypers = {"lr": learning_rate, "initial_accumulator_value": initial_accumulator_value}
@@ -41,7 +39,7 @@ def AdagradOptimizer(
 
 @convention
 def AdadeltaOptimizer(
-    learning_rate: Rate = 0.001, rho: float = 0.95, epsilon: float = 1e-8, **how: Any
+    learning_rate: Rate = 0.001, rho: float = 0.95, epsilon: float = 1e-8, **how: Unpack[Beside]
 ) -> Ours:
     """Our Adadelta."""
     return Ours("Adadelta", {"lr": learning_rate, "rho": rho, "eps": epsilon, **how})
@@ -50,7 +48,7 @@ def AdadeltaOptimizer(
 @convention
 def AdamOptimizer(
     learning_rate: Rate = 0.001, beta1: Rate = 0.9, beta2: Rate = 0.999, epsilon: float = 1e-8,
-    **how: Any,
+    **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`p = p - lr * sqrt(1-b2^t)/(1-b1^t) * m / (sqrt(v) + eps)`: eps at the uncorrected root."""
     hypers = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
@@ -60,7 +58,7 @@ def AdamOptimizer(
 @convention
 def RMSPropOptimizer(
     learning_rate: Rate, decay: float = 0.9, momentum: Rate = 0.0, epsilon: float = 1e-10,
-    *, centered: bool = False, **how: Any,
+    *, centered: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """`b = momentum*b + lr * g / sqrt(v + eps)`, and v begins with 1."""
     hypers = {"lr": learning_rate, "alpha": decay, "momentum": momentum, "centered": centered}

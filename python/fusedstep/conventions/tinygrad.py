@@ -5,16 +5,14 @@ Reference: https://docs.tinygrad.org/nn/#optimizers, run as 0.14.0
 
 from __future__ import annotations
 
-from typing import Any
-
-from fusedstep._types import Rate
-from fusedstep.conventions._convention import Ours, convention, with_momentum
+from fusedstep._types import Rate, Unpack
+from fusedstep.conventions._convention import Beside, Ours, convention, with_momentum
 
 
 @convention
 def SGD(
     lr: Rate = 0.001, momentum: Rate = 0.0, weight_decay: Rate = 0.0, nesterov: bool = False,
-    classic: bool = False, **how: Any,
+    classic: bool = False, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our SGD; `classic` takes the rate into the buffer. Without momentum nesterov is nothing."""
     hypers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
@@ -23,7 +21,9 @@ def SGD(
 
 
 @convention
-def Adam(lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, **how: Any) -> Ours:
+def Adam(
+    lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, **how: Unpack[Beside]
+) -> Ours:
     """Our Adam."""
     return Ours("Adam", {"lr": lr, "betas": (b1, b2), "eps": eps, **how})
 
@@ -31,7 +31,7 @@ def Adam(lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8, 
 @convention
 def AdamW(
     lr: Rate = 0.001, b1: Rate = 0.9, b2: Rate = 0.999, eps: float = 1e-8,
-    weight_decay: Rate = 0.01, **how: Any,
+    weight_decay: Rate = 0.01, **how: Unpack[Beside],
 ) -> Ours:  # fmt: skip
     """Our AdamW."""
     hypers = {"lr": lr, "betas": (b1, b2), "eps": eps, "weight_decay": weight_decay}
