@@ -180,7 +180,8 @@ class FlatBuffer(Mapping[Key, Array]):
         Args:
             memory: a contiguous 1-D array of a supported dtype, at least `FlatBuffer.n_for(shapes)`
                 elements from its first 64-byte boundary on. Read-only memory makes read-only views.
-            shapes: as for `zeros`, or a FlatBuffer whose shapes to take.
+            shapes: as for `zeros`, or a FlatBuffer whose shapes to take. Needed, as they say what
+                lies where.
 
         Raises:
             TypeError, ValueError: memory of another kind, shape, layout or dtype, or too small.
