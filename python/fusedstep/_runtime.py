@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -116,11 +117,11 @@ def _cpu_model() -> str:
 
 
 def info() -> dict[str, Any]:
-    """Instruction sets, threads, pages, CUDA and versions, as `fusedstep info` prints them.
+    """Instruction sets, threads, pages, modules and versions, as `fusedstep info` prints them.
 
     `cuda` is False for a build without CUDA, else a dict: `architectures`, for which it was
     compiled, and `devices`, which it sees, with name, compute capability, bytes and
-    multiprocessors.
+    multiprocessors. `xla_module` is whether the build has what `fusedstep.jax` needs.
     """
     return {
         "version": __version__,
@@ -131,6 +132,7 @@ def info() -> dict[str, Any]:
         "huge_pages": huge_pages(),
         "huge_pages_system": _system_huge_pages(),
         "cuda": _gpu.info(),
+        "xla_module": importlib.util.find_spec("fusedstep._jax") is not None,
         "cpu": _cpu_model(),
         "platform": platform.platform(),
         "compiler": _core.COMPILER,
@@ -138,6 +140,7 @@ def info() -> dict[str, Any]:
         "numpy": _version_of("numpy"),
         "ml_dtypes": _version_of("ml_dtypes"),
         "torch": _version_of("torch"),
+        "jax": _version_of("jax"),
     }
 
 
