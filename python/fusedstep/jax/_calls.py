@@ -96,7 +96,12 @@ def scheduled(schedule: Schedule, count: Any) -> Any:
 
 def varying(*arrays: Any) -> frozenset[str]:
     """The axes of a `shard_map` over which any of the arrays varies."""
-    return frozenset().union(*(getattr(jax.typeof(a), "vma", frozenset()) for a in arrays))
+    return frozenset().union(*(_axes_of(jax.typeof(array)) for array in arrays))
+
+
+def _axes_of(kind: Any) -> frozenset[str]:
+    axes: frozenset[str] = getattr(kind, "vma", frozenset())  # its name until JAX 0.10
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else axes
 
 
 def varied(array: Any, axes: frozenset[str]) -> Any:
@@ -108,8 +113,15 @@ def varied(array: Any, axes: frozenset[str]) -> Any:
 def like(array: Any, shape: Sequence[int] | None = None, dtype: Any = None) -> Any:
     """The shape and dtype of a result that varies as an array does."""
     kind = jax.typeof(array)
-    axes = {"vma": kind.vma} if getattr(kind, "vma", None) else {}
     shape = kind.shape if shape is None else tuple(shape)
+    axes: dict[str, Any] = {}
+    if hasattr(kind, "manual_axis_type"):
+        if kind.manual_axis_type.varying:
+            each = jax.sharding.PartitionSpec(*[None] * len(shape))
+            whole = jax.sharding.NamedSharding(kind.sharding.mesh, each)
+            axes = {"manual_axis_type": kind.manual_axis_type, "sharding": whole}
+    elif getattr(kind, "vma", None):
+        axes = {"vma": kind.vma}
     return jax.ShapeDtypeStruct(shape, kind.dtype if dtype is None else dtype, **axes)
 
 
