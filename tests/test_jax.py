@@ -339,6 +339,27 @@ def test_donated_memory_is_updated_where_it_lies(order, kwargs):
     jax.tree.map(np.testing.assert_array_equal, new_state.arrays, expected[1].arrays)
 
 
+@pytest.mark.parametrize("sees", ["operands", "arguments of the jit around it"])
+def test_a_branch_returns_what_another_does(sees):
+    tx = fj.adam(0.1)
+    params = {"w": jnp.ones(3)}
+
+    def step(state, params):
+        return tx.update_params(params, state, params)
+
+    def skip(state, params):
+        return params, state
+
+    @jax.jit
+    def program(on, state, params):
+        if sees == "operands":
+            return jax.lax.cond(on, step, skip, state, params)
+        return jax.lax.cond(on, lambda: step(state, params), lambda: skip(state, params))
+
+    state = tx.init(params)
+    assert [program(on, state, params)[1].count for on in (True, False)] == [1, 0]
+
+
 @pytest.mark.parametrize("program", ["jit", "eager", "closure", "donated twin"])
 def test_what_others_hold_stays_as_it_is(program):
     tx = fj.adamw(0.1)

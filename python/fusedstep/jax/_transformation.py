@@ -326,15 +326,21 @@ class _StateFirst(tuple):  # type: ignore[type-arg]
         return cls((children[1], children[0]))
 
 
-def _comes_first(state: Any, params: Any) -> bool:
-    """Whether both are arguments of the program that is being traced, the state before params."""
+def _comes_first(state: Any, params: Any, count: Any) -> bool:
+    """Whether both are arguments of the jit that is being traced, the state before params.
+
+    Of a jit, as only there something is donated, and a branch of `cond`, which may see arguments of
+    the jit around it, must return what the other does, of the same type. `count` is of this trace.
+    """
 
     def places(tree: Any) -> list[int]:
         leaves = jax.tree_util.tree_leaves(tree)
-        return [leaf._trace.frame.invars.index(leaf.val) for leaf in leaves]
+        return [frame.invars.index(leaf.val) for leaf in leaves if leaf._trace is count._trace]
 
     try:  # JAX has no public word for it; without an answer results are right, and copied
-        return max(places(state.arrays)) < min(places(params))
+        frame = count._trace.frame
+        its_own = frame.debug_info.traced_for == "jit"
+        return its_own and max(places(state.arrays)) < min(places(params))
     except (AttributeError, ValueError):
         return False
 
@@ -378,7 +384,7 @@ class Transformation(_Pair):
                 one that is not on the CPU.
         """
         stepped = _step(self._recipe, grads, state, params, apart=False)
-        return _StateFirst(stepped) if _comes_first(state, params) else stepped
+        return _StateFirst(stepped) if _comes_first(state, params, stepped[1].count) else stepped
 
     def state_dict(self, state: State, params: Any) -> dict[str, Any]:
         """The state as `fusedstep`'s optimizers save it, which they, and torch's, load.
