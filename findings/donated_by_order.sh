@@ -2,12 +2,12 @@
 # jax 0.10.2: donated arguments go to results by their order, not by what becomes of what, and XLA
 # copies.
 #
-# jit pairs each donated argument with the first result of its shape and dtype that has none yet. XLA
-# is told this pairing and keeps to it: where two arrays of one shape come in one order and leave in
-# the other, each is to be written over the other's memory while that is still needed, so that all
-# of it is copied, there and back. A step (state, params) -> (params, state) of any optimizer does
-# so, as the moments have the parameters' shapes. Nothing is said, and the results are right. Results
-# in the order of the arguments have no copy.
+# jit pairs each donated argument with the first result of its shape and dtype that has none yet.
+# XLA is told this pairing and keeps to it: where two arrays of one shape come in one order and
+# leave in the other, each is to be written over the other's memory while that is still needed, so
+# that all of it is copied, there and back. A step (state, params) -> (params, state) of any
+# optimizer does so, as the moments have the parameters' shapes. Nothing is said, and the results
+# are right. Results in the order of the arguments have no copy.
 #
 # Seen (arrays of 4 MB):
 #   two updates in place, (p, m) -> (p, m): 0 copies, 0.0 MB of temporary memory

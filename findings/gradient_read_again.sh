@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# jax 0.10.2, optax 0.2.8: on the CPU a jitted, donated step is several loops, which read again what
-# one loop would read once.
+# jax 0.10.2, optax 0.2.8: on the CPU a jitted, donated step is several loops, which read again
+# what one loop would read once.
 #
-# XLA's CPU backend makes no loop that writes two arrays, so that each moment has a loop of its own,
-# which reads the gradient, and the parameters one more, which reads the moments that were just
-# written (in nadam the gradient too, for the third time). lion needs its old momentum twice, so that
-# XLA, to write over it, first copies all of it; adadelta keeps two arrays between its loops;
-# clip_by_global_norm writes a scaled copy of all gradients, and the next loops read it and them.
+# XLA's CPU backend makes no loop that writes two arrays, so that each moment has a loop of its
+# own, which reads the gradient, and the parameters one more, which reads the moments that were
+# just written (in nadam the gradient too, for the third time). lion needs its old momentum twice,
+# so that XLA, to write over it, first copies all of it; adadelta keeps two arrays between its
+# loops; clip_by_global_norm writes a scaled copy of all gradients, and the next loops read it and
+# them.
 #
-# Seen (in the compiled text; bytes for each parameter, of which one sweep that reads and writes each
-# array once needs the last number; clipping reads the gradient once more, for its norm):
+# Seen (in the compiled text; bytes for each parameter, of which one sweep that reads and writes
+# each array once needs the last number; clipping reads the gradient once more, for its norm):
 #   sgd with momentum: 2 loops, the gradient read by 1, 24 bytes moved, 20 needed
 #   rmsprop: 2 loops, the gradient read by 2, 28 bytes moved, 20 needed
 #   adagrad: 2 loops, the gradient read by 2, 28 bytes moved, 20 needed
