@@ -209,10 +209,11 @@ def test_results_are_pairs_in_every_place():
         )
 
     def masked(on, grads, state, params):
+        grads = jax.tree.map(lambda g: 1 * g, grads)  # a program of more than the step
         made = tx.update_params(grads, state, params)
         return jax.tree.map(lambda a, b: jnp.where(on, a, b), made, (params, state))
 
-    def whole(grads, state, params):
+    def whole(grads, params, state):
         made = tx.update_params(grads, state, params)
         jax.tree.map(lambda a, b: None, made, (params, state))
         return made
@@ -226,7 +227,7 @@ def test_results_are_pairs_in_every_place():
     many = jax.tree.map(lambda x: x[None], (grads, state, params))
     found = jax.jit(jax.vmap(tx.update_params, out_axes=(0, 0)))(*many)
     equal(member(found, 0), expected)
-    equal(plain(jax.jit(whole)(grads, state, params)), expected)
+    equal(plain(jax.jit(whole)(grads, params, state)), expected)
 
 
 @pytest.mark.parametrize(

@@ -326,11 +326,12 @@ class _StateFirst(tuple):  # type: ignore[type-arg]
         return cls((children[1], children[0]))
 
 
-def _comes_first(state: Any, params: Any, count: Any) -> bool:
-    """Whether both are arguments of the jit that is being traced, the state before params.
+def _is_whole_program(grads: Any, state: Any, params: Any, count: Any) -> bool:
+    """Whether all are arguments of the jit that is being traced, the state before params.
 
     Of a jit, as only there something is donated, and a branch of `cond`, which may see arguments of
-    the jit around it, must return what the other does, of the same type. `count` is of this trace.
+    the jit around it, must return what the other does, of the same type. Gradients that a program
+    has computed tell of more that may look at the result. `count` is of this trace.
     """
 
     def places(tree: Any) -> list[int]:
@@ -340,7 +341,8 @@ def _comes_first(state: Any, params: Any, count: Any) -> bool:
     try:  # JAX has no public word for it; without an answer results are right, and copied
         frame = count._trace.frame
         its_own = frame.debug_info.traced_for == "jit"
-        return its_own and max(places(state.arrays)) < min(places(params))
+        ordered = max(places(state.arrays)) < min(places(params))
+        return its_own and ordered and len(places(grads)) > 0
     except (AttributeError, ValueError):
         return False
 
@@ -384,7 +386,8 @@ class Transformation(_Pair):
                 one that is not on the CPU.
         """
         stepped = _step(self._recipe, grads, state, params, apart=False)
-        return _StateFirst(stepped) if _comes_first(state, params, stepped[1].count) else stepped
+        whole = _is_whole_program(grads, state, params, stepped[1].count)
+        return _StateFirst(stepped) if whole else stepped
 
     def state_dict(self, state: State, params: Any) -> dict[str, Any]:
         """The state as `fusedstep`'s optimizers save it, which they, and torch's, load.
