@@ -1,8 +1,9 @@
 // The engine as a table of functions: plain arrays become its vectors, exceptions become words.
 #include "stages.h"
 
+#include <cstdio>
 #include <exception>
-#include <string>
+#include <new>
 #include <vector>
 
 #include "engine.h"
@@ -15,7 +16,8 @@ namespace {
 // What `body` throws, as words that last until the thread's next call.
 template <class Body>
 const char* words_of(const Body& body) {
-  thread_local std::string words;
+  // A string would have to be destroyed with its thread, which glibc 2.17 has no public function for.
+  thread_local char words[256];
   const FloatMode mode;
   try {
     body();
@@ -23,8 +25,8 @@ const char* words_of(const Body& body) {
   } catch (const std::bad_alloc&) {
     return "a step found no memory";
   } catch (const std::exception& error) {
-    words = error.what();
-    return words.c_str();
+    std::snprintf(words, sizeof(words), "%s", error.what());
+    return words;
   }
 }
 
