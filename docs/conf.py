@@ -46,6 +46,14 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
+# For `:skipif:`, of examples that need what the page is about.
+doctest_global_setup = """
+import importlib.util
+
+
+def missing(*modules):
+    return any(importlib.util.find_spec(name) is None for name in modules)
+"""
 doctest_default_flags = doctest.DONT_ACCEPT_TRUE_FOR_1  # errors' messages are compared too
 
 autodoc_member_order = "bysource"
