@@ -501,3 +501,17 @@ def on_four_devices():
 def test_several_devices(on_four_devices, check):
     lines, errors = on_four_devices
     assert f"{check} ok" in lines, errors
+
+
+def test_what_is_added_needs_no_memory_of_its_own():
+    tx, n = fj.adamw(0.1), 1 << 16
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train(params, state):
+        grads = jax.tree.map(jnp.sin, params)
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(lambda p, u: p + u, params, updates), state
+
+    params = {"a": jnp.ones(n), "b": jnp.ones(n)}
+    memory = train.lower(params, tx.init(params)).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2.1 * n * 4  # the gradients, where updates lie after them

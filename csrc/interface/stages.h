@@ -29,7 +29,7 @@ struct Stages {
   const char* (*prepare)(int rule, const Group* groups, size_t n, const Sum* sum,
                          const Options* options, Clock* clock, Row* rows, Verdict* verdict);
   // Where there are origins, one for each segment, parameters are read from there, and the segment
-  // gets what is to be added to them.
+  // gets what is to be added to them, also where its gradient lies.
   const char* (*sweep)(int rule, const Segment* segments, size_t n, const Row* rows, size_t n_rows,
                        const void* const* origins);
 };

@@ -231,8 +231,9 @@ void sweep(const Frame& frame) {
   std::vector<Row> own(members * n_groups);
   if (!own.empty()) std::memcpy(own.data(), rows.data(), own.size() * sizeof(Row));
 
-  // What is written lies in the results, in the memory of the argument that it was: XLA has copied what
-  // somebody else may still read. The parameter's differences alone have memory of their own.
+  // What is written lies in the results, in the memory of the argument that it was: XLA has copied
+  // what somebody else may still read. What is to be added to a parameter lies where its gradient did,
+  // or elsewhere.
   std::vector<Segment> segments(leaves * members);
   std::vector<const void*> origins(apart ? segments.size() : 0);
   Next next = {frame, 2};

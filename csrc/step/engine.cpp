@@ -79,15 +79,25 @@ struct alignas(64) Staged {
   char bytes[(kBlock + kNormLanes) * sizeof(double)];
 };
 
-// Elements [begin, end) of `to`, without those of `from`, in the same format.
-void take_away(const Stream& from, const Stream& to, int64_t begin, int64_t end) {
-  const bool wide = to.format == Format::kF64;
-  const Codec& codec = kernels().codec[static_cast<int>(to.format)][wide];
+// What a sweep adds to elements [from, to) of a parameter, which are read from `origin`, at most kApart,
+// into the segment's, which may be the gradient's memory: it is read before it is written.
+void sweep_apart(Sweep sweep, int rule, const Segment& segment, const Row& row,
+                 const Stream& origin, int64_t from, int64_t to) {
+  const Stream& param = segment.stream[kParam];
+  const int64_t bytes = format_bytes(param.format);
+  const bool wide = param.format == Format::kF64;
+  const Codec& codec = kernels().codec[static_cast<int>(param.format)][wide];
+  alignas(64) char staged[kApart * sizeof(double)];
+  std::memcpy(staged, static_cast<const char*>(origin.data) + from * bytes, (to - from) * bytes);
+  Segment there = segment;
+  there.stream[kParam].data = reinterpret_cast<void*>(  // where element 0 would be
+      reinterpret_cast<uintptr_t>(staged) - from * bytes);
+  sweep(rule, there, row, from, to);
   Staged before, after;
-  for (int64_t n; begin < end; begin += n) {
-    n = std::min(end - begin, kBlock);
-    codec.decode(from, begin, begin, n, &before);
-    codec.decode(to, begin, begin, n, &after);
+  for (int64_t n; from < to; from += n) {
+    n = std::min(to - from, kBlock);
+    codec.decode(origin, from, from, n, &before);
+    codec.decode(there.stream[kParam], from, from, n, &after);
     const auto subtract = [n](auto* a, const auto* b) {
       for (int64_t i = 0; i < n; ++i) a[i] -= b[i];
     };
@@ -96,7 +106,7 @@ void take_away(const Stream& from, const Stream& to, int64_t begin, int64_t end)
     } else {
       subtract(reinterpret_cast<float*>(&after), reinterpret_cast<const float*>(&before));
     }
-    codec.encode(to, kParam, begin, begin, n, &after, 0);
+    codec.encode(param, kParam, from, from, n, &after, 0);
   }
 }
 
@@ -242,15 +252,10 @@ void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>&
         if (from < to) sweep(rule, segment, rows[segment.row], from, to);
         return;
       }
-      const Stream& param = segment.stream[kParam];
-      const Stream origin = {const_cast<void*>(origins[i]), param.format};
-      const int64_t bytes = format_bytes(param.format);
+      const Stream origin = {const_cast<void*>(origins[i]), segment.stream[kParam].format};
       for (int64_t end; from < to; from = end) {
         end = std::min(to, from + kApart);
-        std::memcpy(static_cast<char*>(param.data) + from * bytes,
-                    static_cast<const char*>(origin.data) + from * bytes, (end - from) * bytes);
-        sweep(rule, segment, rows[segment.row], from, end);
-        take_away(origin, param, from, end);
+        sweep_apart(sweep, rule, segment, rows[segment.row], origin, from, end);
       }
     });
   });

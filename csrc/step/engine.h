@@ -75,7 +75,7 @@ class Plan {
 
 // Sweep. Updates all segments that are written, in one parallel region. Where there are origins, one
 // for each segment, the parameters are read from there, in the segment's format, and the segment gets
-// what is to be added to them.
+// what is to be added to them, also where its gradient lies.
 void run(int rule, const std::vector<Segment>& segments, const std::vector<Row>& rows,
          const std::vector<const void*>& origins = {});
 

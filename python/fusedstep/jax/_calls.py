@@ -218,15 +218,18 @@ def sweep(
 ) -> list[list[Any]]:
     """The new arrays of each leaf, but for its gradient, in the memory of the old ones.
 
-    With `apart`, the parameter's is what is to be added to it, in memory of its own.
+    With `apart`, the parameter's is what is to be added to it, in the gradient's memory.
     """
     operands, results = [flags, rows], list[Any]()
     aliases: dict[int, int] = {}
     for leaf in leaves:
         for k, (array, is_read) in enumerate(zip(leaf.arrays, leaf.is_read, strict=True)):
             if not is_read:
-                if k or not apart:
-                    aliases[len(operands)] = len(results)
+                # What is added to a parameter may lie where its gradient did, which nothing needs
+                # any more: memory that is new in each step would cost more than the step.
+                at = leaf.is_read.index(True) if apart and not k else k
+                if leaf.arrays[at].dtype == array.dtype:
+                    aliases[len(operands) + at - k] = len(results)
                 results.append(like(array))
             operands.append(array)
     found = iter(
