@@ -312,6 +312,7 @@ def test_injected_numbers_of_rprop():
 def test_injected_options_and_a_momentum_of_nothing():
     ours = optax.inject_hyperparams(fj.adamw)(0.1, max_norm=0.5, clip_value=0.2)
     close(run(ours, 3)[0], run(fj.adamw(0.1, max_norm=0.5, clip_value=0.2), 3)[0])
+    assert "lr=0.25, " in repr(fj.adamw(jnp.asarray(0.25)))
     ours = optax.inject_hyperparams(fj.sgd)(0.1, momentum=0.0)
     close(run(ours, 3)[0], run(optax.sgd(0.1), 3)[0])
 

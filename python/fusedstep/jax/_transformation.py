@@ -65,6 +65,9 @@ class _Traced(float):
         self.value = value
         return self
 
+    def __repr__(self) -> str:
+        return str(self.value)
+
 
 def standing_in(value: Any) -> Any:
     """An argument in which arrays of JAX are `_Traced`."""
