@@ -352,6 +352,20 @@ def test_updates_may_be_made_without_the_rest_of_the_tree():
     assert state.count == 1
 
 
+def test_state_is_found_by_the_tree_functions_of_optax():
+    params = params_of()
+    tx = optax.chain(optax.clip(1.0), fj.adamw(0.1, max_norm=1.0, ema=0.9))
+    state = tx.init(params)
+    assert optax.tree.get(state, "count") == 0
+    moved = optax.tree.map_params(tx, lambda x: x + 1, state)
+    one = moved[1]
+    assert one.arrays.keys() == {"exp_avg", "exp_avg_sq", "ema"}
+    jax.tree.map(
+        np.testing.assert_array_equal, one.arrays["exp_avg"], jax.tree.map(jnp.ones_like, params)
+    )
+    assert one.count == 0
+
+
 # -- flax ------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -204,6 +204,18 @@ class Recipe:
         """What a parameter has of its own, by key, in the order of the core's streams."""
         found = [(name, form.states[name]) for name in self.uses]
         return [*found, (EMA, form.ema)] if self.averages else found
+
+    def no_columns(self, leaves: Sequence[Any]) -> dict[str, list[Any]]:
+        """The keys of a state's arrays without any, where a tree without leaves names none.
+
+        `optax.tree.map_params` asks a state of such a tree where parameters' trees lie in it.
+        """
+        if leaves:
+            return {}
+        exact = self.storage.how["rounding"] == "nearest"
+        form = self.storage.of("float32" if exact else "bfloat16")
+        keys = [key for name, kept in self.streams(form) for key in (name, kept.beside)]
+        return {key: [] for key in (*keys, form.param.beside) if key}
 
     def placed(self, form: Form) -> dict[int, Kept]:
         """What is written of a parameter, by its place among the core's streams."""
@@ -476,7 +488,7 @@ class _Init:
         recipe.storage.check_params((label, str(leaf.dtype)) for label, leaf in leaves)
         forms = [recipe.storage.of(str(leaf.dtype)) for _, leaf in leaves]
         recipe.storage.check_exact(recipe.native, {str(leaf.dtype) for _, leaf in leaves})
-        columns: dict[str, list[Any]] = {}
+        columns: dict[str, list[Any]] = recipe.no_columns(leaves)
         for i, ((_, leaf), form) in enumerate(zip(leaves, forms, strict=True)):
             for key, array in _new(recipe, form, leaf).items():
                 columns.setdefault(key, [None] * len(leaves))[i] = array
@@ -651,7 +663,7 @@ def _columns(
     recipe: Recipe, state: State, leaves: Any, forms: Any, structure: Any
 ) -> dict[str, list[Any]]:
     """The state's arrays by key, one for each leaf, checked."""
-    wanted: dict[str, list[Any]] = {}
+    wanted: dict[str, list[Any]] = recipe.no_columns(leaves)
     for i, ((_, leaf), form) in enumerate(zip(leaves, forms, strict=True)):
         shape = tuple(leaf.shape)
         kept = dict(recipe.streams(form))
