@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import pathlib
 import pickle
 import re
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -696,3 +698,56 @@ def test_functions_are_written_as_the_conventions_are():
     script = pathlib.Path(__file__).parents[1] / ".ci" / "jax_functions.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_trees_as_haiku_names_them():
+    params = {
+        "mlp/~/linear_0": {"w": jnp.ones((3, 4)), "b": jnp.ones(4)},
+        "norm": {"w": jnp.ones(2)},
+    }
+    tx = fj.lion(0.1, norms=True)
+    made, state = jax.jit(tx.update_params)(params, tx.init(params), params)
+    assert jax.tree.structure(made) == jax.tree.structure(params)
+    np.testing.assert_allclose(state.grad_norm, 18**0.5, rtol=1e-6)
+    assert tx.state_dict(state, params)["step"] == 1
+
+
+def test_gradients_may_be_donated_too():
+    tx = fj.adamw(0.1, max_norm=1.0)
+    params, grads = three(), three(0.1)
+    state = tx.init(params)
+    expected = jax.tree.map(np.array, tuple(jax.jit(tx.update_params)(grads, state, params)))
+    step = jax.jit(tx.update_params, donate_argnums=(0, 1, 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        found = step(grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, tuple(found), expected)
+
+
+def test_without_jit():
+    tx = fj.adamw(0.1, **FULL)
+    params = {"w": jnp.linspace(-1, 1, 100)}
+    state = tx.init(params)
+    wanted = jax.jit(tx.update_params)(params, state, params)
+    with jax.disable_jit():
+        found = tx.update_params(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, tuple(found), tuple(wanted))
+    assert np.array_equal(state.arrays["ema"]["w"], params["w"])  # before the first step
+
+
+def test_several_threads_step_at_once():
+    # Schedules are looked up by XLA's threads, which must get the lock that those who wait have.
+    tx = fj.adamw(fs.schedules.Cosine(0.1, total=50), max_norm=1.0)
+    step = jax.jit(tx.update_params)
+
+    def train(seed):
+        params = {"w": jax.random.normal(jax.random.key(seed), (300,))}
+        state = tx.init(params)
+        for _ in range(20):
+            params, state = step(params, state, params)
+        return np.asarray(params["w"])
+
+    alone = [train(seed) for seed in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(train, range(4)))
+    assert np.array_equal(alone, together)

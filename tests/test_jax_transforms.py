@@ -88,6 +88,33 @@ def test_members_of_an_ensemble_step_as_if_alone(kwargs, dtype):
         assert found[1].count.tolist() == [3, 2, 3]
 
 
+@pytest.mark.parametrize("first", [0, 1], ids=["first member", "second member"])
+def test_members_that_skip_their_first_step(first):
+    # Their average has not begun when the others' has; in optax' form they differ by nothing.
+    tx = fj.adamw(0.1, mask={"w": True, "b": False, "none": True, "s": False}, **FULL)
+    params, grads = tree(0, (2,)), [tree(1, (2,)), tree(2, (2,))]
+    grads[0]["s"] = grads[0]["s"].at[first].set(jnp.nan)
+
+    def steps(form):
+        def all_of(params, grads):
+            state, made = tx.init(params), []
+            for g in grads:
+                found, state = form(g, state, params)
+                made.append(found)
+            return made, state
+
+        return all_of
+
+    for form in (stepper(tx), tx.update):
+        found = jax.jit(jax.vmap(steps(form)))(params, grads)
+        alone = jax.jit(steps(form))
+        for i in range(2):
+            equal(member(found, i), alone(member(params, i), member(grads, i)))
+        assert found[1].count.tolist() == ([1, 2] if first == 0 else [2, 1])
+    assert not found[0][0]["w"][first].any()
+    assert found[0][0]["w"][1 - first].all()
+
+
 def test_axes_that_are_batched_and_not():
     tx = fj.nadam(0.1, max_norm=1.0)
     step, size = stepper(tx), 3
