@@ -88,10 +88,13 @@ def test_members_of_an_ensemble_step_as_if_alone(kwargs, dtype):
         assert found[1].count.tolist() == [3, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])
 @pytest.mark.parametrize("first", [0, 1], ids=["first member", "second member"])
-def test_members_that_skip_their_first_step(first):
-    # Their average has not begun when the others' has; in optax' form they differ by nothing.
-    tx = fj.adamw(0.1, mask={"w": True, "b": False, "none": True, "s": False}, **FULL)
+def test_members_that_skip_their_first_step(first, name):
+    # Their average has not begun when the others' has, nor what NAdam carries; in optax' form they
+    # differ by nothing.
+    mask = {"w": True, "b": False, "none": True, "s": False}
+    tx = fj.by_name(name, lr=0.1, weight_decay=0.1, mask=mask, **FULL)
     params, grads = tree(0, (2,)), [tree(1, (2,)), tree(2, (2,))]
     grads[0]["s"] = grads[0]["s"].at[first].set(jnp.nan)
 
