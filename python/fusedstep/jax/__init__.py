@@ -9,8 +9,8 @@
         return tx.update_params(grads, state, params)
 
 XLA has no loop on the CPU that writes several arrays, so that what optax computes is a loop for
-each moment and one for the parameters: 40 bytes for each in AdamW, of which one call needs 28. Names,
-defaults and numbers are optax's; results are those of fusedstep's other layers, to the bit.
+each moment and one for the parameters: in AdamW 40 bytes for each, of which one call needs 28.
+Names, defaults and numbers are optax's; results are those of fusedstep's other layers, to the bit.
 
 Every optimizer takes, beside optax's arguments:
 
