@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "jax.md"]
 HERE = "epyc-2cores-avx2"  # the CPU's rows
 JAX = "jax-epyc-2cores"
 
