@@ -210,6 +210,43 @@ def test_skipped_steps_change_nothing_but_the_norm():
     assert state.count == 2
 
 
+@pytest.mark.parametrize("shadow", ["bfloat16", "float16", "float32"])
+def test_a_copy_and_a_loss_scale_have_the_bits_of_the_numpy_layer(shadow):
+    theirs = arrays(0, [F32, BF16])
+    tx = fj.adamw(0.1, shadow=shadow, max_norm=3.0, skip_nonfinite=True)
+    opt = fs.conventions.optax.adamw(theirs, 0.1)
+    params = on_device(theirs)
+    state = tx.init(params)
+    assert {str(one.dtype) for one in state.arrays["shadow"].values()} == {shadow}
+    copies = {key: np.array(one) for key, one in state.arrays["shadow"].items()}
+    step = jax.jit(lambda g, p, s, scale: tx.update_params(g, s, p, loss_scale=scale))
+    for t, scale in enumerate((1.0, 1024.0, 0.25)):
+        grads = arrays(10 + t, [F32, BF16])
+        if t == 1:
+            grads[list(grads)[4]][17] = np.inf
+        opt.step(grads, loss_scale=scale, max_norm=3.0, skip_nonfinite=True, shadow=copies)
+        params, state = step(on_device(grads), params, state, scale)
+        assert bits(params) == bits(theirs)
+        assert bits(state.arrays["shadow"]) == bits(copies)
+    assert (state.count, step._cache_size()) == (2, 1)
+    fixed = tx.update_params(on_device(grads), state, params, loss_scale=8)
+    traced = step(on_device(grads), params, state, 8.0)
+    assert bits(fixed[0]) == bits(traced[0])
+    # The copy is not saved, and made anew.
+    again = tx.load_state_dict(tx.state_dict(state, params), params)
+    assert bits(again.arrays["shadow"]) == bits(state.arrays["shadow"])
+
+
+def test_wrong_copies_and_scales_are_refused():
+    with pytest.raises(ValueError, match=r"shadow must be None, 'float32', .* got 'int8'"):
+        fj.adamw(0.1, shadow="int8")
+    tx, params = fj.adamw(0.1), {"w": jnp.ones(3)}
+    for scale, error in ((0.0, "loss_scale must be finite and > 0, got 0.0"),
+                         (1e-320, "loss_scale must have a finite inverse")):  # fmt: skip
+        with pytest.raises(ValueError, match=error):
+            tx.update_params(params, tx.init(params), params, loss_scale=scale)
+
+
 def test_the_count_stays_at_the_largest_integer():
     tx = fj.adamw(0.1)
     params = {"w": jnp.ones(3)}

@@ -19,6 +19,7 @@ Every optimizer takes, beside optax's arguments:
     skip_nonfinite=False    a gradient that is not finite changes nothing at all
     norms=False             measures the norm, `state.grad_norm`, which the two above do too
     ema=None                a moving average of the parameters, `state.arrays["ema"]`
+    shadow=None             a copy of the parameters in another dtype, `state.arrays["shadow"]`
     mask=None               a tree of bools, or a function of the parameters to one: which of them
                             decay
     mu_dtype=None           the first moment's dtype: "bfloat16"
@@ -59,6 +60,7 @@ class Keywords(How, total=False):
     skip_nonfinite: bool
     norms: bool
     ema: Any
+    shadow: str | None
     mask: Any
     mu_dtype: Any
 

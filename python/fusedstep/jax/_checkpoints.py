@@ -57,6 +57,7 @@ def state_dict(recipe: Recipe, state: Any, params: Any, decays: list[bool]) -> d
     columns = {
         key: jax.tree_util.tree_structure(params).flatten_up_to(tree)
         for key, tree in state.arrays.items()
+        if key != "shadow"  # the parameters again
     }
     wanted = [(key, i) for key, one in columns.items() for i in leaves if one[i] is not None]
     states = opt._extended(opt._no_states(), wanted, opt._groups)

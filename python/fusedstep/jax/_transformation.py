@@ -14,7 +14,7 @@ import numpy as np
 
 from fusedstep import _storage, optimizers
 from fusedstep._arrays import as_float
-from fusedstep._hypers import ABOVE_0, AT_LEAST_0, SHARE, as_number, check_flags
+from fusedstep._hypers import ABOVE_0, AT_LEAST_0, POSITIVE, SHARE, as_number, check_flags
 from fusedstep._spec import Spec
 from fusedstep._storage import EMA, Form, Kept, Storage, Stored
 from fusedstep.conventions import Ours
@@ -34,6 +34,7 @@ else:
 
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+SHADOW = "shadow"  # the key of the parameters' copies among a state's arrays
 
 
 class State(NamedTuple):
@@ -44,7 +45,8 @@ class State(NamedTuple):
             that was skipped does not count.
         carry: what the rule carries beside it, two float64 as four uint32, as NAdam's product of
             momenta.
-        arrays: by torch's names (`exp_avg`, `exp_avg_sq`, `ema`, ...) trees like the parameters'.
+        arrays: by torch's names (`exp_avg`, `exp_avg_sq`, `ema`, ...) trees like the parameters',
+            and `shadow`.
         grad_norm: of all gradients before the last step, where a step measures it (`max_norm`,
             `skip_nonfinite`, `norms`); else None.
     """
@@ -94,6 +96,7 @@ class Options(NamedTuple):
     skip_nonfinite: bool = False
     norms: bool = False
     ema: Any = None
+    shadow: str | None = None
     mask: Any = None
     mu_dtype: Any = None
 
@@ -105,6 +108,10 @@ class Options(NamedTuple):
     def checked(self) -> Options:
         """The same with floats for numbers, or TypeError or ValueError."""
         check_flags(skip_nonfinite=self.skip_nonfinite, norms=self.norms)
+        if self.shadow not in (None, *_DTYPES):
+            raise ValueError(
+                f"shadow must be None, {', '.join(map(repr, _DTYPES))}, got {self.shadow!r}"
+            )
         rules = {"max_norm": AT_LEAST_0, "clip_value": ABOVE_0, "ema": SHARE}
         found: dict[str, Any] = {
             name: as_number(name, value, rule)
@@ -119,6 +126,16 @@ def _name_of(dtype: Any) -> str:
         return str(jnp.dtype(dtype).name)
     except TypeError:
         raise TypeError(f"mu_dtype must be a dtype, got {dtype!r}") from None
+
+
+def _factor(scale: Any) -> Any:
+    """What gradients of a loss that was multiplied by this are multiplied by."""
+    if isinstance(scale, _Traced):
+        return _Traced(1 / jnp.asarray(scale.value, _calls.floating()))
+    factor = 1 / as_number("loss_scale", scale, POSITIVE)
+    if math.isinf(factor):
+        raise ValueError(f"loss_scale must have a finite inverse, got {scale!r}")
+    return factor
 
 
 class Recipe:
@@ -203,7 +220,8 @@ class Recipe:
     def streams(self, form: Form) -> list[tuple[str, Any]]:
         """What a parameter has of its own, by key, in the order of the core's streams."""
         found = [(name, form.states[name]) for name in self.uses]
-        return [*found, (EMA, form.ema)] if self.averages else found
+        found += [(EMA, form.ema)] if self.averages else []
+        return [*found, (SHADOW, Kept(self.options.shadow))] if self.options.shadow else found
 
     def no_columns(self, leaves: Sequence[Any]) -> dict[str, list[Any]]:
         """The keys of a state's arrays without any, where a tree without leaves names none.
@@ -221,7 +239,9 @@ class Recipe:
         """What is written of a parameter, by its place among the core's streams."""
         found = {0: form.param}
         found |= {2 + self.spec.states.index(name): form.states[name] for name in self.uses}
-        return {**found, _calls.STREAMS - 2: form.ema} if self.averages else found
+        found |= {_calls.STREAMS - 2: form.ema} if self.averages else {}
+        shadow = self.options.shadow
+        return {**found, _calls.STREAMS - 1: Kept(shadow)} if shadow else found
 
     @property
     def stochastic(self) -> list[int]:
@@ -229,7 +249,9 @@ class Recipe:
         found = self.placed(self.storage.of("bfloat16"))
         return [int(k in found and found[k].random) for k in range(_calls.STREAMS)]
 
-    def numbers(self, count: Any, masked: bool) -> tuple[_calls.Numbers, Any]:
+    def numbers(
+        self, count: Any, masked: bool, loss_scale: Any = 1.0
+    ) -> tuple[_calls.Numbers, Any]:
         """What `prepare` reads, and the array of what only the program knows."""
         opts, order = self.options, self.spec.order
         groups = list(self.native)
@@ -244,7 +266,8 @@ class Recipe:
             left = {decay} if group else set()
             traced += [(order[i], at + i, v) for i, v in self.dynamic.items() if i not in left]
             scheduled += [(at + i, v) for i, v in self.schedules.items() if i not in left]
-        for i, value in enumerate((opts.max_norm, opts.clip_value, opts.ema), 1):
+        factor = _factor(standing_in(loss_scale))
+        for i, value in enumerate((factor, opts.max_norm, opts.clip_value, opts.ema)):
             if isinstance(value, _Traced):
                 traced.append(("", len(groups) + i, value))
             elif value is not None:
@@ -381,7 +404,9 @@ class Transformation(_Pair):
         self._recipe = recipe
         return self
 
-    def update_params(self, grads: Any, state: State, params: Any) -> tuple[Any, State]:
+    def update_params(
+        self, grads: Any, state: State, params: Any, *, loss_scale: Any = 1.0
+    ) -> tuple[Any, State]:
         """One step, in one sweep over memory.
 
         Under `jax.jit(..., donate_argnums=...)` of params and state they are updated where they
@@ -392,6 +417,8 @@ class Transformation(_Pair):
                 float64, bfloat16 or float16, whatever the parameter is.
             state: from `init`, or the step before.
             params: what the state was made for.
+            loss_scale: what the loss was multiplied by; the gradients are divided by it first. A
+                number that is finite and > 0, or an array of JAX (default 1).
 
         Returns:
             The new parameters and the new state.
@@ -400,7 +427,7 @@ class Transformation(_Pair):
             TypeError, ValueError: a tree of another structure, a leaf of another shape or dtype, or
                 one that is not on the CPU.
         """
-        stepped = _step(self._recipe, grads, state, params, apart=False)
+        stepped = _step(self._recipe, grads, state, params, loss_scale)
         whole = _is_whole_program(grads, state, params, stepped[1].count)
         return _StateFirst(stepped) if whole else stepped
 
@@ -451,7 +478,11 @@ class Transformation(_Pair):
             key: structure.unflatten(
                 [
                     new if loaded is None else loaded
-                    for new, loaded in zip(structure.flatten_up_to(tree), found[key], strict=True)
+                    for new, loaded in zip(
+                        structure.flatten_up_to(tree),
+                        found.get(key, [None] * structure.num_leaves),  # no shadow is saved
+                        strict=True,
+                    )
                 ]
             )
             for key, tree in fresh.arrays.items()
@@ -506,7 +537,7 @@ def _new(recipe: Recipe, form: Form, leaf: Any) -> dict[str, Any]:
     shape = tuple(leaf.shape)
     found: dict[str, Any] = {}
     for key, kept in recipe.streams(form):
-        if key == EMA:
+        if key in (EMA, SHADOW):
             found[key] = jnp.array(leaf, kept.dtype, copy=True)
             continue
         value = recipe.first(key)
@@ -564,7 +595,10 @@ def _groups(mask: Any, params: Any, structure: Any) -> list[int] | None:
     return [0 if one else 1 for one in chosen]
 
 
-def _step(recipe: Recipe, grads: Any, state: State, params: Any, apart: bool) -> Any:
+def _step(
+    recipe: Recipe, grads: Any, state: State, params: Any, loss_scale: Any = 1.0,
+    apart: bool = False,
+) -> Any:  # fmt: skip
     leaves, structure = _leaves(params, "params")
     slopes, own = _leaves(grads, "grads")
     _check_structure("grads", own, structure)
@@ -588,7 +622,7 @@ def _step(recipe: Recipe, grads: Any, state: State, params: Any, apart: bool) ->
             )
         formats = [_formats(recipe, *pair) for pair in zip(forms, gradients, strict=True)]
         total = _calls.measure(state.count, gradients, formats)
-    numbers, traced = recipe.numbers(state.count, group_of is not None)
+    numbers, traced = recipe.numbers(state.count, group_of is not None, loss_scale)
     count, carry, rows, flags, norm = _calls.prepare(
         numbers, state.count, state.carry, traced, total
     )
