@@ -5,6 +5,7 @@ figure appears in the pages without an edit here.
 """
 
 import hashlib
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def write(folder, tell=print):
     stamp = folder / "stamp"
     sources = [Path(__file__), Path(_core.__file__), *sorted(PACKAGE.rglob("*.py"))]
     sources += sorted(recorded.GOLDEN.glob("*.json"))
-    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    state = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    state = f"{state.hexdigest()} {has_jax()}"
     if stamp.exists() and stamp.read_text() == state:
         return
     folder.mkdir(exist_ok=True)
@@ -72,9 +74,24 @@ def write(folder, tell=print):
     (folder / "optimizer_list.md").write_text(optimizer_list())
     (folder / "bytes.md").write_text(bytes_table())
     (folder / "conventions.md").write_text(recorded.table())
+    (folder / "jax.md").write_text(jax_reference())
     (folder / "schedules.md").write_text(schedule_sections(folder, tell))
     write_gallery(folder, tell)
     stamp.write_text(state)
+
+
+def has_jax():
+    """Whether fusedstep.jax can be read: its module is optional, and so is JAX."""
+    return all(importlib.util.find_spec(name) for name in ("jax", "fusedstep._jax"))
+
+
+def jax_reference():
+    """What fusedstep.jax has, where it can be read."""
+    if not has_jax():
+        return (
+            "This documentation was built without JAX; `help(fusedstep.jax)` has its reference.\n"
+        )
+    return "```{eval-rst}\n.. automodule:: fusedstep.jax\n   :members:\n```\n"
 
 
 def optimizer_classes():

@@ -49,6 +49,9 @@ elif TYPE_CHECKING:
 else:  # for those who ask for hints: what can be subscripted
     Unpack = type
 
+for _public in (State, Transformation):  # where pickles look for them
+    _public.__module__ = __name__
+
 F = TypeVar("F", bound=Callable[..., Transformation])
 
 
