@@ -162,14 +162,17 @@ def test_info_tells_what_runs(isa):
     info = fs.info()
     assert list(info) == [
         "version", "isa", "isas_compiled", "isas_usable", "threads", "huge_pages",
-        "huge_pages_system", "cuda", "cpu", "platform", "compiler", "python", "numpy", "ml_dtypes",
-        "torch",
+        "huge_pages_system", "cuda", "xla_module", "cpu", "platform", "compiler", "python", "numpy",
+        "ml_dtypes", "torch", "jax",
     ]  # fmt: skip
     assert info["isa"] == isa
     assert info["threads"] == 3
     assert info["isas_usable"] == fs.usable_isas()
     assert info["version"] == fs.__version__ == importlib.metadata.version("fusedstep")
     assert info["cuda"] is False
+    assert info["xla_module"] is any(
+        module.name == "_jax" for module in pkgutil.iter_modules(fs.__path__)
+    )
     assert info["numpy"] == np.__version__
     assert info["huge_pages_system"] in ("always", "madvise", "never", "unavailable")
     assert all(info[key] for key in ("cpu", "platform", "compiler", "python"))
