@@ -199,7 +199,14 @@ def jaxes(given: list[str]) -> list[Environment]:
         Environment(
             f"jax-{one}-{version_of(interpreter)}",
             interpreter,
-            ["jax" if one == "newest" else f"jax=={one}", "optax", "flax", "equinox", "numpy"],
+            [
+                "jax" if one == "newest" else f"jax=={one}",
+                "optax",
+                "flax",
+                "equinox",
+                "matplotlib",
+                "numpy",
+            ],
             sorted((ROOT / "tests").glob("test_jax*.py")),
         )
         for one, interpreter in asked

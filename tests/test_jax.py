@@ -21,6 +21,9 @@ from optional import optional
 
 jax = optional("jax")
 fj = optional("fusedstep.jax")
+enable_x64 = (
+    jax.enable_x64 if hasattr(jax, "enable_x64") else optional("jax.experimental").enable_x64
+)
 
 jnp = jax.numpy
 by_name = fj.by_name
@@ -117,7 +120,7 @@ def test_options_have_the_bits_of_the_numpy_layer(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_float64_has_the_bits_of_the_numpy_layer(name):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         side_by_side(name, CASES[name][1], {}, {}, [F64, F32], steps=2)
         options = {**FULL, "skip_nonfinite": False, "ema": 0.3, "norms": True}
         side_by_side(name, CASES[name][-2], options, {}, [F64, F32, BF16], mixed=[F32, F64, F16])

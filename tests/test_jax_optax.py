@@ -14,6 +14,9 @@ from optional import optional
 jax = optional("jax")
 optax = optional("optax")
 fj = optional("fusedstep.jax")
+enable_x64 = (
+    jax.enable_x64 if hasattr(jax, "enable_x64") else optional("jax.experimental").enable_x64
+)
 
 jnp = jax.numpy
 chain = optax.chain
@@ -164,7 +167,7 @@ def each():
 
 @pytest.mark.parametrize(("name", "given"), list(each()))
 def test_numbers_are_those_of_optax(name, given):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = params_of(np.float64)
         theirs = getattr(optax, name)(**given)
         ours = getattr(fj, name)(**given)
@@ -191,7 +194,7 @@ def test_every_function_and_argument_is_compared():
 
 def test_rprop_is_that_of_the_paper():
     # optax applies the step before; ours are the steps that it means to take.
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = params_of(np.float64)
         theirs = {key: np.array(v) for key, v in zip("abc", jax.tree.leaves(params), strict=True)}
         opt = fs.conventions.optax.rprop(theirs, 0.1)
@@ -432,7 +435,7 @@ SCHEDULES = {
 def test_our_schedules_have_the_bits_of_the_numpy_layer(key, x64):
     hypers = SCHEDULES[key]
     name = "SGD" if "momentum" in hypers else "AdamW"
-    with jax.enable_x64(x64):
+    with enable_x64(x64):
         dtype = np.float64 if x64 else np.float32
         theirs = {"w": np.linspace(0.5, 2, 40).astype(dtype)}
         params = jax.tree.map(jnp.array, theirs)
@@ -471,7 +474,7 @@ def test_a_skipped_step_is_none_of_a_schedules():
     ],
 )
 def test_schedules_of_optax(make):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = params_of(np.float64)
         # Of optax' counts, int32, schedules are float32; of ours, int64 here, they are float64.
         compare(fj.adamw(make()), optax.adamw(make()), 10, params, rtol=1e-7)

@@ -107,7 +107,11 @@ def _axes_of(kind: Any) -> frozenset[str]:
 def varied(array: Any, axes: frozenset[str]) -> Any:
     """The same array, as one that varies over the axes."""
     missing = tuple(sorted(axes - varying(array)))
-    return jax.lax.pcast(array, missing, to="varying") if missing else array
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)  # its name until JAX 0.8
 
 
 def like(array: Any, shape: Sequence[int] | None = None, dtype: Any = None) -> Any:

@@ -373,15 +373,17 @@ def _is_whole_program(grads: Any, state: Any, params: Any, count: Any) -> bool:
     """
 
     def places(tree: Any) -> list[int]:
-        leaves = jax.tree_util.tree_leaves(tree)
-        return [frame.invars.index(leaf.val) for leaf in leaves if leaf._trace is count._trace]
+        own = [x for x in jax.tree_util.tree_leaves(tree) if x._trace is count._trace]
+        if hasattr(frame, "tracer_to_var"):  # until JAX 0.6
+            return [frame.invars.index(frame.tracer_to_var[id(leaf)]) for leaf in own]
+        return [frame.invars.index(leaf.val) for leaf in own]
 
     try:  # JAX has no public word for it; without an answer results are right, and copied
         frame = count._trace.frame
         its_own = frame.debug_info.traced_for == "jit"
         ordered = max(places(state.arrays)) < min(places(params))
         return its_own and ordered and len(places(grads)) > 0
-    except (AttributeError, ValueError):
+    except (AttributeError, KeyError, ValueError):
         return False
 
 
