@@ -348,7 +348,11 @@ def data_parallel():
         @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("d")),
                            out_specs=(P(), P()))
         def train(params, state, x):
-            grads = jax.lax.pmean(jax.grad(loss)(jax.lax.pcast(params, "d", to="varying"), x), "d")
+            if hasattr(jax.lax, "pcast"):
+                own = jax.lax.pcast(params, "d", to="varying")
+            else:  # until JAX 0.8
+                own = jax.lax.pvary(params, "d")
+            grads = jax.lax.pmean(jax.grad(loss)(own, x), "d")
             return tuple(tx.update_params(grads, state, params))
         @jax.jit
         def reference(params, state, x):
