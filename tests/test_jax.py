@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import functools
 import pathlib
 import pickle
@@ -791,3 +792,29 @@ def test_several_threads_step_at_once():
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         together = list(pool.map(train, range(4)))
     assert np.array_equal(alone, together)
+
+
+def test_many_leaves_are_several_calls_of_the_same_bits():
+    theirs = {f"{i:03}": np.full(5, i / 300, np.float32) for i in range(300)}
+    params = on_device(theirs)
+    tx, opt = fj.adamw(0.1, max_norm=1.0), fs.conventions.optax.adamw(theirs, 0.1)
+    state = tx.init(params)
+    opt.step({key: value + 1 for key, value in theirs.items()}, max_norm=1.0)
+    grads = jax.tree.map(lambda p: p + 1, params)
+    params, state = jax.jit(tx.update_params)(grads, state, params)
+    same(opt, params, state, theirs)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_a_traced_loss_scale_is_checked_as_the_program_runs(scale):
+    tx, params = fj.sgd(0.1, skip_nonfinite=True), {"w": jnp.ones(3)}
+    step = jax.jit(lambda g, p, s, scale: tx.update_params(g, s, p, loss_scale=scale))
+    with pytest.raises((ValueError, RuntimeError), match="loss_scale must be finite and > 0, got"):
+        step(params, params, tx.init(params), scale)
+
+
+def test_optax_form_takes_a_loss_scale_and_a_copy_is_the_same_optimizer():
+    tx, params = fj.sgd(0.5), {"w": jnp.ones(3)}
+    updates, _ = tx.update(params, tx.init(params), params, loss_scale=4.0, value=1.0)
+    assert updates["w"].tolist() == [-0.125] * 3
+    assert copy.deepcopy(tx) is tx

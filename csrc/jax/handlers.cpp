@@ -182,6 +182,10 @@ void prepare(const Frame& frame) {
     const bool begins = clock.t == 0;
     const auto sum = sums.get<Sum>(b);
     const Options options = options_of(values.data() + groups.size, switches);
+    if (!(options.factor > 0 && options.factor <= std::numeric_limits<double>::max())) {
+      throw std::invalid_argument("loss_scale must be finite and > 0, got " +
+                                  std::to_string(1 / options.factor));
+    }
     Verdict verdict;
     check(
         stages->prepare(rule, all.data(), n_groups, &sum, &options, &clock, own.data(), &verdict));

@@ -34,6 +34,7 @@ else:
 
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+_MOST_LEAVES = 128  # of a call: XLA compiles one with many aliases in cubic time
 SHADOW = "shadow"  # the key of the parameters' copies among a state's arrays
 
 
@@ -503,6 +504,9 @@ class Transformation(_Pair):
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree_util.tree_leaves(trees)):
             raise TypeError("checkpoints are made outside of a program, got traced arrays")
 
+    def __deepcopy__(self, memo: Any) -> Transformation:
+        return self  # nothing in it changes
+
     def __repr__(self) -> str:
         recipe = self._recipe
         hypers = ", ".join(f"{name}={value!r}" for name, value in recipe.hypers.items())
@@ -552,11 +556,11 @@ def _new(recipe: Recipe, form: Form, leaf: Any) -> dict[str, Any]:
             found[key] = jnp.full(shape, block[1][0], kept.dtype)
             found[kept.beside] = jnp.full(kept.beside_shape(shape), block[0][0], kept.beside_dtype)
             continue
-        found[key] = jnp.full(shape, value, kept.dtype)
+        found[key] = jnp.full_like(leaf, value, kept.dtype)  # sharded as the parameter is
         if kept.beside:
             found[kept.beside] = jnp.zeros(kept.beside_shape(shape), kept.beside_dtype)
     if form.param.beside:
-        found[form.param.beside] = jnp.zeros(shape, form.param.beside_dtype)
+        found[form.param.beside] = jnp.zeros_like(leaf, form.param.beside_dtype)
     return found
 
 
@@ -567,7 +571,13 @@ class _Update:
         self._recipe = recipe
 
     def __call__(
-        self, updates: Any, state: State, params: Any = None, **extra_args: Any
+        self,
+        updates: Any,
+        state: State,
+        params: Any = None,
+        *,
+        loss_scale: Any = 1.0,
+        **extra_args: Any,
     ) -> tuple[Any, State]:
         if params is None:
             raise ValueError("params must be given to update, got None")
@@ -577,7 +587,7 @@ class _Update:
                 "rounding must be 'nearest' in update, whose result is added by optax, got"
                 f" {rounding!r}: use update_params"
             )
-        return _step(self._recipe, updates, state, params, apart=True)
+        return _step(self._recipe, updates, state, params, loss_scale, apart=True)
 
 
 def _groups(mask: Any, params: Any, structure: Any) -> list[int] | None:
@@ -638,7 +648,12 @@ def _step(
     for i, (found, _) in enumerate(streams):
         together.setdefault(_calls.varying(*found.arrays, flags, rows), []).append(i)
     new_params: list[Any] = [None] * len(leaves)
-    for over, indices in together.items():
+    calls = [
+        (over, every[at : at + _MOST_LEAVES])
+        for over, every in together.items()
+        for at in range(0, len(every), _MOST_LEAVES)
+    ]
+    for over, indices in calls:
         results = _calls.sweep(
             recipe.spec.rule,
             _calls.varied(flags, over),
